@@ -102,3 +102,13 @@ def by_depth(nets: list[Callable], depth: Tensor) -> Callable:
 def select(c: dict | None, rows) -> dict | None:
     """Conditions of some rows of the batch (a slice, a mask or indices)."""
     return c and {name: value[rows] for name, value in c.items()}
+
+
+def concatenate(cs: list[dict | None]) -> dict | None:
+    """Conditions of several batches as one."""
+    return cs[0] and {name: torch.cat([c[name] for c in cs]) for name in cs[0]}
+
+
+def move(c: dict | None, device) -> dict | None:
+    """Conditions on another device."""
+    return c and {name: value.to(device) for name, value in c.items()}

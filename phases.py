@@ -58,6 +58,7 @@ def make_phases(
     margin: float = 0.02,
     boundary_t: float | None = None,
     boundary: str = "clip",
+    fix_t: float = 0.0,
 ) -> list[Phase]:
     """The phases of an N-step student. Raises ValueError where phases do not divide steps.
 
@@ -66,16 +67,20 @@ def make_phases(
     boundary_t  the time at which the teacher changes from its high-noise expert 1 to expert 2
     boundary    what a phase does that only the high-noise expert serves: clip its draws to the
                 boundary (the paper), or draw `inside` (boundary, end) from the start
+    fix_t       re-noise at this t alone, in every phase (Fig. 11); 0 for the interval
     """
     if steps % phases:
         near = [k for k in range(1, steps + 1) if steps % k == 0]
-        raise ValueError(f"{phases} phases do not divide {steps} steps; use one of {near}")
+        raise ValueError(f"--phases {phases} does not divide --steps {steps}; use one of {near}")
     times, n = step_times(steps, S), steps // phases
     made = []
     for k in range(1, phases + 1):
         t = times[(k - 1) * n : k * n + 1]
         u_end = unshift(t[0], S) if interval == "disjoint" else 1.0
         u = (unshift(t[-1], S) + margin, u_end - margin)
+        if fix_t and fix_t <= t[-1]:
+            raise ValueError(f"--fix-t {fix_t} lies below phase {k}, which ends at {t[-1]:.4g}; take one above")
+        u = (unshift(fix_t, S),) * 2 if fix_t else u
         made.append(Phase(k, (k - 1) * n, k * n, t, _parts(t, u, S, boundary_t, boundary)))
     return made
 
@@ -88,7 +93,7 @@ def _parts(t, u, S: float, boundary_t, boundary: str) -> tuple[Part, ...]:
     if min(t[:-1]) >= boundary_t:  # every step is the high-noise expert's: the other one stays out
         return (Part(1, u, floor=boundary_t) if boundary == "clip" else Part(1, (max(cut, u[0]), u[1])),)
     parts = Part(1, (max(cut, u[0]), u[1])), Part(2, (u[0], min(cut, u[1])))
-    return tuple(part for part in parts if part.u[0] < part.u[1])
+    return tuple(part for part in parts if part.u[0] <= part.u[1])
 
 
 def pick_part(phase: Phase, u: float) -> Part:
@@ -96,6 +101,8 @@ def pick_part(phase: Phase, u: float) -> Part:
 
     One network for a whole update in place of two; the law of t stays that of the whole interval.
     """
+    if len(phase.parts) == 1:
+        return phase.parts[0]
     widths = [part.u[1] - part.u[0] for part in phase.parts]
     for part, width in zip(phase.parts, widths):
         u -= width / sum(widths)

@@ -6,6 +6,7 @@ from typing import Callable, Iterator
 import torch
 from torch import Tensor
 
+from moe import select
 from phases import Phase
 from sde import step
 
@@ -61,9 +62,10 @@ def rollout(
         return x
     with torch.no_grad():
         for i in range(phase.depths - 1):
-            deeper = depth > i + 1  # on the CPU, like every draw: asking it waits for no device
-            if deeper.any():
-                x_next = step(x, phase.t[i], phase.t[i + 1], nets[phase.first](x, times_of(phase.t[i], x), c))
-                x = torch.where(deeper.to(x.device).reshape(-1, *[1] * (x.ndim - 1)), x_next, x)
+            rows = (depth > i + 1).nonzero()[:, 0].to(x.device)  # depth is on the CPU: no wait
+            if len(rows):
+                t, head = phase.t[i], x[rows]
+                v = nets[phase.first](head, times_of(t, head), select(c, rows))
+                x = x.index_copy(0, rows, step(head, t, phase.t[i + 1], v))
     t = torch.tensor(phase.t)[depth - 1].to(x.device)  # (B,) where each recorded step begins
     return step(x, t, phase.s, nets[phase.first](x, t, c))

@@ -25,14 +25,15 @@ class MLP(nn.Module):
         phase = torch.tensor([0.0, math.pi / 2]).repeat_interleave(freq.shape[1])
         self.register_buffer("phase", phase, persistent=False)  # (2 W,)
         sizes = [dim + 1 + 2 * freq.shape[1] + classes] + [width] * (layers - 1) + [dim]
-        self.linear = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes, sizes[1:]))
+        self.first, *hidden, self.last = [nn.Linear(a, b) for a, b in zip(sizes, sizes[1:])]
+        self.hidden = nn.ModuleList(hidden)
 
     def forward(self, x_t: Tensor, t: Tensor, c: dict | None = None, adapter=None) -> Tensor:
         xt = torch.cat([x_t, t[:, None]], 1)  # (B, d + 1)
         parts = [xt, torch.addmm(self.phase, xt, self.freq).sin()]
         if self.classes:
             parts.append(F.one_hot(c["class"], self.classes).to(x_t.dtype))
-        h = F.silu(self.linear[0](torch.cat(parts, 1)))  # (B, width)
-        for linear in self.linear[1:-1]:
+        h = F.silu(self.first(torch.cat(parts, 1)))  # (B, width)
+        for linear in self.hidden:
             h = h + F.silu(linear(h))
-        return self.linear[-1](h)
+        return self.last(h)

@@ -88,6 +88,10 @@ class Mixture:
         alpha_t, sigma_t = coefficients(t, x_0, self.p)
         return alpha_t * x_0 + sigma_t * torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype)
 
+    def to(self, device) -> "Mixture":
+        """The same mixture on another device."""
+        return replace(self, means=self.means.to(device), labels=self.labels.to(device))
+
     def double(self) -> "Mixture":
         """The same mixture in float64."""
         return replace(self, means=self.means.double())

@@ -1,17 +1,15 @@
 """The preset toy2d: an exact mixture is the teacher, and every number has an exact reference."""
 
-import io
-import math
-
 import torch
 from torch import Tensor
 
 from models.mlp import MLP
-from moe import by_step
+from moe import move
 from phases import step_times
 from sample import normal, stream, trajectory
 from sde import diffuse
 from toy.mixtures import TOYS, Mixture, energy, from_points, modes
+from toy.plot import panel, png
 
 
 def mixture(cfg) -> Mixture:
@@ -25,9 +23,9 @@ def network(cfg) -> MLP:
     return MLP(target.means.shape[1], classes=target.classes if cfg.classes == "on" else 0)
 
 
-def teacher(cfg):
+def teacher(cfg, device="cpu"):
     """v_real = teacher(x_t, t, c): exact, guided where classes and a scale are given."""
-    target = mixture(cfg)
+    target = mixture(cfg).to(device)
     if cfg.guidance == 1 or cfg.classes == "off":
         return target.velocity
     return lambda x_t, t, c=None: target.guided(x_t, t, c, cfg.guidance)
@@ -61,7 +59,8 @@ def start(cfg, bar, steps: int = 1500, batch: int = 1024) -> dict[str, Tensor]:
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for i in bar(range(steps)):
         c = classes_of(target, batch, *where, i) if cfg.classes == "on" else None
-        x_0, t = target.sample(batch, stream(*where, i, "x_0"), c), torch.rand(batch, generator=stream(*where, i, "t"))
+        x_0 = target.sample(batch, stream(*where, i, "x_0"), c)
+        t = torch.rand(batch, generator=stream(*where, i, "t"))
         x_t = diffuse(x_0, 0.0, t, normal(x_0.shape, *where, i, "eps"))
         loss = (net(x_t, t, c) - target.velocity(x_t, t, c)).square().mean()
         optimizer.zero_grad()
@@ -71,16 +70,64 @@ def start(cfg, bar, steps: int = 1500, batch: int = 1024) -> dict[str, Tensor]:
     return net.state_dict()
 
 
-def evaluate(cfg, student, phases) -> dict:
-    """Numbers of metrics.json."""
-    target, n = mixture(cfg), cfg.eval_samples
-    times = step_times(cfg.steps, cfg.shift)
-    z = normal((n, target.means.shape[1]), "evaluate", cfg.seed)
+# -- numbers and picture -------------------------------------------------------------------------
+
+
+def draw(cfg, nets, times, n: int, device, *where) -> list[Tensor]:
+    """n samples at each of the times, on the CPU, from the seed's evaluation noise."""
+    target = mixture(cfg)
+    z = normal((n, target.means.shape[1]), cfg.seed, "evaluate", *where).to(device)
+    c = classes_of(target, n, cfg.seed, "evaluate", *where) if cfg.classes == "on" else None
     with torch.no_grad():
-        *_, x = trajectory(student, times, z)
-    y = target.sample(n, stream("exact"))
-    number, precision = modes(x, target)
-    return {"energy": energy(x, y), "modes": number, "precision": precision}
+        return [x.cpu() for x in trajectory(nets, times, z, move(c, device))]
 
 
-def picture(cfg, student, phases): pass
+def evaluate(cfg, student, phases, device) -> dict:
+    """The student beside exact samples, and beside the exact teacher with as many Euler steps.
+
+    energy in the data's unit (of `energy` in mixtures.py); energy_phases: x at the end of each
+    phase beside exact x_t, which the last phase can hide; energy_floor: [mean, sd] of exact
+    samples beside exact samples.
+    """
+    target, n, times = mixture(cfg), cfg.eval_samples, step_times(cfg.steps, cfg.shift)
+    xs = draw(cfg, student, times, n, device)
+    *_, x_teacher = draw(cfg, [teacher(cfg, device)] * cfg.steps, times, n, device)
+    exact = [target.sample(n, stream("exact", cfg.seed, j)) for j in range(10)]
+    floor = torch.tensor([energy(x, y) for x, y in zip(exact[:5], exact[5:])])
+    ends = [target.sample_at(phase.s, n, stream("exact at", cfg.seed, phase.k)) for phase in phases]
+    number, precision = modes(xs[-1], target)
+    return {
+        "energy": energy(xs[-1], exact[0]),
+        "energy_floor": [floor.mean().item(), floor.std().item()],
+        "energy_teacher_same_steps": energy(x_teacher, exact[0]),
+        "energy_phases": [energy(xs[phase.last], y) for phase, y in zip(phases, ends)],
+        "modes": number,
+        "modes_exact": modes(exact[0], target)[0],
+        "precision": precision,
+        "precision_exact": modes(exact[0], target)[1],
+        "precision_teacher_same_steps": modes(x_teacher, target)[1],
+    }
+
+
+def picture(cfg, student, phases, device, n: int = 3000) -> bytes:
+    """A png: the student step by step, the exact teacher with the same steps, exact samples."""
+    import matplotlib.pyplot as plt
+
+    target, times = mixture(cfg), step_times(cfg.steps, cfg.shift)
+    rows = {
+        f"student, {cfg.steps} steps": draw(cfg, student, times, n, device),
+        f"teacher, {cfg.steps} steps": draw(cfg, [teacher(cfg, device)] * cfg.steps, times, n, device),
+        "exact": [target.sample_at(t, n, stream("picture", i)) for i, t in enumerate(times)],
+    }
+    expert = {i: phase.k for phase in phases for i in range(phase.first, phase.last)}
+    figure, axes = plt.subplots(3, len(times), figsize=(2.1 * len(times), 6.6), squeeze=False)
+    for row, (name, xs) in zip(axes, rows.items()):
+        final = torch.cdist(xs[-1], target.means).argmin(1) if name != "exact" else None
+        for i, (ax, x) in enumerate(zip(row, xs)):
+            nearest = torch.cdist(x, target.means).argmin(1) if final is None else final
+            panel(ax, x, nearest, len(target.means), reach=1.25 * xs[-1].abs().quantile(0.99).item())
+            ax.set_ylabel(name if i == 0 else "")
+            if ax in axes[0]:
+                by = f"\nby expert {expert[i - 1]}" if i else "\nnoise"
+                ax.set_title(f"t = {times[i]:.3g}{by}", fontsize=9)
+    return png(figure)

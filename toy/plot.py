@@ -1,0 +1,30 @@
+"""What the toys' pictures share."""
+
+import io
+
+import matplotlib
+
+matplotlib.use("Agg")  # no screen needed
+import matplotlib.pyplot as plt
+from torch import Tensor
+
+
+def panel(ax, x: Tensor, colour: Tensor, colours: int, reach: float) -> None:
+    """Points of x (n, d), first two axes (one axis: a histogram), coloured by `colour` (n,)."""
+    ax.set_xticks([])
+    ax.set_yticks([])
+    ax.set_xlim(-reach, reach)
+    if x.shape[1] == 1:
+        ax.hist(x[:, 0].numpy(), bins=80, range=(-reach, reach), color="tab:blue")
+        return
+    ax.scatter(x[:, 0], x[:, 1], s=1.5, c=colour, cmap="hsv", vmin=0, vmax=colours, alpha=0.5, linewidths=0)
+    ax.set_ylim(-reach, reach)
+    ax.set_aspect("equal")
+
+
+def png(figure) -> bytes:
+    """The figure as the bytes of a png, without dates or versions: equal runs give equal files."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
+    plt.close(figure)
+    return buffer.getvalue()
