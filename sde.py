@@ -26,11 +26,16 @@ class Process(NamedTuple):
     sigma: Callable
 
 
+def exact(t) -> Tensor:
+    """A number as a 0-dim float64 tensor, which changes nobody's dtype; tensors pass."""
+    return t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
+
+
 flow = Process(alpha=lambda t: 1 - t, sigma=lambda t: t)
 # alpha_t = cos(pi t / 2), written so that alpha_1 is 0 and not -4e-8
 vp = Process(
-    alpha=lambda t: torch.sin(math.pi / 2 * (1 - torch.as_tensor(t))),
-    sigma=lambda t: torch.sin(math.pi / 2 * torch.as_tensor(t)),
+    alpha=lambda t: torch.sin(math.pi / 2 * (1 - exact(t))),
+    sigma=lambda t: torch.sin(math.pi / 2 * exact(t)),
 )
 
 
@@ -55,7 +60,7 @@ def snr(t: Tensor, p: Process = flow) -> Tensor:
 
 def kernel(s, t, p: Process = flow) -> tuple[Tensor, Tensor]:
     """alpha_ts = alpha_t / alpha_s and sigma_ts of p(x_t | x_s), Eq. 2. Needs s <= t, s < 1."""
-    t = torch.as_tensor(t)
+    t = exact(t)
     alpha_ts = p.alpha(t) / p.alpha(s)
     # sigma_ts^2 = sigma_t^2 - alpha_ts^2 sigma_s^2, as a product: no cancellation when t is near s
     sigma_t, carried = p.sigma(t), alpha_ts * p.sigma(s)

@@ -45,7 +45,7 @@ ON_OFF = ("on", "off")
 
 @dataclass(frozen=True)
 class Config:
-    """The settings of a run: one flag each. Rates are per update, times are in [0, 1]."""
+    """The settings of a run: one flag each. Defaults are the paper's where it gives them."""
 
     teacher: str = setting("toy2d", "preset")
     toy: str = setting("ring", "distribution of toy2d", choices=tuple(toy2d.TOYS))
@@ -55,27 +55,27 @@ class Config:
     guidance: float = setting(1.0, "classifier-free guidance scale of the teacher, with --classes on", low=0)
     phases: int = setting(2, "K, must divide --steps; 1 is DMD2", low=1)
     steps: int = setting(4, "N, network evaluations of a sample", low=1, high=1000)
-    shift: float = setting(1.0, "S of the times, t = S u / (1 + (S - 1) u)", above=0)
+    shift: float = setting(5.0, "S of the times, t = S u / (1 + (S - 1) u)", above=0)
     interval: str = setting("nested", "re-noise in (s, 1), or in the phase's own (s, start)", choices=("nested", "disjoint"))
     fix_t: float = setting(0.0, "re-noise at this t alone (Fig. 11); 0: over the interval", low=0, high=1)
     target: str = setting("unbiased", "of the fake: Eq. 11, or the naive one of Fig. 2(c)", choices=("unbiased", "biased"))
     truncate: str = setting("on", "record one step (SGTS), or every step of the phase", choices=ON_OFF)
-    depths: str = setting("mixed", "truncation depth: all in each batch, or one drawn for it (the paper)", choices=("mixed", "drawn"))
-    weight: str = setting("xs", "of the generator's gradient; paper is Eq. 10", choices=("paper", "xs", "x0", "normalised", "one"))
+    depths: str = setting("drawn", "truncation depth: all in each batch, or one drawn for it (the paper)", choices=("mixed", "drawn"))
+    weight: str = setting("paper", "of the generator's gradient; paper is Eq. 10", choices=("paper", "xs", "x0", "normalised", "one"))
     boundary: str = setting("clip", "a high-noise phase's draws below the teacher's boundary", choices=("clip", "inside"))
-    iters: int = setting(800, "generator updates a phase", low=1)
+    iters: int = setting(400, "generator updates a phase", low=1)
     fake_updates: int = setting(5, "fake updates for each generator update", low=1)
     fake_per_depth: bool = setting(False, "a fake for every truncation depth (ours, not the paper's)")
     reuse_rollouts: bool = setting(False, "the fake updates of an iteration share one rollout")
-    warmup: int = setting(200, "fake updates before a phase's first generator update", low=0)
-    batch: int = setting(256, "samples of an update", low=1)
+    warmup: int = setting(0, "fake updates before a phase's first generator update", low=0)
+    batch: int = setting(64, "samples of an update", low=1)
     micro_batch: int = setting(0, "samples of one pass; 0: the whole batch", low=0)
-    lr: float = setting(1e-3, "of the generator (AdamW)", above=0)
-    fake_lr: float = setting(2e-3, "of the fake (AdamW)", above=0)
-    lr_decay: float = setting(0.5, "part of a phase, at its end, in which both rates fall to 0", low=0, high=1)
+    lr: float = setting(5e-5, "of the generator (AdamW)", above=0)
+    fake_lr: float = setting(4e-7, "of the fake (AdamW)", above=0)
+    lr_decay: float = setting(0.0, "part of a phase, at its end, in which both rates fall to 0", low=0, high=1)
     seed: int = setting(0, "of all that is drawn", low=0)
     save_every: int = setting(200, "iterations between two states for --resume", low=1)
-    max_skips: int = setting(0, "non-finite updates in a row to skip before stopping", low=0)
+    max_skips: int = setting(20, "non-finite updates in a row to skip before stopping", low=0)
     eval_samples: int = setting(10_000, "samples behind each number of metrics.json", low=2)
 
 
@@ -94,12 +94,26 @@ class Preset:
     data: Callable  # data(cfg) -> batch(n, *where) -> (c, c_null, shape of a sample)
     evaluate: Callable  # evaluate(cfg, student, phases, device) -> numbers
     picture: Callable  # picture(cfg, student, phases, device) -> png
+    present: Callable  # present(cfg, phases, xs, keep_all) -> numbers, {file name: bytes}
     device: str = "auto"  # that --device auto means
+    threads: int = 0  # of the CPU; 0 leaves torch's own choice
 
+
+TOY_SETTINGS = dict(  # what a mixture in the plane needs in place of the paper's settings
+    shift=1.0, weight="xs", depths="mixed", warmup=200, batch=256, lr=1e-3, fake_lr=2e-3, lr_decay=0.5, max_skips=0
+)
 
 PRESETS = {
-    "toy2d": Preset({}, None, toy2d.network, toy2d.teacher, toy2d.start, toy2d.data, toy2d.evaluate, toy2d.picture, "cpu"),
+    "toy2d": Preset(
+        TOY_SETTINGS, None, toy2d.network, toy2d.teacher, toy2d.start, toy2d.data,
+        toy2d.evaluate, toy2d.picture, toy2d.present, device="cpu", threads=1,
+    ),  # one thread: at this size a second one only waits
 }
+
+
+def config(teacher: str = "toy2d", **given) -> Config:
+    """The settings of a preset, changed where given."""
+    return Config(**(PRESETS[teacher].settings | {"teacher": teacher} | given))
 
 
 # -- the loop ------------------------------------------------------------------------------------
@@ -321,8 +335,10 @@ def fake_lag(run: Run, updates: int = 20) -> tuple[float, float]:
 
     now = loss()
     for update in range(updates):
-        run.i = run.cfg.iters // 2 + update  # at the rate of the middle of the phase; it ends at 0
-        fake_update(run, f"lag{16 + update}", fake_rollouts(run, 1))
+        run.i = run.cfg.iters // 2  # for its rate: at the end of a phase that is 0
+        with torch.no_grad():
+            rollouts = simulate(run, [(f"lag more {update}", m, n) for m, n in micro_batches(run.cfg)])
+        fake_update(run, f"lag more {update}", iter(rollouts))
     later = loss()
     restore(run, tensors, counters)
     return now, later
@@ -366,7 +382,6 @@ def load_state(run: Run) -> tuple[int, float]:
     """Go on from the folder's state, or from the first phase. Returns log_bytes, seconds."""
     path, advice = run.out / "state" / "state.safetensors", "start over with --overwrite"
     if not path.exists():
-        begin_phase(run, 1)
         return 0, 0.0
     tensors, about = read_tensors(path, advice)
     if about.get("settings") != asdict(run.cfg):
@@ -395,9 +410,9 @@ def settle(args, cfg: Config) -> tuple[Config, bool]:
     held = contents(args.out)
     if args.overwrite and held & OURS:
         clear(args.out)
-        held -= OURS
+        return cfg, False
     if "config.json" not in held:
-        if held - OURS or (held and not args.resume):
+        if held:
             raise UserError(f"{args.out} holds other things ({', '.join(sorted(held)[:3])}); choose another --out")
         return cfg, False
     config = read_json(args.out / "config.json", "start over with --overwrite")
@@ -523,7 +538,6 @@ class Log:
 def prepare(args, cfg: Config, stop: Stop) -> Run:
     """A run as its folder has it, or a new one: networks, starting tensors, state."""
     preset, out = PRESETS[cfg.teacher], args.out
-    phases = phases_of(cfg)
     if "config.json" not in contents(out):
         config = {"settings": asdict(cfg), "environment": environment(args.device), "files": hashes(cfg)}
         write_json(out / "config.json", config)
@@ -532,10 +546,18 @@ def prepare(args, cfg: Config, stop: Stop) -> Run:
         start = preset.start(cfg, lambda steps: watch(steps, "start: fitting the teacher's velocity", stop))
         write_tensors(path, start, {"teacher": cfg.teacher})
     start, _ = read_tensors(path, "delete it, and run again with --resume")
-    device = torch.device(args.device)
-    teacher, names = preset.teacher(cfg, device), moe.run_roles(phases, cfg.fake_per_depth)
-    roles = moe.separate_networks(names, lambda: preset.network(cfg).to(device), start, teacher)
-    return Run(cfg, phases, roles, preset.data(cfg), device, out)
+    return new_run(cfg, start, torch.device(args.device), out)
+
+
+def new_run(cfg: Config, start: dict[str, Tensor], device: torch.device, out: Path) -> Run:
+    """A run before its first iteration, all roles at `start`."""
+    preset, phases = PRESETS[cfg.teacher], phases_of(cfg)
+    names = moe.run_roles(phases, cfg.fake_per_depth)
+    make = lambda: preset.network(cfg).to(device)
+    roles = moe.separate_networks(names, make, start, preset.teacher(cfg, device))
+    run = Run(cfg, phases, roles, preset.data(cfg), device, out)
+    begin_phase(run, 1)
+    return run
 
 
 def watch(steps, text: str, stop: Stop):
@@ -555,17 +577,17 @@ def phases_of(cfg: Config) -> list[ph.Phase]:
         raise UserError(str(error)) from None
 
 
-def drive(run: Run, stop: Stop) -> float:
-    """Train to the end with bars, log and states. Returns the seconds it took in all."""
+def drive(run: Run, began: float, stop: Stop) -> float:
+    """Train to the end with bars, log and states. Returns when it would have begun without a break."""
     size, before = load_state(run)
-    began, log = time.time() - before, Log(run.out / "log.jsonl", size)
-    bar = None
+    began -= before
+    log, bar = Log(run.out / "log.jsonl", size), None
     for row in train(run):
         if bar is None or row["iteration"] == -run.cfg.warmup:
             bar = new_bar(run)
         log.write(row | {"seconds": round(time.time() - began, 3)})
         bar.update()
-        bar.set_postfix(short(row))
+        bar.set_postfix(short(row), refresh=False)
         last = run.i == run.cfg.iters
         if last or stop.signal or run.i % run.cfg.save_every == 0:
             save_state(run, log.sync(), time.time() - began)
@@ -573,7 +595,7 @@ def drive(run: Run, stop: Stop) -> float:
             bar.close()
             report_lag(run)
         stop.check()
-    return time.time() - began
+    return began
 
 
 def new_bar(run: Run) -> tqdm:
@@ -593,15 +615,16 @@ def report_lag(run: Run) -> None:
           f"({100 * (later / now - 1):+.1f} %; A1 holds where this is near 0)")
 
 
-def finish(run: Run, seconds: float) -> dict:
+def finish(run: Run, began: float) -> dict:
     """Student, picture and numbers; metrics.json comes last and says that the run is finished."""
     preset, settings = PRESETS[run.cfg.teacher], {"settings": asdict(run.cfg)}
     experts = [moe.student_role(phase.k) for phase in run.phases]
     tensors = {f"{role}/{name}": p for role in experts for name, p in run.roles.parameters_of(role).items()}
     write_tensors(run.out / "student.safetensors", tensors, settings)
     write(run.out / "samples.png", preset.picture(run.cfg, run.student, run.phases, run.device))
+    trained = time.time()
     metrics = preset.evaluate(run.cfg, run.student, run.phases, run.device)
-    metrics["seconds"] = round(seconds, 1)
+    metrics |= {"seconds": round(trained - began, 1), "seconds_metrics": round(time.time() - trained, 1)}
     write_json(run.out / "metrics.json", metrics)
     return metrics
 
@@ -611,7 +634,7 @@ def show(metrics: dict, out: Path) -> None:
     for name, value in metrics.items():
         values = value if isinstance(value, list) else [value]
         print(f"{name:28}" + " ".join(f"{v:10.4g}" for v in values))
-    print(f"student, picture and log: {out}")
+    print(f"written to {out}")
 
 
 def dry_run(cfg: Config) -> None:
@@ -636,13 +659,13 @@ def parser() -> Parser:
     """A flag for every field of Config, and those that are about the command and not the run."""
     made = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     for f in fields(Config):
-        flag, about = "--" + f.name.replace("_", "-"), f.metadata
-        if isinstance(f.default, bool):
+        flag, about, kind = "--" + f.name.replace("_", "-"), f.metadata, type(f.default)
+        if kind is bool:
             made.add_argument(flag, action="store_true", default=None, help=about["help"])
-        else:
-            kind = type(f.default)
-            help = f"{about['help']} (default {f.default or 'none'})" if kind is str else f"{about['help']} (default {f.default:g})"
-            made.add_argument(flag, type=kind, choices=about["choices"], help=help, metavar=None if about["choices"] else kind.__name__)
+            continue
+        others = [f"{name}: {preset.settings[f.name]}" for name, preset in PRESETS.items() if f.name in preset.settings]
+        help = f"{about['help']} ({'; '.join([f'default {f.default or 0 if kind is not str else f.default or None}', *others])})"
+        made.add_argument(flag, type=kind, choices=about["choices"], help=help, metavar=None if about["choices"] else kind.__name__.upper())
     made.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="auto: the fastest there is; toys: cpu")
     made.add_argument("--out", type=Path, help="the run's folder (default out/TEACHER)")
     made.add_argument("--resume", action="store_true", help="go on with what is in --out; starts if nothing is there")
@@ -662,7 +685,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, cutoff=0) or list(PRESETS)
         raise UserError(f"unknown --teacher {name}; nearest: {', '.join(near)}")
-    cfg = Config(**(PRESETS[name].settings | args.given))
+    cfg = config(**args.given | {"teacher": name})
     check(cfg)
     args.out = args.out or Path("out") / name
     args.device = pick_device(args.device, PRESETS[name].device)
@@ -712,8 +735,10 @@ def main(argv: list[str] | None = None) -> int:
             show(read_json(args.out / "metrics.json", "start over with --overwrite"), args.out)
             return 0
         print(ph.table(phases_of(cfg), cfg.shift))
+        began = time.time()
+        torch.set_num_threads(PRESETS[cfg.teacher].threads or torch.get_num_threads())
         run = prepare(args, cfg, stop)
-        show(finish(run, drive(run, stop)), args.out)
+        show(finish(run, drive(run, began, stop)), args.out)
         return 0
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)

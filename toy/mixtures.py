@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from models.weights import UserError
-from sde import Process, coefficients, flow
+from sde import Process, coefficients, exact, flow
 
 MAX_POINTS = 2000  # of a user's file: the exact teacher asks every component for every sample
 
@@ -26,6 +26,7 @@ class Mixture:
     sd: float
     labels: Tensor  # (M,) class of each component
     p: Process = flow
+    unit: tuple[Tensor | float, float] = (0.0, 1.0)  # data = centre + scale * x, of --points
 
     @property
     def classes(self) -> int:
@@ -34,7 +35,7 @@ class Mixture:
     def _posterior(self, x_t: Tensor, t, c):
         """log p(component, x_t) up to the class prior (B, M); the variance of x_t given it (B, 1)."""
         alpha_t, sigma_t = coefficients(t, x_t, self.p)
-        means, var = self.means.to(x_t), alpha_t**2 * self.sd**2 + sigma_t**2
+        means, var = self.means.to(x_t), exact(alpha_t**2 * self.sd**2 + sigma_t**2)
         # |x - alpha mu|^2 without |x|^2, which no component can change: nothing to cancel
         logits = (alpha_t * (x_t @ means.T) - 0.5 * alpha_t**2 * means.square().sum(1)) / var
         if c is not None:
@@ -68,9 +69,9 @@ class Mixture:
     def log_density(self, x_t: Tensor, t, c=None) -> Tensor:
         """log p(x_t). (B,)"""
         logits, var = self._posterior(x_t, t, c)
-        count = len(self.means) if c is None else (logits > -math.inf).sum(1)
-        norm = 0.5 * x_t.shape[1] * (2 * math.pi * var[:, 0]).log() + torch.as_tensor(count).log()
-        return logits.logsumexp(1) - 0.5 * x_t.square().sum(1) / var[:, 0] - norm
+        count = (logits > -math.inf).sum(1)  # of the components in question
+        quadratic = x_t.square().sum(1, keepdim=True) / var + x_t.shape[1] * (2 * math.pi * var).log()
+        return logits.logsumexp(1) - 0.5 * quadratic[:, 0] - count.log()
 
     def sample(self, n: int, generator: torch.Generator, c=None) -> Tensor:
         """n exact samples x_0 (n, d), of the classes c where given."""
@@ -135,7 +136,8 @@ def from_points(file: str, bandwidth: float = 0.0) -> Mixture:
     other row, at least 0.05. Raises UserError.
     """
     points = torch.from_numpy(read_points(file))
-    points = points - points.mean(0)
+    centre = points.mean(0)
+    points = points - centre
     scale = points.square().mean().sqrt()
     if scale == 0:
         raise UserError(f"{file}: all rows are the same point; give at least two different ones")
@@ -143,7 +145,8 @@ def from_points(file: str, bandwidth: float = 0.0) -> Mixture:
     if not bandwidth:
         gaps = torch.cdist(points, points).fill_diagonal_(math.inf).min(1).values
         bandwidth = max(0.05, gaps.median().item())
-    return Mixture(points.float(), bandwidth, torch.zeros(len(points), dtype=torch.long))
+    labels = torch.zeros(len(points), dtype=torch.long)
+    return Mixture(points.float(), bandwidth, labels, unit=(centre, scale.item()))
 
 
 def read_points(file: str) -> np.ndarray:

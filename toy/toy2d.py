@@ -1,5 +1,8 @@
 """The preset toy2d: an exact mixture is the teacher, and every number has an exact reference."""
 
+import io
+
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -9,7 +12,7 @@ from phases import step_times
 from sample import normal, stream, trajectory
 from sde import diffuse
 from toy.mixtures import TOYS, Mixture, energy, from_points, modes
-from toy.plot import panel, png
+from toy.plot import panel, plt, png
 
 
 def mixture(cfg) -> Mixture:
@@ -73,21 +76,26 @@ def start(cfg, bar, steps: int = 1500, batch: int = 1024) -> dict[str, Tensor]:
 # -- numbers and picture -------------------------------------------------------------------------
 
 
-def draw(cfg, nets, times, n: int, device, *where) -> list[Tensor]:
-    """n samples at each of the times, on the CPU, from the seed's evaluation noise."""
-    target = mixture(cfg)
-    z = normal((n, target.means.shape[1]), cfg.seed, "evaluate", *where).to(device)
-    c = classes_of(target, n, cfg.seed, "evaluate", *where) if cfg.classes == "on" else None
+def draw(cfg, nets, times, n: int, device) -> list[Tensor]:
+    """n samples at each of the times, on the CPU, from noise of their own."""
+    c, _, shape = data(cfg)(n, cfg.seed, "evaluate")
+    z = normal((n, *shape), cfg.seed, "evaluate", "z").to(device)
     with torch.no_grad():
         return [x.cpu() for x in trajectory(nets, times, z, move(c, device))]
+
+
+def numbers(cfg, x: Tensor, y: Tensor) -> dict:
+    """How far samples x (n, d) are from exact ones y, and how well they hit the modes."""
+    number, precision = modes(x, mixture(cfg))
+    return {"energy": energy(x, y), "modes": number, "precision": precision}
 
 
 def evaluate(cfg, student, phases, device) -> dict:
     """The student beside exact samples, and beside the exact teacher with as many Euler steps.
 
-    energy in the data's unit (of `energy` in mixtures.py); energy_phases: x at the end of each
-    phase beside exact x_t, which the last phase can hide; energy_floor: [mean, sd] of exact
-    samples beside exact samples.
+    Energies are distances `energy` of mixtures.py. energy_phases: x at the end of each phase
+    beside exact x_t, which the last phase can hide; energy_floor: [mean, sd] of exact samples
+    beside exact samples.
     """
     target, n, times = mixture(cfg), cfg.eval_samples, step_times(cfg.steps, cfg.shift)
     xs = draw(cfg, student, times, n, device)
@@ -95,24 +103,30 @@ def evaluate(cfg, student, phases, device) -> dict:
     exact = [target.sample(n, stream("exact", cfg.seed, j)) for j in range(10)]
     floor = torch.tensor([energy(x, y) for x, y in zip(exact[:5], exact[5:])])
     ends = [target.sample_at(phase.s, n, stream("exact at", cfg.seed, phase.k)) for phase in phases]
-    number, precision = modes(xs[-1], target)
-    return {
-        "energy": energy(xs[-1], exact[0]),
-        "energy_floor": [floor.mean().item(), floor.std().item()],
-        "energy_teacher_same_steps": energy(x_teacher, exact[0]),
-        "energy_phases": [energy(xs[phase.last], y) for phase, y in zip(phases, ends)],
-        "modes": number,
-        "modes_exact": modes(exact[0], target)[0],
-        "precision": precision,
-        "precision_exact": modes(exact[0], target)[1],
-        "precision_teacher_same_steps": modes(x_teacher, target)[1],
-    }
+    metrics = numbers(cfg, xs[-1], exact[0])
+    metrics["energy_floor"] = [floor.mean().item(), floor.std().item()]
+    metrics["energy_phases"] = [energy(xs[phase.last], y) for phase, y in zip(phases, ends)]
+    for name, x in (("teacher_same_steps", x_teacher), ("exact", exact[1])):
+        metrics |= {f"{key}_{name}": value for key, value in numbers(cfg, x, exact[0]).items()}
+    return metrics
+
+
+def present(cfg, phases, xs: list[Tensor], keep_all: bool) -> tuple[dict, dict[str, bytes]]:
+    """Samples xs at each time as numbers, and as files in the unit of the data: picture and npy."""
+    target, (centre, scale) = mixture(cfg), mixture(cfg).unit
+    shown = torch.stack(xs if keep_all else xs[-1:]).double() * scale + centre
+    array, figure = io.BytesIO(), plt.figure(figsize=(3 * len(shown), 3.2))
+    np.save(array, (shown if keep_all else shown[0]).numpy())
+    final = torch.cdist(xs[-1], target.means).argmin(1)
+    for i, x in enumerate(xs if keep_all else xs[-1:]):
+        ax = figure.add_subplot(1, len(shown), i + 1, title=f"t = {step_times(cfg.steps, cfg.shift)[i - len(shown)]:.3g}")
+        panel(ax, x, final, len(target.means), reach=1.25 * xs[-1].abs().quantile(0.99).item())
+    y = target.sample(len(xs[-1]), stream("exact", cfg.seed))
+    return numbers(cfg, xs[-1], y), {"samples.png": png(figure), "samples.npy": array.getvalue()}
 
 
 def picture(cfg, student, phases, device, n: int = 3000) -> bytes:
     """A png: the student step by step, the exact teacher with the same steps, exact samples."""
-    import matplotlib.pyplot as plt
-
     target, times = mixture(cfg), step_times(cfg.steps, cfg.shift)
     rows = {
         f"student, {cfg.steps} steps": draw(cfg, student, times, n, device),
@@ -120,7 +134,7 @@ def picture(cfg, student, phases, device, n: int = 3000) -> bytes:
         "exact": [target.sample_at(t, n, stream("picture", i)) for i, t in enumerate(times)],
     }
     expert = {i: phase.k for phase in phases for i in range(phase.first, phase.last)}
-    figure, axes = plt.subplots(3, len(times), figsize=(2.1 * len(times), 6.6), squeeze=False)
+    figure, axes = plt.subplots(3, len(times), figsize=(2.1 * len(times), 6.4), squeeze=False, layout="constrained")
     for row, (name, xs) in zip(axes, rows.items()):
         final = torch.cdist(xs[-1], target.means).argmin(1) if name != "exact" else None
         for i, (ax, x) in enumerate(zip(row, xs)):

@@ -1,0 +1,36 @@
+"""What the tests share: small runs whose networks start fitted, without files."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import train
+from toy import toy2d
+
+torch.set_num_threads(1)  # tests of small networks: a second thread only waits
+
+
+@pytest.fixture(scope="session")
+def start():
+    """start(cfg): tensors to start from, fitted once a mixture and session, and briefly."""
+    made = {}
+
+    def of(cfg):
+        key = cfg.toy, cfg.classes
+        if key not in made:
+            made[key] = toy2d.start(cfg, lambda steps: steps, steps=500)
+        return made[key]
+
+    return of
+
+
+@pytest.fixture
+def new_run(start):
+    """new_run(**settings): a run on the ring before its first iteration."""
+
+    def of(**settings):
+        cfg = train.config(**settings)
+        return train.new_run(cfg, start(cfg), torch.device("cpu"), Path("nowhere"))
+
+    return of

@@ -1,0 +1,182 @@
+"""Claims about crashes: whatever call fails and whenever the process dies, nothing is lost or torn."""
+
+import builtins
+import errno
+import io
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import train
+
+ROOT = Path(__file__).parent.parent
+SHORT = "--iters 2 --warmup 1 --batch 8 --fake-updates 1 --save-every 1 --eval-samples 50".split()
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch, start):
+    """A start that costs nothing and a picture of a few points: files are what is tested here."""
+    preset = train.PRESETS["toy2d"]
+    fast = train.replace(preset, start=lambda cfg, bar: start(cfg), picture=lambda *_: b"a picture")
+    monkeypatch.setitem(train.PRESETS, "toy2d", fast)
+
+
+def results(out: Path) -> dict:
+    """What a run leaves, without the seconds."""
+    drop = lambda row: {name: value for name, value in row.items() if not name.startswith("seconds")}
+    return {
+        "student": (out / "student.safetensors").read_bytes(),
+        "picture": (out / "samples.png").read_bytes(),
+        "metrics": drop(json.loads((out / "metrics.json").read_bytes())),
+        "log": [drop(json.loads(line)) for line in (out / "log.jsonl").read_text().splitlines()],
+    }
+
+
+class FailingCall:
+    """Counts calls of open for writing, write, fsync, rename below a folder; the n-th fails."""
+
+    def __init__(self, monkeypatch, folder: Path, n: int):
+        self.folder, self.n, self.count = str(folder), n, 0
+        open_, fsync, replace = builtins.open, os.fsync, os.replace
+        outer = self
+
+        class Written(io.FileIO):
+            def write(self, data):
+                outer.tick()
+                return super().write(data)
+
+        def opened(file, mode="r", *rest, **kw):
+            if not str(file).startswith(outer.folder) or not set(mode) & set("wa+"):
+                return open_(file, mode, *rest, **kw)
+            outer.tick()
+            return Written(file, mode.replace("b", ""))
+
+        monkeypatch.setattr(builtins, "open", opened)
+        monkeypatch.setattr(os, "fsync", lambda fd: (outer.tick(), fsync(fd))[1])
+        monkeypatch.setattr(os, "replace", lambda a, b: (outer.tick(), replace(a, b))[1])
+
+    def tick(self):
+        self.count += 1
+        if self.count == self.n:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_every_file_system_call_may_fail_and_the_resumed_run_is_bit_identical(tmp_path, monkeypatch, capsys):
+    """n = 1, 2, ... to the last call of the run: one line, status 2, and --resume ends the same."""
+    assert train.main([*SHORT, "--out", str(tmp_path / "whole")]) == 0
+    whole = results(tmp_path / "whole")
+    n, failed = 0, True
+    while failed:
+        n, out = n + 1, tmp_path / str(n + 1)
+        with monkeypatch.context() as patch:
+            calls = FailingCall(patch, out, n)
+            capsys.readouterr()
+            status = train.main([*SHORT, "--out", str(out)])
+            failed = calls.count >= n
+        if failed:
+            error = capsys.readouterr().err
+            assert status == 2 and error.count("\n") == 1 and "No space left" in error, (n, error)
+            assert not list(out.rglob("*.tmp"))
+            assert train.main([*SHORT, "--out", str(out), "--resume"]) == 0
+        assert results(out) == whole, n
+    assert n > 40  # opens, writes, fsyncs and renames of all files of the run
+
+
+def test_the_crash_test_sees_a_torn_file(tmp_path, monkeypatch):
+    """Negative control: written in place, a failing write leaves a state that cannot be resumed."""
+    monkeypatch.setattr(train, "write_tensors", in_place)
+    broken = 0
+    for n in range(1, 60):
+        out = tmp_path / str(n)
+        with monkeypatch.context() as patch:
+            calls = FailingCall(patch, out, n)
+            try:
+                train.main([*SHORT, "--out", str(out)])
+            except OSError:
+                pass
+        if calls.count < n:
+            break
+        broken += train.main([*SHORT, "--out", str(out), "--resume"]) != 0
+    assert broken
+
+
+def in_place(path, tensors, about):
+    """write_tensors without its care: half of the file, then the rest."""
+    import safetensors.torch
+
+    content = safetensors.torch.save(tensors, metadata={k: json.dumps(v) for k, v in about.items()})
+    path.parent.mkdir(exist_ok=True)
+    with open(path, "wb") as file:
+        file.write(content[: len(content) // 2])
+        file.write(content[len(content) // 2 :])
+
+
+COMMAND = [sys.executable, str(ROOT / "train.py"), *"--iters 60 --warmup 20 --batch 32 --save-every 7 --eval-samples 200".split()]
+
+
+def begin(out: Path, *more, start: Path | None = None) -> subprocess.Popen:
+    """The command in a process of its own; with `start`, as if it had died after fitting its start."""
+    if start:
+        out.mkdir()
+        for name in ("config.json", "start.safetensors"):
+            shutil.copy(start / name, out)
+        more = ["--resume"]
+    return subprocess.Popen([*COMMAND, "--out", str(out), *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The run that was not killed, and the seconds that its training took."""
+    out = tmp_path_factory.mktemp("kill") / "whole"
+    assert begin(out).wait(120) == 0
+    began = time.time()
+    assert begin(out.with_name("again"), start=out).wait(120) == 0
+    return results(out), out, time.time() - began
+
+
+
+
+def wait_for_log(process, out: Path, lines: int):
+    """Until the training has begun: a signal before has nothing to save."""
+    while process.poll() is None and (not (out / "log.jsonl").exists() or (out / "log.jsonl").read_bytes().count(b"\n") < lines):
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_a_run_resumes_bit_identical(tmp_path, undisturbed):
+    """SIGKILL five times at moments drawn over the whole run, each followed by --resume."""
+    whole, first, seconds = undisturbed
+    out, draws = tmp_path / "run", random.Random(0)
+    process = begin(out, start=first)
+    for _ in range(5):
+        time.sleep(draws.uniform(0.3, 1) * seconds)
+        process.kill()
+        process.communicate()
+        process = begin(out, "--resume")
+    assert process.wait(120) == 0, process.communicate()[1]
+    assert results(out) == whole
+
+
+@pytest.mark.parametrize("number,status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_saves_and_says_how_to_go_on(tmp_path, undisturbed, number, status):
+    """SIGTERM and Ctrl-C: exit 143 and 130, the printed command ends bit-identical."""
+    out = tmp_path / "a run"
+    process = begin(out, start=undisturbed[1])
+    wait_for_log(process, out, 30)
+    process.send_signal(number)
+    printed, error = process.communicate(timeout=60)
+    assert process.returncode == status and "Traceback" not in error
+    command = printed.splitlines()[-1].split("continue with: ")[1]
+    state = train.read_tensors(out / "state" / "state.safetensors", "")[1]
+    assert state["iteration"] % 7 != 0 or state["iteration"] == 0 or state["phase"] == 2  # saved just then
+    assert command.startswith("python train.py --resume --out '")
+    subprocess.run(command.replace("python train.py", f"{sys.executable} {ROOT}/train.py", 1), shell=True, check=True, capture_output=True)
+    assert results(out) == undisturbed[0]

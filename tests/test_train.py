@@ -1,0 +1,229 @@
+"""Claims about the loop: it is the method, it is exact about who learns, and it repeats itself."""
+
+import itertools
+
+import pytest
+import torch
+
+import losses
+import train
+from models.weights import UserError
+from sample import normal, stream, trajectory
+from sde import diffuse, step
+from toy import toy2d
+from toy.mixtures import energy
+
+SMALL = dict(iters=3, warmup=2, batch=16, fake_updates=2)
+
+
+def weights(run, role):
+    return {name: p.detach().clone() for name, p in run.roles.parameters_of(role).items()}
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_one_phase_with_weight_one_is_dmd2_written_out(new_run):
+    """The same draws through ten lines that know nothing of phases: equal step for step."""
+    run = new_run(phases=1, steps=2, weight="one", depths="drawn", warmup=0, iters=6, batch=32, lr_decay=0.0)
+    G, F = (toy2d.network(run.cfg) for _ in "GF")
+    for mine, role in ((G, "student1"), (F, "fake1")):
+        mine.load_state_dict(weights(run, role))
+    adam = {net: torch.optim.AdamW(net.parameters(), lr, betas=(0.0, 0.999), weight_decay=0.0) for net, lr in ((G, 1e-3), (F, 2e-3))}
+
+    def samples(where):  # two steps, 1 -> 0.5 -> 0, cut after one of them
+        x, j = normal((32, 2), *where, 0, "z"), int(2 * torch.rand((), generator=stream(*where, "depth")).item())
+        with torch.no_grad():
+            x = x - 0.5 * G(x, torch.ones(32)) if j else x
+        t_j = 0.5 if j else 1.0
+        return x - t_j * G(x, torch.full((32,), t_j))
+
+    def noised(x, where):
+        u, eps = torch.rand(32, generator=stream(*where, 0, "t")), normal((32, 2), *where, 0, "eps")
+        t = 0.02 + 0.96 * u
+        return t, eps, (1 - t[:, None]) * x + t[:, None] * eps
+
+    teacher = toy2d.teacher(run.cfg)
+    for i, row in enumerate(itertools.islice(train.train(run), 6)):
+        for update in range(5):
+            x = samples((0, 1, i, update)).detach()
+            t, eps, x_t = noised(x, (0, 1, i, update))
+            weight = (10 * t**2).clamp(max=1)[:, None]
+            (weight * (F(x_t, t) - (eps - x)) ** 2).mean().backward()
+            adam[F].step(), adam[F].zero_grad()
+        x = samples((0, 1, i, 5))
+        t, eps, x_t = noised(x.detach(), (0, 1, i, 5))
+        with torch.no_grad():
+            gradient = teacher(x_t, t) - F(x_t, t)
+        (x * gradient).mean().backward()
+        adam[G].step(), adam[G].zero_grad()
+        for mine, role in ((G, "student1"), (F, "fake1")):
+            torch.testing.assert_close(mine.state_dict(), weights(run, role), rtol=1e-3, atol=2e-5)
+
+
+def test_without_momentum_adamw_needs_no_first_moment():
+    """Ours is torch's AdamW with betas (0, 0.999) and no decay; with momentum it would not be."""
+    made = []
+    for make in ("ours", 0.0, 0.9):
+        p = torch.nn.Parameter(torch.linspace(-1, 1, 11))
+        optimizer = train.AdamW({"p": p}, 1e-2) if make == "ours" else torch.optim.AdamW([p], 1e-2, (make, 0.999), weight_decay=0)
+        for i in range(20):
+            p.grad = torch.sin(p.detach() * i + i)
+            optimizer.step(1.0) if make == "ours" else optimizer.step()
+        made.append(p.detach())
+    torch.testing.assert_close(made[0], made[1], rtol=1e-5, atol=1e-6)
+    assert (made[0] - made[2]).abs().max() > 1e-3
+
+
+def test_only_the_active_expert_and_its_fake_get_gradients(new_run):
+    """In phase 2 the generator's loss reaches student2 alone, the fake's fake1 alone."""
+    run = new_run(**SMALL)
+    train.begin_phase(run, 2)
+    run.i = 0
+    kept = train.apply
+    reached = {}
+
+    def watch(run, name, loss):
+        roles = run.roles_begun
+        reached[name] = [r for r in roles if any(p.grad is not None for p in run.roles.parameters_of(r).values())]
+        return kept(run, name, loss)
+
+    train.apply = watch
+    try:
+        train.iteration(run)
+    finally:
+        train.apply = kept
+    assert reached == {"fake": ["fake1"], "student2": ["student2"]}
+
+
+def test_a_frozen_expert_is_bit_identical_afterwards(new_run):
+    """Phase 2 leaves student1 alone, and starts student2 and the fake from the teacher."""
+    run = new_run(**SMALL)
+    first = weights(run, "student1")
+    frozen = None
+    for row in train.train(run):
+        if row["phase"] == 1 and run.i == run.cfg.iters:
+            frozen = weights(run, "student1")
+        if row["phase"] == 2 and row["iteration"] == -2:
+            assert same(weights(run, "student2"), first)
+    assert not same(first, frozen) and same(frozen, weights(run, "student1"))
+    assert not same(first, weights(run, "student2"))
+
+
+@pytest.mark.parametrize("settings", [{}, dict(depths="drawn"), dict(fake_per_depth=True), dict(phases=4), dict(truncate="off", phases=1),
+                                      dict(reuse_rollouts=True), dict(classes="on", guidance=2.0), dict(interval="disjoint", shift=3.0)])
+def test_two_runs_are_bit_identical_and_another_seed_is_not(new_run, settings):
+    """For every way of Fig. 1 that the flags can ask for."""
+    ends = []
+    for seed in (0, 0, 1):
+        run = new_run(**SMALL, **settings, seed=seed)
+        rows = list(train.train(run))
+        assert all(torch.isfinite(torch.tensor(row["fake"]["loss"])) for row in rows)
+        ends.append(train.tensors_of(run))
+    assert same(ends[0], ends[1]) and not same(ends[0], ends[2])
+
+
+def test_passes_of_any_size_make_the_same_rollouts(new_run):
+    """Five rollouts in one go, as small networks do, or one after the other."""
+    joined, apart = (new_run(**SMALL | dict(micro_batch=size)) for size in (0, 16))
+    for a, b in zip(train.fake_rollouts(joined, 5), train.fake_rollouts(apart, 5), strict=True):
+        torch.testing.assert_close(a[0], b[0], rtol=1e-4, atol=1e-5)
+        assert torch.equal(a[2], b[2])
+    shared = list(train.fake_rollouts(new_run(**SMALL, reuse_rollouts=True), 3))
+    assert len(shared) == 3 and torch.equal(shared[0][0], shared[2][0])
+
+
+def test_accumulated_passes_make_the_gradient_of_their_mean(new_run):
+    """Two passes of 8: the gradient is the mean over both, not their sum."""
+    found = {}
+    kept = train.apply
+    train.apply = lambda run, name, loss: found.update({name: weights_grad(run)}) or {"loss": 0.0}
+    try:
+        run = new_run(**SMALL | dict(batch=16, micro_batch=8))
+        train.generator_update(run, 0)
+    finally:
+        train.apply = kept
+    run = new_run(**SMALL | dict(batch=16, micro_batch=8))
+    total = 0
+    for m in (0, 1):
+        [(x_s, c, depth)] = train.simulate(run, [(0, m, 8)])
+        part, t, eps = train.renoise(run, 0, m, x_s)
+        x_t = diffuse(x_s.detach(), 0.5, t, eps)
+        with torch.no_grad():
+            v_real, v_fake = run.roles.velocity("teacher", x_t, t), run.roles.velocity("fake1", x_t, t)
+        total = total + 0.5 * losses.distribution_matching(x_s, losses.dmd_gradient(x_s, x_t, 0.5, t, v_real, v_fake, "xs"))
+    total.backward()
+    torch.testing.assert_close(found["student1"], weights_grad(run))
+
+
+def weights_grad(run):
+    return {name: p.grad.clone() for name, p in run.roles.parameters_of("student1").items()}
+
+
+@pytest.mark.parametrize("truncate", ["on", "off"])
+def test_truncation_records_one_step_and_its_absence_all(new_run, truncate):
+    """Graph nodes of the generator's step: one network's worth, or one for each of the steps."""
+    run = new_run(**SMALL, phases=1, truncate=truncate)
+    [(x_s, _, _)] = train.simulate(run, [(0, 0, 16)])
+    todo, seen = [x_s.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [parent for parent, _ in node.next_functions]
+    silu = sum(node.name() == "SiluBackward0" for node in seen)
+    assert silu == (3 if truncate == "on" else 12)
+
+
+def test_the_rollout_is_what_sampling_will_do(new_run):
+    """The deepest truncation of the last phase is the sampler's output itself."""
+    run = new_run(**SMALL)
+    list(train.train(run))
+    z, last = normal((8, 2), "z"), torch.full((8,), 2)
+    x_s = train.rollout(run.student, run.times, run.phases[1], z, None, last)
+    *_, x = trajectory(run.student, run.times, z)
+    torch.testing.assert_close(x_s, x)
+    first = train.rollout(run.student, run.times, run.phases[1], z, None, torch.ones_like(last))
+    *_, x_half = trajectory(run.student[:2], run.times[:3], z)
+    v = run.student[2](x_half, torch.full((8,), 0.5))
+    torch.testing.assert_close(first, step(x_half, 0.5, 0.0, v))
+
+
+@pytest.mark.parametrize("max_skips", [0, 1])
+def test_what_is_not_finite_never_reaches_an_optimizer(new_run, max_skips):
+    """The update is skipped; after max_skips in a row the run stops and says where."""
+    run = new_run(**SMALL, max_skips=max_skips)
+    teacher = run.roles.velocity
+    run.roles = run.roles._replace(velocity=lambda role, *a: teacher(role, *a) * (float("nan") if role == "teacher" else 1))
+    run.i, before = 0, weights(run, "student1")
+    with pytest.raises(UserError, match=f"phase 1, iteration {max_skips}: student1"):
+        for row in train.train(run):
+            pass
+    assert same(before, weights(run, "student1")) and run.skips["student1"] == max_skips + 1
+
+
+def test_measuring_the_lag_leaves_the_run_as_it_was(new_run):
+    """The same draws before and after, and nothing of the 20 updates stays."""
+    run = new_run(**SMALL)
+    for row in itertools.islice(train.train(run), 5):
+        pass
+    before, counters = {k: v.clone() for k, v in train.tensors_of(run).items()}, train.counters_of(run)
+    now, later = train.fake_lag(run)
+    assert same(before, train.tensors_of(run)) and counters == train.counters_of(run)
+    assert now != later and now == pytest.approx(later, rel=0.2)
+
+
+def end_of_phase_1(new_run, **settings):
+    run = new_run(**settings)
+    for row in train.train(run):
+        if row["phase"] == 1 and run.i == run.cfg.iters:
+            break
+    *_, x = trajectory(run.student[:2], run.times[:3], normal((10_000, 2), "z"))
+    return energy(x.detach(), toy2d.mixture(run.cfg).sample_at(0.5, 10_000, stream("exact")))
+
+
+def test_the_biased_target_harms_the_end_of_phase_1(new_run):
+    """Energy of x_{t_1} to exact x_{t_1}: at least 3 times worse. The last phase would hide it."""
+    good, bad = (end_of_phase_1(new_run, iters=250, warmup=100, target=target) for target in ("unbiased", "biased"))
+    assert good < 0.006 and bad > 3 * good
