@@ -73,7 +73,14 @@ def _parts(x_s: Tensor, s, t, p: Process) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def dmd_gradient(
-    x_s: Tensor, x_t: Tensor, s, t, v_real: Tensor, v_fake: Tensor, weight="paper", p: Process = flow
+    x_s: Tensor,
+    x_t: Tensor,
+    s,
+    t,
+    v_real: Tensor,
+    v_fake: Tensor,
+    weight="paper",
+    p: Process = flow,
 ) -> Tensor:
     """Gradient of reverse KL at time t with respect to x_s, Eq. 10; Eq. 7 at s = 0. (B, ...)
 

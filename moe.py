@@ -6,6 +6,7 @@ A role ("teacher", "student1", "fake1") is an argument of a call and never a sta
 a state would be read again when activation checkpointing recomputes, and be wrong by then.
 """
 
+from functools import partial
 from typing import Callable, NamedTuple
 
 import torch
@@ -49,8 +50,10 @@ def run_roles(phases: list[Phase], per_depth: bool) -> list[str]:
     return [student_role(phase.k) for phase in phases] + list(dict.fromkeys(fakes))
 
 
-def separate_networks(names: list[str], make: Callable[[], nn.Module], start: dict, teacher) -> Roles:
-    """Roles with a network each, all starting from the tensors `start`; the teacher is a function."""
+def separate_networks(
+    names: list[str], make: Callable[[], nn.Module], start: dict, teacher
+) -> Roles:
+    """Roles with a network each, all from the tensors `start`; the teacher is a function."""
     networks = {name: make() for name in names}
 
     def velocity(role, x_t, t, c=None):
@@ -66,11 +69,8 @@ def separate_networks(names: list[str], make: Callable[[], nn.Module], start: di
 
 def by_step(velocity: Callable, phases: list[Phase]) -> list[Callable]:
     """The student's network of each of the N steps: v = nets[i](x_t, t, c)."""
-    return [
-        lambda x_t, t, c=None, role=student_role(phase.k): velocity(role, x_t, t, c)
-        for phase in phases
-        for _ in range(phase.depths)
-    ]
+    owners = [student_role(phase.k) for phase in phases for _ in range(phase.depths)]
+    return [partial(velocity, role) for role in owners]
 
 
 def by_time(high: Callable, low: Callable, boundary_t: float) -> Callable:

@@ -46,7 +46,7 @@ class Phase:
 
 
 def step_times(steps: int, S: float) -> tuple[float, ...]:
-    """1 = t_0 > t_1 > ... > t_N = 0: uniform in u, then shifted. Shift 5: 1, .9375, .8333, .625, 0."""
+    """1 = t_0 > ... > t_N = 0: uniform in u, then shifted. Shift 5: 1, .9375, .8333, .625, 0."""
     return tuple(shift(1 - i / steps, S) for i in range(steps)) + (0.0,)
 
 
@@ -78,8 +78,14 @@ def make_phases(
         t = times[(k - 1) * n : k * n + 1]
         u_end = unshift(t[0], S) if interval == "disjoint" else 1.0
         u = (unshift(t[-1], S) + margin, u_end - margin)
+        if u[0] >= u[1] and not fix_t:
+            raise ValueError(
+                f"phase {k} leaves no room to re-noise: fewer steps, fewer phases, or nested"
+            )
         if fix_t and fix_t <= t[-1]:
-            raise ValueError(f"--fix-t {fix_t} lies below phase {k}, which ends at {t[-1]:.4g}; take one above")
+            raise ValueError(
+                f"--fix-t {fix_t} lies below phase {k}, which ends at {t[-1]:.4g}; take one above"
+            )
         u = (unshift(fix_t, S),) * 2 if fix_t else u
         made.append(Phase(k, (k - 1) * n, k * n, t, _parts(t, u, S, boundary_t, boundary)))
     return made
@@ -91,7 +97,9 @@ def _parts(t, u, S: float, boundary_t, boundary: str) -> tuple[Part, ...]:
         return (Part(1, u),)
     cut = unshift(boundary_t, S)
     if min(t[:-1]) >= boundary_t:  # every step is the high-noise expert's: the other one stays out
-        return (Part(1, u, floor=boundary_t) if boundary == "clip" else Part(1, (max(cut, u[0]), u[1])),)
+        return (
+            Part(1, u, floor=boundary_t) if boundary == "clip" else Part(1, (max(cut, u[0]), u[1])),
+        )
     parts = Part(1, (max(cut, u[0]), u[1])), Part(2, (u[0], min(cut, u[1])))
     return tuple(part for part in parts if part.u[0] <= part.u[1])
 
@@ -118,7 +126,7 @@ def renoise_times(part: Part, u: Tensor, S: float) -> Tensor:
 
 
 def truncation_depths(phase: Phase, B: int, u: float, mixed: bool) -> Tensor:
-    """Which step of the phase, 1 .. n, is recorded and jumps to its end, for each of B samples. (B,)
+    """For each of B samples, which step of the phase is recorded and jumps to its end. (B,)
 
     Drawn once for all B, as the paper does; `mixed` gives every depth an equal share instead.
     """
@@ -132,7 +140,9 @@ def table(phases: list[Phase], S: float) -> str:
     rows = ["phase  expert  steps at t x 1000          ends at  re-noises in"]
     for phase in phases:
         steps = " ".join(f"{1000 * t:.4g}" for t in phase.t[:-1])
-        rows.append(f"{phase.k:5}  {phase.k:6}  {steps:26}  {1000 * phase.s:7.4g}  {_intervals(phase, S)}")
+        rows.append(
+            f"{phase.k:5}  {phase.k:6}  {steps:26}  {1000 * phase.s:7.4g}  {_intervals(phase, S)}"
+        )
     return "\n".join(rows)
 
 
@@ -141,6 +151,10 @@ def _intervals(phase: Phase, S: float) -> str:
     texts = []
     for part in phase.parts:
         low, high = (1000 * shift(u, S) for u in part.u)
-        text = f"({low:.4g}, {high:.4g})" + (f", clipped to {1000 * part.floor:.4g}" if part.floor else "")
-        texts.append(text + (f" by teacher expert {part.expert}" if part.expert > 1 or part.floor else ""))
+        text = f"({low:.4g}, {high:.4g})" + (
+            f", clipped to {1000 * part.floor:.4g}" if part.floor else ""
+        )
+        texts.append(
+            text + (f" by teacher expert {part.expert}" if part.expert > 1 or part.floor else "")
+        )
     return " and ".join(texts)

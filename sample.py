@@ -1,10 +1,9 @@
 """The few-step sampler, for a student, its phases while training, and a teacher alike.
 
-    python sample.py --student out/toy2d                     a picture, an array and numbers
-    python sample.py --student out/toy2d --trajectory        with x at every step
+python sample.py --student out/toy2d                     a picture, an array and numbers
+python sample.py --student out/toy2d --trajectory        with x at every step
 """
 
-import argparse
 import hashlib
 import sys
 import time
@@ -15,7 +14,9 @@ import torch
 from torch import Tensor
 
 import moe
-from models.weights import UserError, read_json, read_tensors, write
+from models.flags import Parser, pick_device
+from models.folder import check_files, config_of
+from models.weights import UserError, read_json, read_tensors_of, write
 from phases import Phase, step_times
 from sde import step
 
@@ -33,6 +34,11 @@ def stream(*where) -> torch.Generator:
 def normal(shape, *where) -> Tensor:
     """Standard normal numbers of the stream `where`, float32 on the CPU."""
     return torch.randn(shape, generator=stream(*where))
+
+
+def uniform(shape, *where) -> Tensor:
+    """Numbers of U(0, 1) of the stream `where`, float32 on the CPU."""
+    return torch.rand(shape, generator=stream(*where))
 
 
 def times_of(t: float, x: Tensor) -> Tensor:
@@ -89,18 +95,22 @@ def load_student(folder: Path, device: torch.device):
 
     advice = f"train it again with: python train.py --out {folder} --overwrite"
     if not (folder / "student.safetensors").exists():
-        raise UserError(f"{folder} holds no student.safetensors; give --student the folder of a finished run")
+        raise UserError(
+            f"{folder} holds no student.safetensors; give --student the folder of a finished run"
+        )
     config = read_json(folder / "config.json", advice)
-    cfg = train.config_of(config, folder)
-    train.check_files(config["files"])
-    tensors, about = read_tensors(folder / "student.safetensors", advice)
-    if about.get("settings") != config["settings"]:
-        raise UserError(f"{folder}/student.safetensors is of another run than its config.json; {advice}")
+    cfg = config_of(train.Config, config, folder)
+    check_files(config["files"])
+    tensors, _ = read_tensors_of(config["settings"], folder / "student.safetensors", advice)
     phases, preset, experts = train.phases_of(cfg), train.PRESETS[cfg.teacher], {}
     for phase in phases:
         role = moe.student_role(phase.k)
         experts[role] = preset.network(cfg).to(device)
-        mine = {name.removeprefix(role + "/"): x for name, x in tensors.items() if name.startswith(role + "/")}
+        mine = {
+            name.removeprefix(role + "/"): x
+            for name, x in tensors.items()
+            if name.startswith(role + "/")
+        }
         experts[role].load_state_dict(mine)
     return cfg, phases, moe.by_step(lambda role, x_t, t, c=None: experts[role](x_t, t, c), phases)
 
@@ -109,25 +119,36 @@ def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit status: 0, or 2 for a user's error."""
     import train
 
-    parser = train.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--student", type=Path, required=True, help="folder of a finished run, such as out/toy2d")
+    parser = Parser(__doc__)
+    parser.add_argument(
+        "--student", type=Path, required=True, help="folder of a finished run, such as out/toy2d"
+    )
     parser.add_argument("--n", type=int, default=10_000, help="number of samples (default 10000)")
     parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
     parser.add_argument("--out", type=Path, help="folder to write to (default STUDENT/samples)")
-    parser.add_argument("--trajectory", action="store_true", help="keep x at every step, noise first")
-    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="toys: cpu")
+    parser.add_argument(
+        "--trajectory", action="store_true", help="keep x at every step, noise first"
+    )
+    parser.add_argument(
+        "--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="toys: cpu"
+    )
     try:
         args = parser.parse_args(argv)
         if args.n < 2 or args.seed < 0:
             raise UserError("--n must be at least 2 and --seed at least 0")
-        device = torch.device(train.pick_device(args.device, "cpu"))
+        device = torch.device(pick_device(args.device, "cpu"))
         cfg, phases, nets = load_student(args.student, device)
         preset, began = train.PRESETS[cfg.teacher], time.time()
         c, _, shape = preset.data(cfg)(args.n, args.seed, "sample")
         z = normal((args.n, *shape), args.seed, "sample", "z").to(device)
         with torch.no_grad():
-            xs = [x.cpu() for x in trajectory(nets, step_times(cfg.steps, cfg.shift), z, moe.move(c, device))]
-        print(f"{args.n} samples, {cfg.steps} network evaluations each, {time.time() - began:.2f} s")
+            xs = [
+                x.cpu()
+                for x in trajectory(nets, step_times(cfg.steps, cfg.shift), z, moe.move(c, device))
+            ]
+        print(
+            f"{args.n} samples, {cfg.steps} network evaluations each, {time.time() - began:.2f} s"
+        )
         found, files = preset.present(cfg, phases, xs, args.trajectory)
         for name, content in files.items():
             write((args.out or args.student / "samples") / name, content)

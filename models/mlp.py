@@ -15,7 +15,9 @@ class MLP(nn.Module):
     enters as one hot.
     """
 
-    def __init__(self, dim: int = 2, width: int = 64, layers: int = 4, classes: int = 0, octaves: int = 5):
+    def __init__(
+        self, dim: int = 2, width: int = 64, layers: int = 4, classes: int = 0, octaves: int = 5
+    ):
         super().__init__()
         self.classes = classes
         t_freq = torch.logspace(0, math.log10(30), 16)[None]  # (1, 16)

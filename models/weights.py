@@ -31,7 +31,9 @@ def write(path: Path, content: bytes) -> None:
 
 def cannot_write(path: Path, error: OSError) -> UserError:
     """The one line for a full disk, a missing right, a folder in the way."""
-    return UserError(f"cannot write {path}: {error.strerror or error}; mend that, or choose another --out")
+    return UserError(
+        f"cannot write {path}: {error.strerror or error}; mend that, or choose another --out"
+    )
 
 
 def _sync_folder(folder: Path) -> None:
@@ -70,6 +72,14 @@ def read_tensors(path: Path, what_to_do: str) -> tuple[dict[str, Tensor], dict]:
             return {name: file.get_tensor(name) for name in file.keys()}, about
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"cannot read {path} ({_first_line(error)}); {what_to_do}") from error
+
+
+def read_tensors_of(settings: dict, path: Path, what_to_do: str) -> tuple[dict[str, Tensor], dict]:
+    """read_tensors, of a file that was written with these settings and no others."""
+    tensors, about = read_tensors(path, what_to_do)
+    if about.get("settings") != settings:
+        raise UserError(f"{path} is of another run; {what_to_do}")
+    return tensors, about
 
 
 def _first_line(error: Exception) -> str:

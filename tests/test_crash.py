@@ -1,4 +1,4 @@
-"""Claims about crashes: whatever call fails and whenever the process dies, nothing is lost or torn."""
+"""Claims about crashes: whatever fails, whenever the process dies, nothing is lost or torn."""
 
 import builtins
 import errno
@@ -11,11 +11,13 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 import train
+from models.weights import read_tensors
 
 ROOT = Path(__file__).parent.parent
 SHORT = "--iters 2 --warmup 1 --batch 8 --fake-updates 1 --save-every 1 --eval-samples 50".split()
@@ -25,13 +27,15 @@ SHORT = "--iters 2 --warmup 1 --batch 8 --fake-updates 1 --save-every 1 --eval-s
 def quick(monkeypatch, start):
     """A start that costs nothing and a picture of a few points: files are what is tested here."""
     preset = train.PRESETS["toy2d"]
-    fast = train.replace(preset, start=lambda cfg, bar: start(cfg), picture=lambda *_: b"a picture")
+    fast = replace(preset, start=lambda cfg, bar: start(cfg), picture=lambda *_: b"a picture")
     monkeypatch.setitem(train.PRESETS, "toy2d", fast)
 
 
 def results(out: Path) -> dict:
     """What a run leaves, without the seconds."""
-    drop = lambda row: {name: value for name, value in row.items() if not name.startswith("seconds")}
+    drop = lambda row: {
+        name: value for name, value in row.items() if not name.startswith("seconds")
+    }
     return {
         "student": (out / "student.safetensors").read_bytes(),
         "picture": (out / "samples.png").read_bytes(),
@@ -45,7 +49,7 @@ class FailingCall:
 
     def __init__(self, monkeypatch, folder: Path, n: int):
         self.folder, self.n, self.count = str(folder), n, 0
-        open_, fsync, replace = builtins.open, os.fsync, os.replace
+        open_, fsync, rename = builtins.open, os.fsync, os.replace
         outer = self
 
         class Written(io.FileIO):
@@ -61,7 +65,7 @@ class FailingCall:
 
         monkeypatch.setattr(builtins, "open", opened)
         monkeypatch.setattr(os, "fsync", lambda fd: (outer.tick(), fsync(fd))[1])
-        monkeypatch.setattr(os, "replace", lambda a, b: (outer.tick(), replace(a, b))[1])
+        monkeypatch.setattr(os, "replace", lambda a, b: (outer.tick(), rename(a, b))[1])
 
     def tick(self):
         self.count += 1
@@ -69,7 +73,9 @@ class FailingCall:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-def test_every_file_system_call_may_fail_and_the_resumed_run_is_bit_identical(tmp_path, monkeypatch, capsys):
+def test_every_file_system_call_may_fail_and_the_resumed_run_is_bit_identical(
+    tmp_path, monkeypatch, capsys
+):
     """n = 1, 2, ... to the last call of the run: one line, status 2, and --resume ends the same."""
     assert train.main([*SHORT, "--out", str(tmp_path / "whole")]) == 0
     whole = results(tmp_path / "whole")
@@ -119,17 +125,26 @@ def in_place(path, tensors, about):
         file.write(content[len(content) // 2 :])
 
 
-COMMAND = [sys.executable, str(ROOT / "train.py"), *"--iters 60 --warmup 20 --batch 32 --save-every 7 --eval-samples 200".split()]
+COMMAND = [
+    sys.executable,
+    str(ROOT / "train.py"),
+    *"--iters 60 --warmup 20 --batch 32 --save-every 7 --eval-samples 200".split(),
+]
 
 
 def begin(out: Path, *more, start: Path | None = None) -> subprocess.Popen:
-    """The command in a process of its own; with `start`, as if it had died after fitting its start."""
+    """The command in a process; with `start`, as if it had died after fitting its start."""
     if start:
         out.mkdir()
         for name in ("config.json", "start.safetensors"):
             shutil.copy(start / name, out)
         more = ["--resume"]
-    return subprocess.Popen([*COMMAND, "--out", str(out), *more], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        [*COMMAND, "--out", str(out), *more],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
 
 
 @pytest.fixture(scope="module")
@@ -142,11 +157,11 @@ def undisturbed(tmp_path_factory):
     return results(out), out, time.time() - began
 
 
-
-
 def wait_for_log(process, out: Path, lines: int):
     """Until the training has begun: a signal before has nothing to save."""
-    while process.poll() is None and (not (out / "log.jsonl").exists() or (out / "log.jsonl").read_bytes().count(b"\n") < lines):
+    while process.poll() is None and (
+        not (out / "log.jsonl").exists() or (out / "log.jsonl").read_bytes().count(b"\n") < lines
+    ):
         time.sleep(0.01)
 
 
@@ -175,8 +190,15 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, undisturbed, number, sta
     printed, error = process.communicate(timeout=60)
     assert process.returncode == status and "Traceback" not in error
     command = printed.splitlines()[-1].split("continue with: ")[1]
-    state = train.read_tensors(out / "state" / "state.safetensors", "")[1]
-    assert state["iteration"] % 7 != 0 or state["iteration"] == 0 or state["phase"] == 2  # saved just then
+    state = read_tensors(out / "state" / "state.safetensors", "")[1]
+    assert (
+        state["iteration"] % 7 != 0 or state["iteration"] == 0 or state["phase"] == 2
+    )  # saved just then
     assert command.startswith("python train.py --resume --out '")
-    subprocess.run(command.replace("python train.py", f"{sys.executable} {ROOT}/train.py", 1), shell=True, check=True, capture_output=True)
+    subprocess.run(
+        command.replace("python train.py", f"{sys.executable} {ROOT}/train.py", 1),
+        shell=True,
+        check=True,
+        capture_output=True,
+    )
     assert results(out) == undisturbed[0]

@@ -29,7 +29,9 @@ def posterior(mixture, x_t, s, t, p):
 @pytest.mark.parametrize("s,t", PAIRS)
 def test_eq_11_and_eq_12_are_unbiased_and_the_naive_target_is_not(p, s, t):
     """Both targets are linear in (x_s, eps), so their mean given x_t is the target of the means."""
-    mixture = replace(ring(p).double(), means=ring().means.double() + 1)  # off centre: bias shows at high t
+    mixture = replace(
+        ring(p).double(), means=ring().means.double() + 1
+    )  # off centre: bias shows at high t
     x_t = mixture.sample_at(t, 64, torch.Generator().manual_seed(0))
     x_s, eps = posterior(mixture, x_t, s, t, p)
     v, x_0 = mixture.velocity(x_t, t), mixture.denoise(x_t, t)[0]
@@ -58,12 +60,14 @@ def test_at_s_0_eq_13_is_eq_4_with_weight_min_1_10_sigma_squared(p):
         sigma_t = float(p.sigma(torch.tensor(t, dtype=torch.float64)))
         expected = min(1, 10 * sigma_t**2) * losses.flow_matching(v, x_0, eps)
         for loss in (losses.subinterval_matching, losses.biased_matching):
-            torch.testing.assert_close(loss(v, x_0, 0.0, torch.tensor([t]).double(), eps, p), expected)
+            torch.testing.assert_close(
+                loss(v, x_0, 0.0, torch.tensor([t]).double(), eps, p), expected
+            )
 
 
 @both
 def test_every_loss_is_finite_at_both_ends_of_its_interval(p):
-    """At t = s the target of Eq. 11 is infinite; Eq. 13 is not, nor is any weight but the paper's."""
+    """At t = s the target of Eq. 11 is infinite; Eq. 13 is not, nor are the other weights."""
     x_s, eps, v = normal(2, 3), normal(2, 3, seed=1), normal(2, 3, seed=2)
     for s in (0.0, 0.5):
         t = torch.tensor([s, 1.0], dtype=torch.float64)
@@ -89,7 +93,11 @@ def test_the_surrogate_has_the_gradient_it_is_given_and_no_other():
 def test_eq_10_is_the_difference_of_scores_times_dx_t_dx_s(p, s):
     """Fake minus real: with the sign turned, or without alpha_ts inside a phase, it is another."""
     x_s, t = normal(16, 2), torch.linspace(s + 0.05, 0.99, 16, dtype=torch.float64)
-    x_t, real, fake = diffuse(x_s, s, t, normal(16, 2, seed=1), p), ring(p).double(), normal(16, 2, seed=2)
+    x_t, real, fake = (
+        diffuse(x_s, s, t, normal(16, 2, seed=1), p),
+        ring(p).double(),
+        normal(16, 2, seed=2),
+    )
     alpha_ts, _ = kernel(s, like(t, x_t), p)
     v_real, v_fake = real.velocity(x_t, t), score_to_v(x_t, t, fake, p)
     expected = alpha_ts * (fake - real.score(x_t, t))
@@ -103,8 +111,12 @@ def test_eq_10_is_the_difference_of_scores_times_dx_t_dx_s(p, s):
 def test_the_other_weights_are_differences_of_estimates(p, s):
     """xs: of E[x_s | x_t] (Tweedie with each score); x0: of E[x_0 | x_t]; equal at s = 0."""
     x_s, t = normal(16, 2), torch.linspace(s + 0.05, 0.99, 16, dtype=torch.float64)
-    x_t, v_real, v_fake = diffuse(x_s, s, t, normal(16, 2, seed=1), p), normal(16, 2, seed=3), normal(16, 2, seed=4)
-    (alpha_ts, sigma_ts), (alpha_t, sigma_t) = kernel(s, like(t, x_t), p), coefficients(t, x_t, p)
+    x_t, v_real, v_fake = (
+        diffuse(x_s, s, t, normal(16, 2, seed=1), p),
+        normal(16, 2, seed=3),
+        normal(16, 2, seed=4),
+    )
+    (alpha_ts, _), (alpha_t, sigma_t) = kernel(s, like(t, x_t), p), coefficients(t, x_t, p)
 
     def estimate(v):  # the formula of E[x_s | x_t] that goes through x_0
         x_0, (alpha_s, sigma_s) = v_to_x0(x_t, t, v, p), coefficients(s, x_t, p)
@@ -114,7 +126,9 @@ def test_the_other_weights_are_differences_of_estimates(p, s):
         return losses.dmd_gradient(x_s, x_t, s, t, v_real, v_fake, weight, p)
 
     torch.testing.assert_close(gradient("xs"), estimate(v_fake) - estimate(v_real))
-    torch.testing.assert_close(gradient("x0"), v_to_x0(x_t, t, v_fake, p) - v_to_x0(x_t, t, v_real, p))
+    torch.testing.assert_close(
+        gradient("x0"), v_to_x0(x_t, t, v_fake, p) - v_to_x0(x_t, t, v_real, p)
+    )
     distance = (x_s - estimate(v_real)).abs().mean(1, keepdim=True)
     torch.testing.assert_close(gradient("normalised"), gradient("xs") / distance)
     torch.testing.assert_close(gradient("one"), v_real - v_fake)

@@ -9,7 +9,9 @@ import phases as ph
 EVEN = torch.linspace(0, 1, 10_001)[:-1]  # stands for u ~ U(0, 1), without the noise
 
 
-@pytest.mark.parametrize("S,expected", [(5, [1, 0.9375, 0.8333, 0.625, 0]), (3, [1, 0.9, 0.75, 0.5, 0])])
+@pytest.mark.parametrize(
+    "S,expected", [(5, [1, 0.9375, 0.8333, 0.625, 0]), (3, [1, 0.9, 0.75, 0.5, 0])]
+)
 def test_the_times_are_the_papers(S, expected):
     """And diffusers' twice-shifted ones are not."""
     assert ph.step_times(4, S) == pytest.approx(expected, abs=5e-5)
@@ -35,8 +37,12 @@ def test_phases_tile_the_steps_and_the_interval(steps, S):
         for interval in ("nested", "disjoint"):
             made = ph.make_phases(steps, K, S, interval, margin=0)
             assert [i for p in made for i in range(p.first, p.last)] == list(range(steps))
-            assert [p.t[0] for p in made] == pytest.approx([1.0] + [p.s for p in made[:-1]]) and made[-1].s == 0
-            assert [t for p in made for t in p.t[:-1]] + [0] == pytest.approx(ph.step_times(steps, S))
+            assert [p.t[0] for p in made] == pytest.approx(
+                [1.0] + [p.s for p in made[:-1]]
+            ) and made[-1].s == 0
+            assert [t for p in made for t in p.t[:-1]] + [0] == pytest.approx(
+                ph.step_times(steps, S)
+            )
             ends = [p.parts[0].u for p in made]
             tops = [1.0] * K if interval == "nested" else [1.0] + [u[0] for u in ends[:-1]]
             assert [u[1] for u in ends] == pytest.approx(tops)
@@ -50,14 +56,19 @@ def test_phases_that_do_not_divide_the_steps_are_refused():
 
 @pytest.mark.parametrize("boundary_t,clipped", [(0.875, 0.1667), (0.9, 0.2857)])
 def test_wan22_clips_phase_1_to_its_boundary_and_splits_phase_2(boundary_t, clipped):
-    """The paper's figures: 16.7 % and 28.6 % of the draws land on the boundary; phase 2 asks both."""
+    """16.7 % and 28.6 % of the draws land on the boundary, as in the paper; phase 2 asks both."""
     one, two = ph.make_phases(4, 2, 5, margin=0, boundary_t=boundary_t)
     t = ph.renoise_times(one.parts[0], EVEN, 5)
-    assert t.min() == pytest.approx(boundary_t) and (t <= boundary_t + 1e-6).float().mean() == pytest.approx(clipped, abs=1e-3)
+    assert t.min() == pytest.approx(boundary_t) and (
+        t <= boundary_t + 1e-6
+    ).float().mean() == pytest.approx(clipped, abs=1e-3)
     inside = ph.make_phases(4, 2, 5, margin=0, boundary_t=boundary_t, boundary="inside")[0]
     t = ph.renoise_times(inside.parts[0], EVEN, 5)
     assert t.min() >= boundary_t - 1e-6 and (t <= boundary_t + 1e-6).float().mean() < 0.001
-    assert [part.expert for part in one.parts] == [1] and [part.expert for part in two.parts] == [1, 2]
+    assert [part.expert for part in one.parts] == [1] and [part.expert for part in two.parts] == [
+        1,
+        2,
+    ]
 
 
 def test_a_drawn_part_leaves_the_law_of_t_unchanged():
@@ -66,10 +77,17 @@ def test_a_drawn_part_leaves_the_law_of_t_unchanged():
     parts = [ph.pick_part(two, u) for u in EVEN.tolist()]
     assert sum(part.expert == 1 for part in parts) / len(parts) == pytest.approx(0.4167, abs=1e-3)
     shuffled = EVEN[torch.randperm(len(EVEN), generator=torch.Generator().manual_seed(0))]
-    t = torch.cat([ph.renoise_times(part, u[None], 5) for part, u in zip(parts, shuffled)]).sort().values
+    t = (
+        torch.cat([ph.renoise_times(part, u[None], 5) for part, u in zip(parts, shuffled)])
+        .sort()
+        .values
+    )
     whole = ph.renoise_times(ph.make_phases(4, 2, 5, margin=0)[1].parts[0], EVEN, 5)
     assert (t - whole).abs().max() < 0.02
-    assert all((t >= 0.875) == (part.expert == 1) for part, t in ((p, ph.renoise_times(p, torch.tensor([0.5]), 5)) for p in parts[::500]))
+    assert all(
+        (t >= 0.875) == (part.expert == 1)
+        for part, t in ((p, ph.renoise_times(p, torch.tensor([0.5]), 5)) for p in parts[::500])
+    )
 
 
 def test_margins_keep_draws_off_both_ends_and_a_fixed_t_is_fixed():
@@ -86,7 +104,10 @@ def test_truncation_depths_are_drawn_evenly_or_mixed_evenly():
     phase = ph.make_phases(4, 1)[0]
     drawn = torch.cat([ph.truncation_depths(phase, 1, u, mixed=False) for u in EVEN.tolist()])
     mixed = ph.truncation_depths(phase, 256, 0.0, mixed=True)
-    assert drawn.bincount().tolist() == [0] + [2500] * 4 and mixed.bincount().tolist() == [0] + [64] * 4
+    assert (
+        drawn.bincount().tolist() == [0] + [2500] * 4
+        and mixed.bincount().tolist() == [0] + [64] * 4
+    )
     assert ph.truncation_depths(phase, 8, 0.99, mixed=False).unique().tolist() == [4]
 
 
@@ -122,6 +143,9 @@ def test_experts_answer_for_their_own_steps_times_and_depths_only():
 def test_roles_of_a_phase_are_one_student_and_a_fake_for_each_teacher_expert_in_reach():
     """In general phase k has k fakes: for Wan2.2 one in phase 1, two in phase 2."""
     one, two = ph.make_phases(4, 2, 5, boundary_t=0.875)
-    assert moe.fake_roles(one, False) == ["fake1"] and moe.fake_roles(two, False) == ["fake1", "fake2"]
+    assert moe.fake_roles(one, False) == ["fake1"] and moe.fake_roles(two, False) == [
+        "fake1",
+        "fake2",
+    ]
     assert moe.fake_roles(one, True) == ["fake1.depth1", "fake1.depth2"]
     assert moe.run_roles([one, two], False) == ["student1", "student2", "fake1", "fake2"]

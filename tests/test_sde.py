@@ -6,7 +6,19 @@ import pytest
 import torch
 
 import sde
-from sde import coefficients, diffuse, flow, kernel, shift, step, unshift, v_to_eps, v_to_score, v_to_x0, vp
+from sde import (
+    coefficients,
+    diffuse,
+    flow,
+    kernel,
+    shift,
+    step,
+    unshift,
+    v_to_eps,
+    v_to_score,
+    v_to_x0,
+    vp,
+)
 from toy.mixtures import Mixture
 
 both = pytest.mark.parametrize("p", [flow, vp], ids=["flow", "vp"])
@@ -25,7 +37,9 @@ def test_velocity_is_the_difference_of_noise_and_data_and_gives_both_back(p):
     v = eps - x_0
     torch.testing.assert_close(v_to_x0(x_t, T, v, p), x_0, rtol=0, atol=1e-12)
     torch.testing.assert_close(v_to_eps(x_t, T, v, p), eps, rtol=0, atol=1e-12)
-    torch.testing.assert_close(sde.score_to_v(x_t, T, v_to_score(x_t, T, v, p), p), v, rtol=0, atol=1e-9)
+    torch.testing.assert_close(
+        sde.score_to_v(x_t, T, v_to_score(x_t, T, v, p), p), v, rtol=0, atol=1e-9
+    )
     assert (v_to_x0(x_t, T, v, flow) - x_0).abs().max() > (0.1 if p is vp else -1)
 
 
@@ -62,8 +76,10 @@ def test_snr_falls_from_data_to_noise(p):
 
 @both
 def test_one_step_with_the_exact_velocity_is_exact_for_a_point(p):
-    """Data in one point: the flow of x is x_t = alpha_t x_0 + sigma_t eps itself, whatever the step."""
-    point = Mixture(torch.tensor([[2.0, -1.0]], dtype=torch.float64), 0.0, torch.zeros(1, dtype=torch.long), p)
+    """Data in one point: x moves along alpha_t x_0 + sigma_t eps itself, whatever the step."""
+    point = Mixture(
+        torch.tensor([[2.0, -1.0]], dtype=torch.float64), 0.0, torch.zeros(1, dtype=torch.long), p
+    )
     eps = normal(5, 2)
     x_t = diffuse(point.means.expand(5, 2), 0.0, 0.9, eps, p)
     expected = diffuse(point.means.expand(5, 2), 0.0, 0.2, eps, p)
@@ -97,7 +113,9 @@ def test_the_solver_converges_to_the_exact_flow(p):
 
 def test_the_shift_is_the_papers_and_has_an_inverse():
     """Shift 5 sends .75, .5, .25 to .9375, .8333, .625; twice is a shift of 25."""
-    assert [shift(u, 5) for u in (1, 0.75, 0.5, 0.25, 0)] == pytest.approx([1, 0.9375, 5 / 6, 0.625, 0])
+    assert [shift(u, 5) for u in (1, 0.75, 0.5, 0.25, 0)] == pytest.approx(
+        [1, 0.9375, 5 / 6, 0.625, 0]
+    )
     assert [unshift(shift(u, 5), 5) for u in (1, 0.3, 0)] == pytest.approx([1, 0.3, 0])
     assert shift(shift(0.3, 5), 5) == pytest.approx(shift(0.3, 25)) != shift(0.3, 5)
     assert math.isclose(shift(0.3, 1), 0.3)

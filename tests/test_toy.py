@@ -24,12 +24,18 @@ def generator(seed=0):
 def test_score_and_velocity_are_those_of_the_density(p, toy, by_class):
     """The score is autograd's gradient of log_density, the velocity its affine image by Eq. 5."""
     mixture = TOYS[toy](p).double()
-    c = {"class": torch.randint(mixture.classes, (32,), generator=generator())} if by_class else None
+    c = (
+        {"class": torch.randint(mixture.classes, (32,), generator=generator())}
+        if by_class
+        else None
+    )
     for t in (0.05, 0.5, 0.95):
         x_t = mixture.sample_at(t, 32, generator(1), c).requires_grad_()
         score = torch.autograd.grad(mixture.log_density(x_t, t, c).sum(), x_t)[0]
         torch.testing.assert_close(mixture.score(x_t, t, c), score)
-        torch.testing.assert_close(mixture.velocity(x_t, t, c), score_to_v(x_t, t, score, p), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            mixture.velocity(x_t, t, c), score_to_v(x_t, t, score, p), rtol=1e-6, atol=1e-6
+        )
         if t == 0.5:  # of another class it is another
             other = None if by_class else {"class": torch.zeros(32, dtype=torch.long)}
             assert not torch.allclose(mixture.score(x_t, t, other), score, atol=1e-3)
@@ -67,7 +73,9 @@ def test_energy_is_the_formula_and_sees_a_lost_mode():
     x, y = ring().sample(301, generator()), ring().sample(250, generator(1))
     assert mean_distance(x, y) == pytest.approx(torch.cdist(x, y).double().mean().item(), rel=1e-5)
     off = lambda a: torch.cdist(a, a).double().sum().item() / (len(a) * (len(a) - 1))
-    assert energy(x, y) == pytest.approx(2 * torch.cdist(x, y).double().mean().item() - off(x) - off(y), abs=1e-5)
+    assert energy(x, y) == pytest.approx(
+        2 * torch.cdist(x, y).double().mean().item() - off(x) - off(y), abs=1e-5
+    )
     a, b = ring().sample(10_000, generator(2)), ring().sample(10_000, generator(3))
     lost = b[torch.cdist(b, ring().means).argmin(1) != 0]
     assert abs(energy(a, b)) < 0.002 < 0.01 < energy(a, lost)
@@ -76,7 +84,9 @@ def test_energy_is_the_formula_and_sees_a_lost_mode():
 def test_modes_and_precision_count_what_they_say():
     exact = ring().sample(10_000, generator())
     number, precision = modes(exact, ring())
-    assert number == pytest.approx(8, abs=0.02) and precision == pytest.approx(1 - math.exp(-4.5), abs=0.005)
+    assert number == pytest.approx(8, abs=0.02) and precision == pytest.approx(
+        1 - math.exp(-4.5), abs=0.005
+    )
     one = exact[torch.cdist(exact, ring().means).argmin(1) == 3]
     assert modes(one, ring())[0] == pytest.approx(1)
     assert modes(torch.zeros(10, 2), ring()) == (0.0, 0.0)
@@ -86,7 +96,9 @@ def test_modes_and_precision_count_what_they_say():
 def test_points_become_a_mixture_in_the_unit_of_their_deviation(tmp_path, suffix):
     """Centred, one scale for all axes, both undone by `unit`; a header line is allowed."""
     points, file = np.random.default_rng(0).normal(5, [1, 3], (100, 2)), tmp_path / f"p.{suffix}"
-    np.save(file, points) if suffix == "npy" else np.savetxt(file, points, delimiter=",", header="a,b", comments="")
+    np.save(file, points) if suffix == "npy" else np.savetxt(
+        file, points, delimiter=",", header="a,b", comments=""
+    )
     mixture = from_points(str(file))
     centre, scale = mixture.unit
     assert mixture.means.square().mean().item() == pytest.approx(1, abs=1e-5) and mixture.sd >= 0.05
@@ -115,7 +127,11 @@ def test_points_that_cannot_serve_are_refused_in_one_line(tmp_path, kind):
 
 
 def test_npy_files_that_cannot_serve_are_refused_and_never_unpickled(tmp_path):
-    for name, array in {"pickle": np.array([print, 1], dtype=object), "text": np.array([["a"]]), "big": np.zeros((3000, 2))}.items():
+    for name, array in {
+        "pickle": np.array([print, 1], dtype=object),
+        "text": np.array([["a"]]),
+        "big": np.zeros((3000, 2)),
+    }.items():
         np.save(tmp_path / f"{name}.npy", array, allow_pickle=True)
         with pytest.raises(UserError):
             from_points(str(tmp_path / f"{name}.npy"))

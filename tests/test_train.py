@@ -7,6 +7,7 @@ import torch
 
 import losses
 import train
+from models.adamw import AdamW
 from models.weights import UserError
 from sample import normal, stream, trajectory
 from sde import diffuse, step
@@ -26,14 +27,22 @@ def same(a, b):
 
 def test_one_phase_with_weight_one_is_dmd2_written_out(new_run):
     """The same draws through ten lines that know nothing of phases: equal step for step."""
-    run = new_run(phases=1, steps=2, weight="one", depths="drawn", warmup=0, iters=6, batch=32, lr_decay=0.0)
+    run = new_run(
+        phases=1, steps=2, weight="one", depths="drawn", warmup=0, iters=6, batch=32, lr_decay=0.0
+    )
     G, F = (toy2d.network(run.cfg) for _ in "GF")
     for mine, role in ((G, "student1"), (F, "fake1")):
         mine.load_state_dict(weights(run, role))
-    adam = {net: torch.optim.AdamW(net.parameters(), lr, betas=(0.0, 0.999), weight_decay=0.0) for net, lr in ((G, 1e-3), (F, 2e-3))}
+    adam = {
+        net: torch.optim.AdamW(net.parameters(), lr, betas=(0.0, 0.999), weight_decay=0.0)
+        for net, lr in ((G, 1e-3), (F, 2e-3))
+    }
 
     def samples(where):  # two steps, 1 -> 0.5 -> 0, cut after one of them
-        x, j = normal((32, 2), *where, 0, "z"), int(2 * torch.rand((), generator=stream(*where, "depth")).item())
+        x, j = (
+            normal((32, 2), *where, 0, "z"),
+            int(2 * torch.rand((), generator=stream(*where, "depth")).item()),
+        )
         with torch.no_grad():
             x = x - 0.5 * G(x, torch.ones(32)) if j else x
         t_j = 0.5 if j else 1.0
@@ -67,7 +76,11 @@ def test_without_momentum_adamw_needs_no_first_moment():
     made = []
     for make in ("ours", 0.0, 0.9):
         p = torch.nn.Parameter(torch.linspace(-1, 1, 11))
-        optimizer = train.AdamW({"p": p}, 1e-2) if make == "ours" else torch.optim.AdamW([p], 1e-2, (make, 0.999), weight_decay=0)
+        optimizer = (
+            AdamW({"p": p}, 1e-2)
+            if make == "ours"
+            else torch.optim.AdamW([p], 1e-2, (make, 0.999), weight_decay=0)
+        )
         for i in range(20):
             p.grad = torch.sin(p.detach() * i + i)
             optimizer.step(1.0) if make == "ours" else optimizer.step()
@@ -86,7 +99,9 @@ def test_only_the_active_expert_and_its_fake_get_gradients(new_run):
 
     def watch(run, name, loss):
         roles = run.roles_begun
-        reached[name] = [r for r in roles if any(p.grad is not None for p in run.roles.parameters_of(r).values())]
+        reached[name] = [
+            r for r in roles if any(p.grad is not None for p in run.roles.parameters_of(r).values())
+        ]
         return kept(run, name, loss)
 
     train.apply = watch
@@ -111,8 +126,19 @@ def test_a_frozen_expert_is_bit_identical_afterwards(new_run):
     assert not same(first, weights(run, "student2"))
 
 
-@pytest.mark.parametrize("settings", [{}, dict(depths="drawn"), dict(fake_per_depth=True), dict(phases=4), dict(truncate="off", phases=1),
-                                      dict(reuse_rollouts=True), dict(classes="on", guidance=2.0), dict(interval="disjoint", shift=3.0)])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        dict(depths="drawn"),
+        dict(fake_per_depth=True),
+        dict(phases=4),
+        dict(truncate="off", phases=1),
+        dict(reuse_rollouts=True),
+        dict(classes="on", guidance=2.0),
+        dict(interval="disjoint", shift=3.0),
+    ],
+)
 def test_two_runs_are_bit_identical_and_another_seed_is_not(new_run, settings):
     """For every way of Fig. 1 that the flags can ask for."""
     ends = []
@@ -151,8 +177,13 @@ def test_accumulated_passes_make_the_gradient_of_their_mean(new_run):
         part, t, eps = train.renoise(run, 0, m, x_s)
         x_t = diffuse(x_s.detach(), 0.5, t, eps)
         with torch.no_grad():
-            v_real, v_fake = run.roles.velocity("teacher", x_t, t), run.roles.velocity("fake1", x_t, t)
-        total = total + 0.5 * losses.distribution_matching(x_s, losses.dmd_gradient(x_s, x_t, 0.5, t, v_real, v_fake, "xs"))
+            v_real, v_fake = (
+                run.roles.velocity("teacher", x_t, t),
+                run.roles.velocity("fake1", x_t, t),
+            )
+        total = total + 0.5 * losses.distribution_matching(
+            x_s, losses.dmd_gradient(x_s, x_t, 0.5, t, v_real, v_fake, "xs")
+        )
     total.backward()
     torch.testing.assert_close(found["student1"], weights_grad(run))
 
@@ -195,7 +226,9 @@ def test_what_is_not_finite_never_reaches_an_optimizer(new_run, max_skips):
     """The update is skipped; after max_skips in a row the run stops and says where."""
     run = new_run(**SMALL, max_skips=max_skips)
     teacher = run.roles.velocity
-    run.roles = run.roles._replace(velocity=lambda role, *a: teacher(role, *a) * (float("nan") if role == "teacher" else 1))
+    run.roles = run.roles._replace(
+        velocity=lambda role, *a: teacher(role, *a) * (float("nan") if role == "teacher" else 1)
+    )
     run.i, before = 0, weights(run, "student1")
     with pytest.raises(UserError, match=f"phase 1, iteration {max_skips}: student1"):
         for row in train.train(run):
@@ -208,7 +241,10 @@ def test_measuring_the_lag_leaves_the_run_as_it_was(new_run):
     run = new_run(**SMALL)
     for row in itertools.islice(train.train(run), 5):
         pass
-    before, counters = {k: v.clone() for k, v in train.tensors_of(run).items()}, train.counters_of(run)
+    before, counters = (
+        {k: v.clone() for k, v in train.tensors_of(run).items()},
+        train.counters_of(run),
+    )
     now, later = train.fake_lag(run)
     assert same(before, train.tensors_of(run)) and counters == train.counters_of(run)
     assert now != later and now == pytest.approx(later, rel=0.2)
@@ -225,5 +261,8 @@ def end_of_phase_1(new_run, **settings):
 
 def test_the_biased_target_harms_the_end_of_phase_1(new_run):
     """Energy of x_{t_1} to exact x_{t_1}: at least 3 times worse. The last phase would hide it."""
-    good, bad = (end_of_phase_1(new_run, iters=250, warmup=100, target=target) for target in ("unbiased", "biased"))
+    good, bad = (
+        end_of_phase_1(new_run, iters=250, warmup=100, target=target)
+        for target in ("unbiased", "biased")
+    )
     assert good < 0.006 and bad > 3 * good

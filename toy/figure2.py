@@ -62,7 +62,7 @@ def fit(name: str, steps: int, batch: int = 512, lr: float = 1e-3) -> MLP:
 
 
 def paths(net) -> torch.Tensor:
-    """Euler from t = 1 down to s: (times, TRAJECTORIES). The same starting noise for every network."""
+    """Euler from t = 1 to s, from the same noise for every network: (times, TRAJECTORIES)."""
     times = [1 - i / SOLVER_STEPS for i in range(int(SOLVER_STEPS * (1 - S)) + 1)]
     z = normal((TRAJECTORIES, 1), "figure2", "z")
     with torch.no_grad():
@@ -71,7 +71,11 @@ def paths(net) -> torch.Tensor:
 
 def figure(found: dict[str, torch.Tensor]):
     """The three bundles of trajectories; (a) in grey behind (b) and (c)."""
-    titles = {"a": "(a) Eq. 4, clean samples", "b": "(b) Eq. 13, samples at s = 0.5", "c": "(c) naive target"}
+    titles = {
+        "a": "(a) Eq. 4, clean samples",
+        "b": "(b) Eq. 13, samples at s = 0.5",
+        "c": "(c) naive target",
+    }
     fig, axes = plt.subplots(1, 3, figsize=(11, 3.4), sharey=True)
     times = torch.linspace(1, S, len(found["a"]))
     for ax, (name, x) in zip(axes, found.items()):
@@ -82,9 +86,15 @@ def figure(found: dict[str, torch.Tensor]):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--steps", type=int, default=1500, help="training steps of each network (default 1500)")
-    parser.add_argument("--out", type=Path, default=Path("out/figure2"), help="folder (default out/figure2)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--steps", type=int, default=1500, help="training steps of each network (default 1500)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/figure2"), help="folder (default out/figure2)"
+    )
     args = parser.parse_args()
     if args.steps < 1:
         parser.error("--steps must be at least 1")
@@ -92,7 +102,10 @@ def main() -> int:
     exact = paths(POINTS.velocity)
     write(args.out / "figure2.png", png(figure(found)))
     distance = {name: (x - found["a"]).abs().mean().item() for name, x in found.items()}
-    print(f"(a) lies {(found['a'] - exact).abs().mean():.4f} from the exact trajectories; picture: {args.out}/figure2.png")
+    print(
+        f"(a) lies {(found['a'] - exact).abs().mean():.4f} from the exact paths; "
+        f"picture: {args.out}/figure2.png"
+    )
     print(f"distance b {distance['b']:.4f} c {distance['c']:.4f}")
     return 0
 

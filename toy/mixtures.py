@@ -33,13 +33,15 @@ class Mixture:
         return int(self.labels.max()) + 1
 
     def _posterior(self, x_t: Tensor, t, c):
-        """log p(component, x_t) up to the class prior (B, M); the variance of x_t given it (B, 1)."""
+        """log p(component, x_t) up to a constant (B, M); the variance of x_t given it (B, 1)."""
         alpha_t, sigma_t = coefficients(t, x_t, self.p)
         means, var = self.means.to(x_t), exact(alpha_t**2 * self.sd**2 + sigma_t**2)
         # |x - alpha mu|^2 without |x|^2, which no component can change: nothing to cancel
         logits = (alpha_t * (x_t @ means.T) - 0.5 * alpha_t**2 * means.square().sum(1)) / var
         if c is not None:
-            logits = logits.masked_fill(self.labels.to(x_t.device) != c["class"][:, None], -math.inf)
+            logits = logits.masked_fill(
+                self.labels.to(x_t.device) != c["class"][:, None], -math.inf
+            )
         return logits, var
 
     def denoise(self, x_t: Tensor, t, c=None) -> tuple[Tensor, Tensor]:
@@ -56,7 +58,7 @@ class Mixture:
         return eps - x_0
 
     def guided(self, x_t: Tensor, t, c, guidance: float) -> Tensor:
-        """v + g (v_class - v), classifier-free guidance of scale g; exact, though no score of anything."""
+        """v + g (v_class - v), classifier-free guidance; exact, though no score of anything."""
         v = self.velocity(x_t, t)
         return v + guidance * (self.velocity(x_t, t, c) - v)
 
@@ -70,7 +72,9 @@ class Mixture:
         """log p(x_t). (B,)"""
         logits, var = self._posterior(x_t, t, c)
         count = (logits > -math.inf).sum(1)  # of the components in question
-        quadratic = x_t.square().sum(1, keepdim=True) / var + x_t.shape[1] * (2 * math.pi * var).log()
+        quadratic = (
+            x_t.square().sum(1, keepdim=True) / var + x_t.shape[1] * (2 * math.pi * var).log()
+        )
         return logits.logsumexp(1) - 0.5 * quadratic[:, 0] - count.log()
 
     def sample(self, n: int, generator: torch.Generator, c=None) -> Tensor:
@@ -87,7 +91,9 @@ class Mixture:
         """n exact samples x_t (n, d)."""
         x_0 = self.sample(n, generator, c)
         alpha_t, sigma_t = coefficients(t, x_0, self.p)
-        return alpha_t * x_0 + sigma_t * torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype)
+        return alpha_t * x_0 + sigma_t * torch.randn(
+            x_0.shape, generator=generator, dtype=x_0.dtype
+        )
 
     def to(self, device) -> "Mixture":
         """The same mixture on another device."""
@@ -114,9 +120,11 @@ def grid(p: Process = flow) -> Mixture:
 
 
 def spirals(p: Process = flow) -> Mixture:
-    """Two interleaved arms of 20 modes, sd 0.07, at equal distances along an arm; a class is an arm."""
+    """Two interleaved arms of 20 modes, sd 0.07, evenly along an arm; a class is an arm."""
     length = torch.linspace(0, 1, 20)
-    radius = (0.5**2 + (2.2**2 - 0.5**2) * length).sqrt()  # equal steps of radius^2: equal arc length
+    radius = (
+        0.5**2 + (2.2**2 - 0.5**2) * length
+    ).sqrt()  # equal steps of radius^2: equal arc length
     angle = 3 * math.pi * (radius - 0.5) / (2.2 - 0.5)
     arm = radius[:, None] * torch.stack([angle.cos(), angle.sin()], 1)
     return Mixture(torch.cat([arm, -arm]), 0.07, torch.arange(40) // 20, p)
@@ -178,6 +186,7 @@ def _read_npy(path: Path) -> np.ndarray:
 
 def _read_csv(path: Path) -> np.ndarray:
     rows: list[list[float]] = []
+    names = False  # the first line may hold those of the columns
     with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if not line.strip() or line.startswith("#"):
@@ -185,9 +194,12 @@ def _read_csv(path: Path) -> np.ndarray:
             try:
                 rows.append([float(cell) for cell in line.replace(";", ",").split(",")])
             except ValueError:
-                if number > 1:  # the first line may hold the columns' names
+                if rows or names:
                     text = line.strip()[:40]
-                    raise UserError(f"--points {path}: line {number} is not numbers: {text!r}") from None
+                    raise UserError(
+                        f"--points {path}: line {number} is not numbers: {text!r}"
+                    ) from None
+                names = True
             if len(rows) > MAX_POINTS:
                 break
     if len({len(row) for row in rows}) > 1:
@@ -199,7 +211,7 @@ def _read_csv(path: Path) -> np.ndarray:
 
 
 def mean_distance(x: Tensor, y: Tensor, block: int = 100) -> float:
-    """Mean of |x_i - y_j| over all pairs; blocks that fit the cache are 10 times faster than one."""
+    """Mean of |x_i - y_j| over all pairs, in blocks that fit the cache: 10 times faster."""
     total, columns = 0.0, y.T.contiguous()  # (d, m)
     for rows in x.split(block):
         squares = (rows[:, :1] - columns[0]).square_()  # (block, m)
@@ -222,7 +234,9 @@ def modes(x: Tensor, mixture: Mixture) -> tuple[float, float]:
     Precision is the fraction within 3 sd of a mode; the number is the exponential of the entropy
     of those samples' nearest modes, 0 if there are none.
     """
-    distance, nearest = (torch.cat(part) for part in zip(*(_nearest(rows, mixture) for rows in x.split(1000))))
+    distance, nearest = (
+        torch.cat(part) for part in zip(*(_nearest(rows, mixture) for rows in x.split(1000)))
+    )
     hit = distance <= 3 * mixture.sd
     share = torch.bincount(nearest[hit], minlength=len(mixture.means)) / hit.sum().clamp(min=1)
     number = torch.special.entr(share).sum().exp().item() if hit.any() else 0.0

@@ -17,9 +17,16 @@ def panel(ax, x: Tensor, colour: Tensor, colours: int, reach: float) -> None:
     if x.shape[1] == 1:
         ax.hist(x[:, 0].numpy(), bins=80, range=(-reach, reach), color="tab:blue")
         return
-    ax.scatter(x[:, 0], x[:, 1], s=1.5, c=colour, cmap="hsv", vmin=0, vmax=colours, alpha=0.5, linewidths=0)
+    ax.scatter(
+        x[:, 0], x[:, 1], s=1.5, c=colour, cmap="hsv", vmin=0, vmax=colours, alpha=0.5, linewidths=0
+    )
     ax.set_ylim(-reach, reach)
     ax.set_aspect("equal")
+
+
+def reach_of(x: Tensor) -> float:
+    """Half the width of a panel that shows nearly all of x."""
+    return 1.2 * x.abs().max(1).values.quantile(0.99).item()
 
 
 def png(figure) -> bytes:

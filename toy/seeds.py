@@ -21,9 +21,13 @@ from models.weights import read_json
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--seeds", type=int, default=5, help="how many: 0, 1, ... (default 5)")
-    parser.add_argument("--out", type=Path, default=Path("out/seeds"), help="folder (default out/seeds)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("out/seeds"), help="folder (default out/seeds)"
+    )
     args, flags = parser.parse_known_args()
     name, rows = "_".join(flag.strip("-") for flag in flags) or "default", []
     for seed in range(args.seeds):
@@ -33,14 +37,27 @@ def main() -> int:
         if status:
             return status
         rows.append(read_json(out / "metrics.json", "remove it"))
-        print(f"seed {seed}: " + line({key: value for key, value in rows[-1].items() if key in SHOWN}))
+        print(
+            f"seed {seed}: " + line({key: value for key, value in rows[-1].items() if key in SHOWN})
+        )
     low = {key: (median, max if key.startswith(("energy", "seconds")) else min) for key in SHOWN}
     for i, label in enumerate(("median", "worst")):
-        print(f"{name}, {label} of {args.seeds}: " + line({key: low[key][i](row[key] for row in rows) for key in SHOWN}))
+        print(
+            f"{name}, {label} of {args.seeds}: "
+            + line({key: low[key][i](row[key] for row in rows) for key in SHOWN})
+        )
     return 0
 
 
-SHOWN = ("energy", "modes", "precision", "energy_teacher_same_steps", "precision_teacher_same_steps", "seconds", "seconds_metrics")
+SHOWN = (
+    "energy",
+    "modes",
+    "precision",
+    "energy_teacher_same_steps",
+    "precision_teacher_same_steps",
+    "seconds",
+    "seconds_metrics",
+)
 
 
 def line(values: dict) -> str:

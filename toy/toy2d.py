@@ -9,10 +9,10 @@ from torch import Tensor
 from models.mlp import MLP
 from moe import move
 from phases import step_times
-from sample import normal, stream, trajectory
+from sample import normal, stream, trajectory, uniform
 from sde import diffuse
 from toy.mixtures import TOYS, Mixture, energy, from_points, modes
-from toy.plot import panel, plt, png
+from toy.plot import panel, plt, png, reach_of
 
 
 def mixture(cfg) -> Mixture:
@@ -39,7 +39,11 @@ def data(cfg):
     target = mixture(cfg)
 
     def batch(n: int, *where):
-        return classes_of(target, n, *where) if cfg.classes == "on" else None, None, target.means.shape[1:]
+        return (
+            classes_of(target, n, *where) if cfg.classes == "on" else None,
+            None,
+            target.means.shape[1:],
+        )
 
     return batch
 
@@ -63,7 +67,7 @@ def start(cfg, bar, steps: int = 1500, batch: int = 1024) -> dict[str, Tensor]:
     for i in bar(range(steps)):
         c = classes_of(target, batch, *where, i) if cfg.classes == "on" else None
         x_0 = target.sample(batch, stream(*where, i, "x_0"), c)
-        t = torch.rand(batch, generator=stream(*where, i, "t"))
+        t = uniform(batch, *where, i, "t")
         x_t = diffuse(x_0, 0.0, t, normal(x_0.shape, *where, i, "eps"))
         loss = (net(x_t, t, c) - target.velocity(x_t, t, c)).square().mean()
         optimizer.zero_grad()
@@ -106,8 +110,11 @@ def evaluate(cfg, student, phases, device) -> dict:
     metrics = numbers(cfg, xs[-1], exact[0])
     metrics["energy_floor"] = [floor.mean().item(), floor.std().item()]
     metrics["energy_phases"] = [energy(xs[phase.last], y) for phase, y in zip(phases, ends)]
-    for name, x in (("teacher_same_steps", x_teacher), ("exact", exact[1])):
-        metrics |= {f"{key}_{name}": value for key, value in numbers(cfg, x, exact[0]).items()}
+    metrics |= {
+        f"{key}_teacher_same_steps": value
+        for key, value in numbers(cfg, x_teacher, exact[0]).items()
+    }
+    metrics["modes_exact"], metrics["precision_exact"] = modes(exact[0], target)
     return metrics
 
 
@@ -119,8 +126,13 @@ def present(cfg, phases, xs: list[Tensor], keep_all: bool) -> tuple[dict, dict[s
     np.save(array, (shown if keep_all else shown[0]).numpy())
     final = torch.cdist(xs[-1], target.means).argmin(1)
     for i, x in enumerate(xs if keep_all else xs[-1:]):
-        ax = figure.add_subplot(1, len(shown), i + 1, title=f"t = {step_times(cfg.steps, cfg.shift)[i - len(shown)]:.3g}")
-        panel(ax, x, final, len(target.means), reach=1.25 * xs[-1].abs().quantile(0.99).item())
+        ax = figure.add_subplot(
+            1,
+            len(shown),
+            i + 1,
+            title=f"t = {step_times(cfg.steps, cfg.shift)[i - len(shown)]:.3g}",
+        )
+        panel(ax, x, final, len(target.means), reach=reach_of(x))
     y = target.sample(len(xs[-1]), stream("exact", cfg.seed))
     return numbers(cfg, xs[-1], y), {"samples.png": png(figure), "samples.npy": array.getvalue()}
 
@@ -130,16 +142,20 @@ def picture(cfg, student, phases, device, n: int = 3000) -> bytes:
     target, times = mixture(cfg), step_times(cfg.steps, cfg.shift)
     rows = {
         f"student, {cfg.steps} steps": draw(cfg, student, times, n, device),
-        f"teacher, {cfg.steps} steps": draw(cfg, [teacher(cfg, device)] * cfg.steps, times, n, device),
+        f"teacher, {cfg.steps} steps": draw(
+            cfg, [teacher(cfg, device)] * cfg.steps, times, n, device
+        ),
         "exact": [target.sample_at(t, n, stream("picture", i)) for i, t in enumerate(times)],
     }
     expert = {i: phase.k for phase in phases for i in range(phase.first, phase.last)}
-    figure, axes = plt.subplots(3, len(times), figsize=(2.1 * len(times), 6.4), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        3, len(times), figsize=(2.1 * len(times), 6.4), squeeze=False, layout="constrained"
+    )
     for row, (name, xs) in zip(axes, rows.items()):
         final = torch.cdist(xs[-1], target.means).argmin(1) if name != "exact" else None
         for i, (ax, x) in enumerate(zip(row, xs)):
             nearest = torch.cdist(x, target.means).argmin(1) if final is None else final
-            panel(ax, x, nearest, len(target.means), reach=1.25 * xs[-1].abs().quantile(0.99).item())
+            panel(ax, x, nearest, len(target.means), reach=reach_of(rows["exact"][i]))
             ax.set_ylabel(name if i == 0 else "")
             if ax in axes[0]:
                 by = f"\nby expert {expert[i - 1]}" if i else "\nnoise"

@@ -1,0 +1,195 @@
+"""The folder of a run: what is in it, its log, and the signals that end a run cleanly."""
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from models.weights import UserError, cannot_write, read_json
+
+OURS = {
+    "config.json",
+    "log.jsonl",
+    "metrics.json",
+    "samples.png",
+    "start.safetensors",
+    "student.safetensors",
+    "state",
+}
+
+
+def contents(out: Path) -> set[str]:
+    """What a folder holds, but for temporary files that a crash left."""
+    try:
+        return {path.name for path in out.iterdir() if path.suffix != ".tmp"}
+    except FileNotFoundError:
+        return set()
+    except OSError as error:
+        raise UserError(f"--out {out}: {error.strerror}; choose another --out") from error
+
+
+def settle(args, cfg) -> tuple:
+    """The settings to run with, and whether that run is finished already. Raises UserError."""
+    held = contents(args.out)
+    if args.overwrite and held & OURS:
+        clear(args.out)
+        return cfg, False
+    if "config.json" not in held:
+        if held:
+            raise UserError(
+                f"{args.out} holds other things ({', '.join(sorted(held)[:3])}); "
+                "choose another --out"
+            )
+        return cfg, False
+    config = read_json(args.out / "config.json", "start over with --overwrite")
+    theirs = config_of(type(cfg), config, args.out)
+    if args.resume:
+        for name, value in args.given.items():
+            if getattr(theirs, name) != value:
+                flag = name.replace("_", "-")
+                raise UserError(
+                    f"{args.out} runs with --{flag} {getattr(theirs, name)}, not {value}: "
+                    "--resume keeps its settings; drop the flag, or choose another --out"
+                )
+        cfg = theirs
+    elif cfg != theirs or "metrics.json" not in held:
+        state = "a run with other settings" if cfg != theirs else "an unfinished run"
+        raise UserError(
+            f"{args.out} holds {state}; continue it with --resume, replace it with --overwrite, "
+            "or choose another --out"
+        )
+    compare(config["environment"], environment(args.device))
+    check_files(config["files"])
+    return cfg, "metrics.json" in held
+
+
+def config_of(settings, config: dict, out: Path):
+    """The settings in a config.json. Raises UserError if it is not one of this version."""
+    try:
+        return settings(**config["settings"])
+    except (TypeError, KeyError):
+        raise UserError(
+            f"{out}/config.json is not of this version; start over with --overwrite"
+        ) from None
+
+
+def clear(out: Path) -> None:
+    """Remove a run, config.json first: what a crash leaves then is no run."""
+    for path in [
+        out / "config.json",
+        *(out / name for name in OURS),
+        out / "state" / "state.safetensors",
+    ]:
+        if path.is_file():
+            path.unlink()
+    if (out / "state").is_dir() and not any((out / "state").iterdir()):
+        (out / "state").rmdir()
+
+
+def environment(device: str) -> dict:
+    """What besides the settings can change a number."""
+    git = ["git", "-C", str(Path(__file__).parent.parent), "describe", "--always", "--dirty"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = ""
+    python = sys.version.split()[0]
+    return {
+        "torch": torch.__version__,
+        "python": python,
+        "threads": torch.get_num_threads(),
+        "device": device,
+        "commit": commit or "unknown",
+    }
+
+
+def compare(then: dict, now: dict) -> None:
+    """Say which parts of the environment differ: the numbers then may, too."""
+    for name in now:
+        if then.get(name) != now[name]:
+            print(
+                f"note: the run began with {name} {then.get(name)}, this is {now[name]}; "
+                "numbers may differ"
+            )
+
+
+def hashes(names: list[str]) -> dict[str, str]:
+    """sha256 of each file that a run reads."""
+    return {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in names}
+
+
+def check_files(files: dict[str, str]) -> None:
+    """Raise UserError where a file that the run was made from has changed."""
+    for name, digest in files.items():
+        if (
+            not Path(name).is_file()
+            or hashlib.sha256(Path(name).read_bytes()).hexdigest() != digest
+        ):
+            raise UserError(
+                f"{name} is gone or has changed since the run began; "
+                "bring it back, or use --overwrite"
+            )
+
+
+class Interrupted(Exception):
+    """SIGTERM or Ctrl-C: the run was left between two iterations."""
+
+
+class Stop:
+    """Turns signals into a flag that is read where stopping is safe; a second one stops at once."""
+
+    def __init__(self):
+        self.signal = 0
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self.receive)
+
+    def receive(self, number, _):
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)
+
+    def check(self):
+        if self.signal:
+            raise Interrupted
+
+
+class Log:
+    """log.jsonl, one object a line, cut back to where the state was taken."""
+
+    def __init__(self, path: Path, size: int):
+        self.path = path
+        with self.errors():
+            self.file = open(path, "ab")
+            self.file.truncate(size)
+            self.file.seek(size)
+
+    @contextmanager
+    def errors(self):
+        try:
+            yield
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
+
+    def write(self, row: dict) -> None:
+        with self.errors():
+            self.file.write((json.dumps(row) + "\n").encode())
+            self.file.flush()
+
+    def sync(self) -> int:
+        """On the disk; returns the size."""
+        with self.errors():
+            os.fsync(self.file.fileno())
+        return self.file.tell()
+
+
+def watch(steps, text: str, stop: Stop):
+    """A progress bar over steps that also hears signals."""
+    for item in tqdm(steps, text, disable=None):
+        stop.check()
+        yield item

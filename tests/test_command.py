@@ -1,0 +1,251 @@
+"""Claims about the commands: what they leave, what they refuse, and how politely."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import fields, replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import sample
+import train
+
+ROOT = Path(__file__).parent.parent
+QUICK = "--iters 2 --warmup 1 --batch 8 --fake-updates 1 --eval-samples 50".split()
+
+
+@pytest.fixture(autouse=True)
+def fitted(monkeypatch, start):
+    """The short fit of conftest: commands are what is tested here."""
+    fast = replace(train.PRESETS["toy2d"], start=lambda cfg, bar: start(cfg))
+    monkeypatch.setitem(train.PRESETS, "toy2d", fast)
+
+
+@pytest.fixture
+def finished(tmp_path):
+    out = tmp_path / "run"
+    assert train.main([*QUICK, "--out", str(out)]) == 0
+    return out
+
+
+def tree(folder: Path) -> dict:
+    return {str(p.relative_to(folder)): p.is_dir() or p.read_bytes() for p in folder.rglob("*")}
+
+
+def refused(capsys, argv, main=train.main) -> str:
+    """One line on standard error, exit status 2, nothing else said."""
+    capsys.readouterr()
+    assert main([str(a) for a in argv]) == 2
+    said = capsys.readouterr()
+    assert said.err.count("\n") == 1 and said.err.endswith("\n") and said.out == "", said
+    return said.err
+
+
+def test_a_run_leaves_everything_that_is_promised(finished):
+    names = {
+        "config.json",
+        "log.jsonl",
+        "metrics.json",
+        "samples.png",
+        "start.safetensors",
+        "student.safetensors",
+        "state",
+    }
+    assert {p.name for p in finished.iterdir()} == names and (
+        finished / "samples.png"
+    ).read_bytes().startswith(b"\x89PNG")
+    metrics = json.loads((finished / "metrics.json").read_text())
+    promised = (
+        "energy energy_floor energy_teacher_same_steps modes modes_exact precision seconds".split()
+    )
+    assert set(promised) <= set(metrics) and len(metrics["energy_floor"]) == 2
+    rows = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
+    assert [(r["phase"], r["iteration"]) for r in rows] == [
+        (k, i) for k in (1, 2) for i in (-1, 0, 1)
+    ]
+    assert {"loss", "grad_norm"} <= set(rows[-1]["fake"]) and {
+        "loss",
+        "grad_norm",
+        "distance",
+    } == set(rows[-1]["generator"])
+
+
+def test_a_finished_run_prints_its_numbers_again(finished, capsys):
+    """The same settings, or --resume: status 0 and nothing changes."""
+    before = tree(finished)
+    capsys.readouterr()
+    for argv in (QUICK, ["--resume"]):
+        assert train.main([*argv, "--out", str(finished)]) == 0
+        assert "energy" in capsys.readouterr().out
+    assert tree(finished) == before
+
+
+def test_overwrite_replaces_a_run_and_touches_nothing_else(finished):
+    (finished / "notes.txt").write_text("mine")
+    assert train.main([*QUICK, "--seed", "5", "--overwrite", "--out", str(finished)]) == 0
+    assert json.loads((finished / "config.json").read_text())["settings"]["seed"] == 5
+    assert (finished / "notes.txt").read_text() == "mine"
+
+
+def test_a_dry_run_prints_phases_and_counts_and_writes_nothing(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--dry-run", "--phases", "4", "--fake-per-depth"]) == 0
+    printed = capsys.readouterr().out
+    assert re.search(r"student4 +[\d,]+ parameters", printed) and not list(tmp_path.iterdir())
+
+
+def test_help_has_a_line_for_every_setting(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    shown = capsys.readouterr().out
+    assert all("--" + f.name.replace("_", "-") in shown for f in fields(train.Config))
+
+
+WRONG = {
+    "--teacher toy2e": "toy2d",
+    "--teacher wan99": "nearest",
+    "--phases 3": "use one of [1, 2, 4]",
+    "--phases 0": "below 1",
+    "--steps -4": "below 1",
+    "--steps 4.5": "invalid int",
+    "--iters zero": "invalid int",
+    "--lr nan": "finite",
+    "--lr inf": "finite",
+    "--lr 0": "above 0",
+    "--fake-lr -1": "above 0",
+    "--shift 0": "above 0",
+    "--batch 0": "below 1",
+    "--micro-batch -1": "below 0",
+    "--fake-updates 0": "below 1",
+    "--lr-decay 2": "above 1",
+    "--seed -1": "below 0",
+    "--bandwidth -0.1": "below 0",
+    "--guidance nan": "finite",
+    "--guidance 2": "--classes on",
+    "--fix-t 0.3": "below phase 1",
+    "--fix-t 1.5": "above 1",
+    "--eval-samples 1": "below 2",
+    "--steps 60 --phases 60": "no room",
+    "--device tpu": "invalid choice",
+    "--toy rings": "invalid choice",
+    "--points nowhere.csv": "No such file",
+    "--points .": "directory",
+    "--nonsense": "unrecognized",
+    "--resum": "unrecognized",
+}
+
+
+@pytest.mark.parametrize("line", WRONG)
+def test_a_wrong_command_is_answered_in_one_line(line, tmp_path, monkeypatch, capsys):
+    """Exit status 2, no traceback, nothing written; the line says what to do."""
+    monkeypatch.chdir(tmp_path)
+    assert WRONG[line] in refused(capsys, line.split())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without cuda")
+def test_an_absent_device_is_refused(tmp_path, capsys):
+    assert "not available" in refused(capsys, ["--device", "cuda", "--out", tmp_path / "x"])
+
+
+def test_a_folder_that_cannot_take_a_run_is_refused(finished, tmp_path, capsys):
+    """A file, another run, an unfinished run, somebody's folder: each is left as it is."""
+    before = tree(tmp_path)
+    assert "Not a directory" in refused(capsys, [*QUICK, "--out", finished / "config.json"])
+    assert "Not a directory" in refused(capsys, [*QUICK, "--out", finished / "config.json" / "x"])
+    assert "--resume" in refused(capsys, [*QUICK, "--seed", 1, "--out", finished])
+    assert "seed 0, not 1" in refused(capsys, ["--resume", "--seed", 1, "--out", finished])
+    assert "other things" in refused(capsys, [*QUICK, "--out", tmp_path])
+    assert "other things" in refused(capsys, [*QUICK, "--out", tmp_path, "--overwrite"])
+    assert tree(tmp_path) == before
+    (finished / "metrics.json").unlink()
+    assert "unfinished" in refused(capsys, [*QUICK, "--out", finished])
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_rights_is_refused(tmp_path, capsys):
+    tmp_path.chmod(0o500)
+    assert "Permission denied" in refused(capsys, [*QUICK, "--out", tmp_path / "run"])
+
+
+def damage(file: Path, how: str):
+    content = file.read_bytes()
+    file.write_bytes(
+        {"cut": content[: len(content) // 2], "empty": b"", "text": b"not weights " * 40}[how]
+    )
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "text"])
+@pytest.mark.parametrize("name", ["state/state.safetensors", "start.safetensors", "config.json"])
+def test_a_damaged_run_is_refused_by_train(finished, capsys, name, how):
+    (finished / "metrics.json").unlink()
+    damage(finished / name, how)
+    capsys.readouterr()
+    assert train.main(["--resume", "--out", str(finished)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and name in error
+
+
+@pytest.mark.parametrize("how", ["cut", "empty", "text"])
+@pytest.mark.parametrize("name", ["student.safetensors", "config.json"])
+def test_a_damaged_student_is_refused_by_sample(finished, capsys, name, how):
+    damage(finished / name, how)
+    assert name in refused(capsys, ["--student", finished], sample.main)
+
+
+def test_files_of_another_run_are_refused(finished, tmp_path, capsys):
+    """A state and a student that fit in shape but come from other settings."""
+    other = tmp_path / "other"
+    assert train.main([*QUICK, "--seed", "1", "--out", str(other)]) == 0
+    for name in ("state/state.safetensors", "student.safetensors"):
+        (finished / name).write_bytes((other / name).read_bytes())
+    assert "another run" in refused(capsys, ["--student", finished], sample.main)
+    (finished / "metrics.json").unlink()
+    capsys.readouterr()
+    assert train.main(["--resume", "--out", str(finished)]) == 2
+    assert "another run" in capsys.readouterr().err
+
+
+def test_sampling_draws_what_the_run_would(finished, tmp_path, capsys):
+    """The same seed, the same samples; a trajectory holds every step and ends in them."""
+    for name, more in (("a", []), ("b", ["--trajectory"]), ("c", ["--seed", "1"])):
+        assert (
+            sample.main(
+                ["--student", str(finished), "--n", "100", "--out", str(tmp_path / name), *more]
+            )
+            == 0
+        )
+    assert "energy" in capsys.readouterr().out
+    a, b, c = (np.load(tmp_path / name / "samples.npy") for name in "abc")
+    assert a.shape == (100, 2) and b.shape == (5, 100, 2)
+    assert np.array_equal(a, b[-1]) and not np.array_equal(a, c)
+    for wrong in (["--n", "0"], ["--seed", "-1"], ["--student", "nowhere"], ["--nonsense"]):
+        refused(capsys, ["--student", finished, *wrong], sample.main)
+
+
+def test_points_of_ones_own_run_and_are_watched_for_changes(tmp_path, capsys):
+    """Samples come back in the file's unit; a file that changed since is refused."""
+    file, out = tmp_path / "p.csv", tmp_path / "run"
+    np.savetxt(file, np.random.default_rng(0).normal(100, 5, (50, 3)), delimiter=",")
+    flags = [*QUICK, "--points", str(file), "--out", str(out)]
+    train.PRESETS["toy2d"] = replace(
+        train.PRESETS["toy2d"], start=lambda cfg, bar: train.toy2d.start(cfg, bar, steps=20)
+    )
+    assert train.main(flags) == 0 and sample.main(["--student", str(out), "--n", "500"]) == 0
+    assert abs(np.load(out / "samples" / "samples.npy").mean() - 100) < 5
+    file.write_text(file.read_text().replace("1", "2"))
+    assert "has changed" in refused(capsys, ["--student", out], sample.main)
+    assert "has changed" in refused(capsys, flags)
+
+
+def test_scripts_run_from_the_root_as_the_readme_writes_them():
+    for script in ("train.py", "sample.py", "toy/figure2.py", "toy/seeds.py"):
+        done = subprocess.run(
+            [sys.executable, script, "--help"], cwd=ROOT, capture_output=True, text=True
+        )
+        assert done.returncode == 0 and "usage" in done.stdout, done.stderr
