@@ -82,9 +82,9 @@ def dmd_gradient(
     weight="paper",
     p: Process = flow,
 ) -> Tensor:
-    """Gradient of reverse KL at time t with respect to x_s, Eq. 10; Eq. 7 at s = 0. (B, ...)
+    """Gradient of the reverse KL (Eq. 6) at time t with respect to x_s, Eq. 10; Eq. 7 at s = 0.
 
-    w (v_real - v_fake), where w is
+    w (v_real - v_fake), (B, ...), where w is
     paper       alpha_t alpha_ts / (alpha_t sigma_t + sigma_t^2): the scores' difference times
                 dx_t / dx_s, as printed. Grows like 1 / sigma_t as t -> 0.
     xs          the same difference of scores times sigma_ts^2 / alpha_ts: the difference of the

@@ -47,7 +47,7 @@ def times_of(t: float, x: Tensor) -> Tensor:
 
 
 def trajectory(nets: list[Callable], times, z: Tensor, c=None) -> Iterator[Tensor]:
-    """x at every one of the times, z first: step i of the solver asks nets[i]. (B, ...) each.
+    """The pipeline of Eq. 9: x (B, ...) at every one of the times, z first; step i asks nets[i].
 
     The student is [expert 1, expert 1, expert 2, expert 2] at its own times, a teacher is the same
     network at every step: nothing else differs.

@@ -231,7 +231,7 @@ def fake_rollouts(run: Run, updates: int) -> Iterator[tuple]:
 
 
 def fake_update(run: Run, update: int, rollouts: Iterator[tuple]) -> dict:
-    """One step of the fake on samples of the present generator, Eq. 13."""
+    """One step of the fake on samples of the present generator: Eq. 8, inside (s, 1) Eq. 13."""
     total = 0.0
     for m, n in micro_batches(run.cfg):
         loss = fake_loss(run, update, m, *next(rollouts)) * (n / run.cfg.batch)
@@ -587,9 +587,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     args = parser().parse_args(argv)
     args.given = given(args, Config)
     if args.given.get("points"):
-        args.given["points"] = str(
-            Path(args.given["points"]).resolve()
-        )  # a run may go on elsewhere
+        # in full, since a run may go on from elsewhere
+        args.given["points"] = str(Path(args.given["points"]).resolve())
     name = args.given.get("teacher", Config.teacher)
     if name not in PRESETS:
         near = difflib.get_close_matches(name, PRESETS, cutoff=0)
@@ -611,30 +610,29 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit status: 0, 2 for a user's error, 130 or 143 for a signal."""
-    stop = Stop()
     try:
         args, cfg = parse(argv)
         if args.dry_run:
             dry_run(cfg)
             return 0
+        torch.set_num_threads(PRESETS[cfg.teacher].threads or torch.get_num_threads())
         cfg, finished = settle(args, cfg)
         if finished:
             show(read_json(args.out / "metrics.json", "start over with --overwrite"), args.out)
             return 0
         print(ph.table(phases_of(cfg), cfg.shift))
         began = time.time()
-        torch.set_num_threads(PRESETS[cfg.teacher].threads or torch.get_num_threads())
-        run = prepare(args, cfg, stop)
-        show(finish(run, drive(run, began, stop)), args.out)
+        with Stop() as stop:
+            run = prepare(args, cfg, stop)
+            show(finish(run, drive(run, began, stop)), args.out)
         return 0
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
-    except Interrupted:
-        print(
-            f"stopped; continue with: python train.py --resume --out {shlex.quote(str(args.out))}"
-        )
-        return 128 + stop.signal
+    except Interrupted as interrupted:
+        out = shlex.quote(str(args.out))
+        print(f"stopped; continue with: python train.py --resume --out {out}")
+        return 128 + interrupted.number
 
 
 if __name__ == "__main__":

@@ -141,14 +141,22 @@ def check_files(files: dict[str, str]) -> None:
 class Interrupted(Exception):
     """SIGTERM or Ctrl-C: the run was left between two iterations."""
 
+    def __init__(self, number: int):
+        self.number = number
+
 
 class Stop:
     """Turns signals into a flag that is read where stopping is safe; a second one stops at once."""
 
-    def __init__(self):
+    def __enter__(self):
         self.signal = 0
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self.receive)
+        numbers = signal.SIGTERM, signal.SIGINT
+        self.before = {number: signal.signal(number, self.receive) for number in numbers}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def receive(self, number, _):
         self.signal = number
@@ -156,7 +164,7 @@ class Stop:
 
     def check(self):
         if self.signal:
-            raise Interrupted
+            raise Interrupted(self.signal)
 
 
 class Log:

@@ -85,6 +85,18 @@ def test_a_finished_run_prints_its_numbers_again(finished, capsys):
     assert tree(finished) == before
 
 
+def test_a_resumed_run_says_what_differs_in_its_environment(finished, capsys):
+    """Nothing in the same environment; the version of torch where it was another."""
+    capsys.readouterr()
+    assert train.main(["--resume", "--out", str(finished)]) == 0
+    assert "note:" not in capsys.readouterr().out
+    config = json.loads((finished / "config.json").read_text())
+    config["environment"]["torch"] = "1.0"
+    (finished / "config.json").write_text(json.dumps(config))
+    assert train.main(["--resume", "--out", str(finished)]) == 0
+    assert "note: the run began with torch 1.0" in capsys.readouterr().out
+
+
 def test_overwrite_replaces_a_run_and_touches_nothing_else(finished):
     (finished / "notes.txt").write_text("mine")
     assert train.main([*QUICK, "--seed", "5", "--overwrite", "--out", str(finished)]) == 0

@@ -1,6 +1,7 @@
 """Claims about the loop: it is the method, it is exact about who learns, and it repeats itself."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -124,6 +125,23 @@ def test_a_frozen_expert_is_bit_identical_afterwards(new_run):
             assert same(weights(run, "student2"), first)
     assert not same(first, frozen) and same(frozen, weights(run, "student1"))
     assert not same(first, weights(run, "student2"))
+
+
+def test_a_teacher_of_two_experts_has_a_fake_beside_each(new_run, monkeypatch):
+    """Phase 1 asks the high-noise one alone; each update of phase 2 trains exactly one of two."""
+    preset = replace(train.PRESETS["toy2d"], boundary_t=0.6)
+    monkeypatch.setitem(train.PRESETS, "toy2d", preset)
+    run = new_run(**SMALL | dict(fake_updates=1, iters=12))
+    trained = {1: set(), 2: set()}
+    before = {role: weights(run, role) for role in ("fake1", "fake2")}
+    for row in train.train(run):
+        after = {role: weights(run, role) for role in before}
+        changed = [role for role in before if not same(before[role], after[role])]
+        if row["iteration"] > -run.cfg.warmup:  # where a phase begins, both are reset
+            assert len(changed) == 1
+            trained[row["phase"]].update(changed)
+        before = after
+    assert trained == {1: {"fake1"}, 2: {"fake1", "fake2"}}
 
 
 @pytest.mark.parametrize(

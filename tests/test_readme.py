@@ -1,0 +1,62 @@
+"""Claims about the README: its table of equations, its commands and its files are real."""
+
+import importlib
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import train
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+EQUATIONS = re.findall(r"^\| ([\d, ]+) \|.*\| (`.*`) \|$", README, re.M)
+
+
+def names(text: str):
+    """(module, function) of each `file.py:function` in a cell."""
+    return re.findall(r"`([\w/]+)\.py:(\w+)`", text)
+
+
+def test_every_equation_of_the_paper_has_its_row():
+    found = {int(n) for numbers, _ in EQUATIONS for n in numbers.split(",")}
+    assert found == set(range(1, 14))
+
+
+@pytest.mark.parametrize("numbers,cell", EQUATIONS)
+def test_each_function_of_the_table_exists_and_names_its_equation(numbers, cell):
+    """In its docstring; a function that does not name it fails, and so does one that is gone."""
+    assert names(cell)
+    for file, function in names(cell):
+        doc = getattr(importlib.import_module(file.replace("/", ".")), function).__doc__
+        for number in numbers.split(","):
+            assert re.search(rf"Eqs?\. ([\d, and]+)?\b{number.strip()}\b", doc), (function, number)
+
+
+def test_the_check_of_the_table_can_fail():
+    """Negative control: sde.step names no equation 13."""
+    assert not re.search(r"Eqs?\. ([\d, and]+)?\b13\b", importlib.import_module("sde").step.__doc__)
+
+
+def commands():
+    blocks = "\n".join(re.findall(r"```(?:bash|console)?\n(.*?)```", README, re.S))
+    lines = [line.split("#")[0].split("&&")[-1].strip() for line in blocks.splitlines()]
+    inline = re.findall(r"`(python [^`]+)`", README)
+    return sorted({line for line in lines + inline if line.startswith("python ")})
+
+
+@pytest.mark.parametrize("line", commands())
+def test_each_command_of_the_readme_is_understood(line):
+    """Its script is there; train.py's and seeds.py's flags parse and their settings pass the checks."""
+    _, script, *flags = shlex.split(line)
+    assert (ROOT / script).exists()
+    if script == "toy/seeds.py":
+        flags = [flag for flag in flags if flag not in ("--seeds", "20")]
+    if script in ("train.py", "toy/seeds.py") and "mine.csv" not in flags:
+        train.parse(flags)
+
+
+def test_the_files_that_the_readme_shows_are_there():
+    linked = re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r'src="([^"]+)"', README)
+    assert linked and all((ROOT / name).exists() for name in linked)
