@@ -47,7 +47,7 @@ class Phase:
 
 def step_times(steps: int, S: float) -> tuple[float, ...]:
     """1 = t_0 > ... > t_N = 0: uniform in u, then shifted. Shift 5: 1, .9375, .8333, .625, 0."""
-    return tuple(shift(1 - i / steps, S) for i in range(steps)) + (0.0,)
+    return (1.0, *(shift(1 - i / steps, S) for i in range(1, steps)), 0.0)
 
 
 def make_phases(
@@ -125,14 +125,17 @@ def renoise_times(part: Part, u: Tensor, S: float) -> Tensor:
     return shift(low + (high - low) * u, S).clamp(min=part.floor)
 
 
-def truncation_depths(phase: Phase, B: int, u: float, mixed: bool) -> Tensor:
-    """For each of B samples, which step of the phase is recorded and jumps to its end. (B,)
+def truncation_depths(phase: Phase, rows: range, u: float, mixed: bool, batch: int) -> Tensor:
+    """For some rows of a batch: which step of the phase is recorded and jumps to its end. (B,)
 
-    Drawn once for all B, as the paper does; `mixed` gives every depth an equal share instead.
+    Drawn once for the whole batch, as the paper does; `mixed` gives every depth an equal share of
+    it instead, and u only says who goes first where the shares cannot be equal.
     """
+    drawn = int(u * phase.depths)
     if not mixed:
-        return torch.full((B,), 1 + int(u * phase.depths))
-    return 1 + torch.arange(B) % phase.depths
+        return torch.full((len(rows),), 1 + drawn)
+    turn = drawn if batch % phase.depths else 0
+    return 1 + (torch.arange(rows.start, rows.stop) + turn) % phase.depths
 
 
 def table(phases: list[Phase], S: float) -> str:

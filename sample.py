@@ -15,8 +15,8 @@ from torch import Tensor
 
 import moe
 from models.flags import Parser, pick_device
-from models.folder import check_files, config_of
-from models.weights import UserError, read_json, read_tensors_of, write
+from models.folder import check_files, config_of, contents
+from models.weights import UserError, read_json, read_tensors, write
 from phases import Phase, step_times
 from sde import step
 
@@ -94,14 +94,15 @@ def load_student(folder: Path, device: torch.device):
     import train  # knows the presets; it imports this file for the sampler
 
     advice = f"train it again with: python train.py --out {folder} --overwrite"
-    if not (folder / "student.safetensors").exists():
+    if "student.safetensors" not in contents(folder):
         raise UserError(
             f"{folder} holds no student.safetensors; give --student the folder of a finished run"
         )
     config = read_json(folder / "config.json", advice)
     cfg = config_of(train.Config, config, folder)
+    train.validate(cfg)
     check_files(config["files"])
-    tensors, _ = read_tensors_of(config["settings"], folder / "student.safetensors", advice)
+    tensors, _ = read_tensors(folder / "student.safetensors", "student", config["settings"], advice)
     phases, preset, experts = train.phases_of(cfg), train.PRESETS[cfg.teacher], {}
     for phase in phases:
         role = moe.student_role(phase.k)
@@ -134,8 +135,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     try:
         args = parser.parse_args(argv)
-        if args.n < 2 or args.seed < 0:
-            raise UserError("--n must be at least 2 and --seed at least 0")
+        if not 2 <= args.n <= 10**6 or args.seed < 0:
+            raise UserError("--n must be from 2 to a million, and --seed at least 0")
+        out = args.out or args.student / "samples"
+        if "config.json" in contents(out):
+            raise UserError(f"{out} holds a run; choose another --out")
         device = torch.device(pick_device(args.device, "cpu"))
         cfg, phases, nets = load_student(args.student, device)
         preset, began = train.PRESETS[cfg.teacher], time.time()
@@ -149,10 +153,10 @@ def main(argv: list[str] | None = None) -> int:
         print(
             f"{args.n} samples, {cfg.steps} network evaluations each, {time.time() - began:.2f} s"
         )
-        found, files = preset.present(cfg, phases, xs, args.trajectory)
+        found, files = preset.present(cfg, c, xs, args.trajectory)
         for name, content in files.items():
-            write((args.out or args.student / "samples") / name, content)
-        train.show(found, args.out or args.student / "samples")
+            write(out / name, content)
+        train.show(found, out)
         return 0
     except UserError as error:
         print(f"sample.py: {error}", file=sys.stderr)

@@ -68,7 +68,10 @@ def kernel(s, t, p: Process = flow) -> tuple[Tensor, Tensor]:
 
 
 def diffuse(x_s: Tensor, s, t, eps: Tensor, p: Process = flow) -> Tensor:
-    """x_t = alpha_ts x_s + sigma_ts eps, Eq. 2; at s = 0 it is Eq. 1. x_s, eps (B, ...)."""
+    """x_t = alpha_ts x_s + sigma_ts eps, Eq. 2; at s = 0 it is Eq. 1. x_s, eps (B, ...).
+
+    Where x_s has the law p(x_s), x_t has the law p(x_t), whatever s is, Eq. 3.
+    """
     alpha_ts, sigma_ts = kernel(like(s, x_s), like(t, x_s), p)
     return alpha_ts * x_s + sigma_ts * eps
 

@@ -36,7 +36,7 @@ from models.folder import (
     settle,
     watch,
 )
-from models.weights import UserError, read_json, read_tensors_of, write, write_json, write_tensors
+from models.weights import UserError, read_json, read_tensors, write, write_json, write_tensors
 from sample import normal, rollout, uniform
 from sde import diffuse
 from toy import toy2d
@@ -53,15 +53,19 @@ class Config:
     teacher: str = setting("toy2d", "preset")
     toy: str = setting("ring", "distribution of toy2d", choices=tuple(toy2d.TOYS))
     points: str = setting("", "csv or npy, n x d, n <= 2000: your own data in place of --toy")
-    bandwidth: float = setting(0.0, "sd around each point, in sd of the data; 0: automatic", low=0)
+    bandwidth: float = setting(0.0, "sd around each point, in sd of the data; 0: automatic",
+                               low=0, high=10)
     classes: str = setting("off", "condition on the class", choices=ON_OFF)
-    guidance: float = setting(1.0, "guidance scale of the teacher, with --classes on", low=0)
+    guidance: float = setting(1.0, "guidance scale of the teacher, with --classes on",
+                              low=0, high=100)
 
-    phases: int = setting(2, "K, must divide --steps; 1 is DMD2", low=1)
+    phases: int = setting(2, "K, must divide --steps; 1 is DMD2", low=1, high=1000)
     steps: int = setting(4, "N, network evaluations of a sample", low=1, high=1000)
-    shift: float = setting(5.0, "S of the times, t = S u / (1 + (S - 1) u)", above=0)
+    shift: float = setting(5.0, "S of the times, t = S u / (1 + (S - 1) u)",
+                            low=0.01, high=100)
     interval: str = setting("nested", "re-noise in (s, 1), or (s, start of the phase)",
                             choices=("nested", "disjoint"))
+    t_margin: float = setting(0.02, "kept from both ends of the interval, in u", low=0, high=0.4)
     fix_t: float = setting(0.0, "re-noise at this t alone (Fig. 11); 0: anywhere", low=0, high=1)
     boundary: str = setting("clip", "phase 1's draws below the time where a teacher of two experts "
                             "changes them", choices=("clip", "inside"))
@@ -74,25 +78,25 @@ class Config:
     weight: str = setting("paper", "of the generator's gradient; paper is Eq. 10",
                           choices=("paper", "xs", "x0", "normalised", "one"))
 
-    iters: int = setting(400, "generator updates a phase", low=1)
-    fake_updates: int = setting(5, "fake updates for each generator update", low=1)
+    iters: int = setting(400, "generator updates a phase", low=1, high=10**9)
+    fake_updates: int = setting(5, "fake updates for each generator update", low=1, high=1000)
     fake_per_depth: bool = setting(False, "a fake for every truncation depth (not in the paper)")
     reuse_rollouts: bool = setting(False, "the fake updates of an iteration share one rollout")
-    warmup: int = setting(0, "fake updates before a phase's first generator update", low=0)
-    batch: int = setting(64, "samples of an update", low=1)
-    micro_batch: int = setting(0, "samples of one pass; 0: the whole batch", low=0)
-    lr: float = setting(5e-5, "of the generator (AdamW)", above=0)
-    fake_lr: float = setting(4e-7, "of the fake (AdamW)", above=0)
+    warmup: int = setting(0, "fake updates before a phase's first generator update",
+                          low=0, high=10**9)
+    batch: int = setting(64, "samples of an update", low=1, high=10**6)
+    micro_batch: int = setting(0, "samples of one pass; 0: the whole batch", low=0, high=10**6)
+    lr: float = setting(5e-5, "of the generator (AdamW)", above=0, high=1)
+    fake_lr: float = setting(4e-7, "of the fake (AdamW)", above=0, high=1)
     lr_decay: float = setting(0.0, "last part of a phase, in which rates fall to 0", low=0, high=1)
 
-    seed: int = setting(0, "of all that is drawn", low=0)
-    save_every: int = setting(200, "iterations between two states for --resume", low=1)
-    max_skips: int = setting(20, "non-finite updates in a row to skip before stopping", low=0)
-    eval_samples: int = setting(10_000, "samples behind each number of metrics.json", low=2)
+    seed: int = setting(0, "of all that is drawn", low=0, high=2**63)
+    save_every: int = setting(200, "iterations between two states for --resume", low=1, high=10**9)
+    max_skips: int = setting(20, "non-finite updates in a row to skip before stopping",
+                             low=0, high=10**9)
+    eval_samples: int = setting(10_000, "samples behind each number of metrics.json",
+                                low=2, high=10**6)
 # fmt: on
-
-
-MARGIN = 0.02  # kept from both ends of a re-noising interval, in u; the paper gives none
 
 
 @dataclass(frozen=True)
@@ -104,10 +108,10 @@ class Preset:
     network: Callable  # network(cfg) -> the network that student and fake are
     teacher: Callable  # teacher(cfg, device) -> v_real = teacher(x_t, t, c), guidance included
     start: Callable  # start(cfg, bar) -> tensors that student and fake start from
-    data: Callable  # data(cfg) -> batch(n, *where) -> (c, c_null, shape of a sample)
+    data: Callable  # data(cfg) -> batch(n, *where) -> (c, c_null, shape); UserError if it has none
     evaluate: Callable  # evaluate(cfg, student, phases, device) -> numbers
     picture: Callable  # picture(cfg, student, phases, device) -> png
-    present: Callable  # present(cfg, phases, xs, keep_all) -> numbers, {file name: bytes}
+    present: Callable  # present(cfg, c, xs, keep_all) -> numbers, {file name: bytes}
     device: str = "auto"  # that --device auto means
     threads: int = 0  # of the CPU; 0 leaves torch's own choice
 
@@ -169,11 +173,10 @@ class Run:
         return self.phases[self.k - 1]
 
     @property
-    def roles_begun(self) -> list[str]:
-        """Every trained role but the experts of later phases."""
-        later = {moe.student_role(k) for k in range(self.k + 1, len(self.phases) + 1)}
-        all_roles = moe.run_roles(self.phases, self.cfg.fake_per_depth)
-        return [role for role in all_roles if role not in later]
+    def trained(self) -> list[str]:
+        """What a state has to hold: the student's experts so far, and the fakes of the phase."""
+        experts = [moe.student_role(k) for k in range(1, self.k + 1)]
+        return experts + moe.fake_roles(self.phase, self.cfg.fake_per_depth)
 
     @property
     def student(self) -> list[Callable]:
@@ -194,25 +197,24 @@ def begin_phase(run: Run, k: int) -> None:
     run.optimizers = {role: AdamW(run.roles.parameters_of(role), lr) for role, lr in rates.items()}
 
 
-def train(run: Run) -> Iterator[dict]:
-    """The whole method. Yields what to log after each iteration; `run` is whole at every yield."""
+def train(run: Run) -> Iterator[list[dict]]:
+    """The whole method. Yields log rows after each iteration; `run` is whole at every yield."""
     while True:
         while run.i < run.cfg.iters:
-            row = iteration(run)
+            rows = iteration(run)
             run.i += 1
-            yield row
+            yield rows
         if run.k == len(run.phases):
             return
         begin_phase(run, run.k + 1)
 
 
-def iteration(run: Run) -> dict:
+def iteration(run: Run) -> list[dict]:
     """Fakes first, so that they know the samples that the generator is judged on (A1)."""
     updates = 1 if run.i < 0 else run.cfg.fake_updates
     rollouts = fake_rollouts(run, updates)
-    fakes = [fake_update(run, update, rollouts) for update in range(updates)]
-    row = {"phase": run.k, "iteration": run.i, "fake": fakes[-1]}
-    return row if run.i < 0 else row | {"generator": generator_update(run, updates)}
+    rows = [fake_update(run, update, rollouts) for update in range(updates)]
+    return rows if run.i < 0 else [*rows, generator_update(run, updates)]
 
 
 def fake_rollouts(run: Run, updates: int) -> Iterator[tuple]:
@@ -232,17 +234,17 @@ def fake_rollouts(run: Run, updates: int) -> Iterator[tuple]:
 
 def fake_update(run: Run, update: int, rollouts: Iterator[tuple]) -> dict:
     """One step of the fake on samples of the present generator: Eq. 8, inside (s, 1) Eq. 13."""
-    total = 0.0
+    part, total = draw_part(run, update), 0.0
     for m, n in micro_batches(run.cfg):
-        loss = fake_loss(run, update, m, *next(rollouts)) * (n / run.cfg.batch)
+        loss = fake_loss(run, part, update, m, *next(rollouts)) * (n / run.cfg.batch)
         loss.backward()
         total += loss.detach()
-    return apply(run, "fake", total)
+    return apply(run, moe.fake_role(part.expert), loss=total)
 
 
-def fake_loss(run: Run, update: int, m: int, x_s: Tensor, c, depth: Tensor) -> Tensor:
+def fake_loss(run: Run, part: ph.Part, update, m: int, x_s: Tensor, c, depth: Tensor) -> Tensor:
     """Score matching of the fake inside (s, 1), at the times of the phase."""
-    part, t, eps = renoise(run, update, m, x_s)
+    t, eps = renoise(run, part, update, m, x_s)
     v_fake = fake_of(run, part, depth)(diffuse(x_s, run.phase.s, t, eps), t, c)
     match = losses.subinterval_matching if run.cfg.target == "unbiased" else losses.biased_matching
     return match(v_fake, x_s, run.phase.s, t, eps)
@@ -250,20 +252,20 @@ def fake_loss(run: Run, update: int, m: int, x_s: Tensor, c, depth: Tensor) -> T
 
 def generator_update(run: Run, update: int) -> dict:
     """One step of the generator down the reverse KL at a random t, Eq. 10."""
-    total = distance = 0.0
+    part, total, square = draw_part(run, update), 0.0, 0.0
     for m, n in micro_batches(run.cfg):
         [(x_s, c, depth)] = simulate(run, [(update, m, n)])
         with torch.no_grad():
-            part, t, eps = renoise(run, update, m, x_s)
+            t, eps = renoise(run, part, update, m, x_s)
             x_t = diffuse(x_s, run.phase.s, t, eps)
             v_real = run.roles.velocity("teacher", x_t, t, c)
             v_fake = fake_of(run, part, depth)(x_t, t, c)
             gradient = losses.dmd_gradient(x_s, x_t, run.phase.s, t, v_real, v_fake, run.cfg.weight)
-            distance += losses.mean((v_real - v_fake) ** 2) * (n / run.cfg.batch)
+            square += losses.mean((v_real - v_fake) ** 2) * (n / run.cfg.batch)
         loss = losses.distribution_matching(x_s, gradient) * (n / run.cfg.batch)
         loss.backward()
         total += loss.detach()
-    return apply(run, moe.student_role(run.k), total) | {"distance": distance.sqrt().item()}
+    return apply(run, moe.student_role(run.k), loss=total, distance=square.sqrt())
 
 
 def simulate(run: Run, passes: list[tuple]) -> list[tuple]:
@@ -275,7 +277,9 @@ def simulate(run: Run, passes: list[tuple]) -> list[tuple]:
         cs.append(moe.move(c, run.device))
         u = uniform((), *where, "depth").item()  # without m: all processes agree
         zs.append(normal((n, *shape), *where, m, "z").to(run.device))
-        depths.append(ph.truncation_depths(run.phase, n, u, run.cfg.depths == "mixed"))
+        rows = range(m * run.cfg.micro_batch, m * run.cfg.micro_batch + n)
+        mixed = run.cfg.depths == "mixed"
+        depths.append(ph.truncation_depths(run.phase, rows, u, mixed, run.cfg.batch))
     c, depth = moe.concatenate(cs), torch.cat(depths)
     x_s = rollout(
         run.student, run.times, run.phase, torch.cat(zs), c, depth, run.cfg.truncate == "on"
@@ -283,12 +287,16 @@ def simulate(run: Run, passes: list[tuple]) -> list[tuple]:
     return list(zip(x_s.split([n for *_, n in passes]), cs, depths))
 
 
-def renoise(run: Run, update: int, m: int, x_s: Tensor):
-    """The teacher's expert, the times t (B,) and the noise eps (B, ...) of one pass."""
-    where = run.cfg.seed, run.k, run.i, update
-    part = ph.pick_part(run.phase, uniform((), *where, "expert").item())
-    t = ph.renoise_times(part, uniform(len(x_s), *where, m, "t"), run.cfg.shift)
-    return part, t.to(x_s.device), normal(x_s.shape, *where, m, "eps").to(x_s.device)
+def draw_part(run: Run, update) -> ph.Part:
+    """The teacher's expert of an update; without m, so that all processes agree."""
+    return ph.pick_part(run.phase, uniform((), run.cfg.seed, run.k, run.i, update, "expert").item())
+
+
+def renoise(run: Run, part: ph.Part, update, m: int, x_s: Tensor) -> tuple[Tensor, Tensor]:
+    """The times t (B,) and the noise eps (B, ...) of one pass."""
+    where = run.cfg.seed, run.k, run.i, update, m
+    t = ph.renoise_times(part, uniform(len(x_s), *where, "t"), run.cfg.shift)
+    return t.to(x_s.device), normal(x_s.shape, *where, "eps").to(x_s.device)
 
 
 def fake_of(run: Run, part: ph.Part, depth: Tensor) -> Callable:
@@ -306,26 +314,27 @@ def micro_batches(cfg: Config) -> list[tuple[int, int]]:
     return [(m, min(size, cfg.batch - start)) for m, start in enumerate(range(0, cfg.batch, size))]
 
 
-def apply(run: Run, name: str, loss: Tensor) -> dict:
+def apply(run: Run, name: str, **values: Tensor) -> dict:
     """Step the optimizers of a role that have gradients, unless something is not finite."""
-    mine = [opt for role, opt in run.optimizers.items() if role.startswith(name)]
+    mine = [opt for role, opt in run.optimizers.items() if role.split(".")[0] == name]
     mine = [opt for opt in mine if all(p.grad is not None for p in opt.parameters.values())]
     grads = [p.grad for opt in mine for p in opt.parameters.values()]
-    norm = torch.nn.utils.get_total_norm(grads)
-    row = {"loss": loss.item(), "grad_norm": norm.item()}  # waits for the device, once an update
-    finite = all(map(math.isfinite, row.values()))
+    values["grad_norm"] = torch.nn.utils.get_total_norm(grads)
+    numbers = torch.stack(list(values.values())).tolist()  # the one wait for the device
+    finite = all(map(math.isfinite, numbers))
     run.skips[name] = 0 if finite else run.skips.get(name, 0) + 1
     if run.skips[name] > run.cfg.max_skips:
         raise UserError(
-            f"phase {run.k}, iteration {run.i}: {name} is not finite ({row}); "
-            "the last state is kept: continue with --resume, or start over with other rates"
+            f"phase {run.k}, iteration {run.i}: {dict(zip(values, numbers))} of {name} is not "
+            "finite; start over with --overwrite and lower rates, or allow --max-skips"
         )
     for optimizer in mine:
         if finite:
             optimizer.step(rate(run.cfg, run.i))
         for p in optimizer.parameters.values():
             p.grad = None
-    return row
+    row = {"phase": run.k, "iteration": run.i, "role": name, "skipped": not finite}
+    return row | {key: x if math.isfinite(x) else None for key, x in zip(values, numbers)}
 
 
 def rate(cfg: Config, i: int) -> float:
@@ -333,32 +342,30 @@ def rate(cfg: Config, i: int) -> float:
     return min(1.0, (cfg.iters - i) / max(1.0, cfg.iters * cfg.lr_decay))
 
 
-def fake_lag(run: Run, updates: int = 20) -> tuple[float, float]:
-    """The fake's loss on fresh samples now, and after 20 more updates of a copy: how well A1 holds.
+def fake_lag(run: Run, updates: int = 20, batches: int = 16) -> tuple[float, float]:
+    """The fake's loss on fresh samples now, and after 20 more updates of a copy: is A1 true?
 
-    The same draws for both, so that their noise cancels. The run is as it was before.
+    At the fake's full rate, so that a lagging fake can catch up; one that has arrived only jitters.
+    The same draws for both losses, so that their noise cancels. The run is as it was before.
     """
     tensors = {name: tensor.clone() for name, tensor in tensors_of(run).items()}
-    counters, end = counters_of(run), run.i
+    counters = counters_of(run)
+    run.i = 0  # where both rates are whole
 
     def loss() -> float:
-        run.i = end
+        passes = [(f"lag{j}", 0, run.cfg.batch) for j in range(batches)]
         with torch.no_grad():
-            passes = [(f"lag{j}", 0, run.cfg.batch) for j in range(16)]
-            samples = zip(passes, simulate(run, passes))
-            return (
-                sum(fake_loss(run, update, m, *sample).item() for (update, m, _), sample in samples)
-                / 16
-            )
+            found = [
+                fake_loss(run, draw_part(run, update), update, m, *sample)
+                for (update, m, _), sample in zip(passes, simulate(run, passes))
+            ]
+        return torch.stack(found).mean().item()
 
     now = loss()
-    for update in range(updates):
-        run.i = int(0.95 * run.cfg.iters)  # for its rate: at the end of a phase that may be 0
+    for j in range(updates):
         with torch.no_grad():
-            rollouts = simulate(
-                run, [(f"lag more {update}", m, n) for m, n in micro_batches(run.cfg)]
-            )
-        fake_update(run, f"lag more {update}", iter(rollouts))
+            more = simulate(run, [(f"lag more {j}", m, n) for m, n in micro_batches(run.cfg)])
+        fake_update(run, f"lag more {j}", iter(more))
     later = loss()
     restore(run, tensors, counters)
     return now, later
@@ -371,7 +378,7 @@ def tensors_of(run: Run) -> dict[str, Tensor]:
     """Everything trained so far, by role: parameters, and second moments of the phase."""
     tensors = {
         f"{role}/{name}": p
-        for role in run.roles_begun
+        for role in run.trained
         for name, p in run.roles.parameters_of(role).items()
     }
     moments = {
@@ -408,6 +415,7 @@ def save_state(run: Run, log_bytes: int, seconds: float) -> None:
         "log_bytes": log_bytes,
         "seconds": seconds,
         "settings": asdict(run.cfg),
+        "kind": "state",
     }
     write_tensors(run.out / "state" / "state.safetensors", tensors_of(run), about)
 
@@ -417,7 +425,7 @@ def load_state(run: Run) -> tuple[int, float]:
     path, advice = run.out / "state" / "state.safetensors", "start over with --overwrite"
     if not path.exists():
         return 0, 0.0
-    tensors, about = read_tensors_of(asdict(run.cfg), path, advice)
+    tensors, about = read_tensors(path, "state", asdict(run.cfg), advice)
     restore(run, tensors, about)
     return about["log_bytes"], about["seconds"]
 
@@ -428,7 +436,7 @@ def load_state(run: Run) -> tuple[int, float]:
 def prepare(args, cfg: Config, stop: Stop) -> Run:
     """A run as its folder has it, or a new one: networks, starting tensors, state."""
     preset, out = PRESETS[cfg.teacher], args.out
-    if "config.json" not in contents(out):
+    if args.overwrite or "config.json" not in contents(out):
         config = {
             "settings": asdict(cfg),
             "environment": environment(args.device),
@@ -440,8 +448,8 @@ def prepare(args, cfg: Config, stop: Stop) -> Run:
         start = preset.start(
             cfg, lambda steps: watch(steps, "start: fitting the teacher's velocity", stop)
         )
-        write_tensors(path, start, {"settings": asdict(cfg)})
-    start, _ = read_tensors_of(asdict(cfg), path, "delete it, and run again with --resume")
+        write_tensors(path, start, {"settings": asdict(cfg), "kind": "start"})
+    start, _ = read_tensors(path, "start", asdict(cfg), "delete it, and run again with --resume")
     return new_run(cfg, start, torch.device(args.device), out)
 
 
@@ -464,7 +472,7 @@ def phases_of(cfg: Config) -> list[ph.Phase]:
             cfg.phases,
             cfg.shift,
             cfg.interval,
-            MARGIN,
+            cfg.t_margin,
             PRESETS[cfg.teacher].boundary_t,
             cfg.boundary,
             cfg.fix_t,
@@ -478,23 +486,26 @@ def drive(run: Run, began: float, stop: Stop) -> float:
     size, before = load_state(run)
     began -= before
     log, bar = Log(run.out / "log.jsonl", size), None
-    for row in train(run):
-        if bar is None or row["iteration"] == -run.cfg.warmup:
+    for rows in train(run):
+        if bar is None or rows[0]["iteration"] == -run.cfg.warmup:
             bar = new_bar(run)
-        log.write(row | {"seconds": round(time.time() - began, 3)})
+        seconds = time.time() - began
+        log.write([row | {"seconds": round(seconds, 3)} for row in rows])
         bar.update()
-        bar.set_postfix(short(row), refresh=False)
-        last = run.i == run.cfg.iters
-        if last or stop.signal or run.i % run.cfg.save_every == 0:
-            save_state(run, log.sync(), time.time() - began)
+        bar.set_postfix(short(rows), refresh=False)
+        last, stopping = run.i == run.cfg.iters, stop.signal
+        if last or stopping or run.i % run.cfg.save_every == 0:
+            save_state(run, log.sync(), seconds)
+        if stopping:
+            raise Interrupted(stopping)
         if last:
             bar.close()
             report_lag(run)
-        stop.check()
     return began
 
 
 def new_bar(run: Run) -> tqdm:
+    """A bar for the rest of a phase."""
     total = run.cfg.iters + run.cfg.warmup
     return tqdm(
         total=total,
@@ -504,38 +515,38 @@ def new_bar(run: Run) -> tqdm:
     )
 
 
-def short(row: dict) -> dict:
+def short(rows: list[dict]) -> dict:
     """What a bar has room for: loss of the fake, distance of the student from the teacher."""
-    shown = {"loss": f"{row['fake']['loss']:.3f}"}
-    return shown | (
-        {"distance": f"{row['generator']['distance']:.3f}"} if "generator" in row else {}
-    )
+    shown = {"loss": rows[0]["loss"], "distance": rows[-1].get("distance")}
+    return {key: f"{value:.3f}" for key, value in shown.items() if value is not None}
 
 
 def report_lag(run: Run) -> None:
+    """Say how far the fake lags behind the generator."""
     now, later = fake_lag(run)
     print(
-        f"phase {run.k}: the fake's loss on fresh samples is {now:.4f}, "
-        f"after 20 more updates {later:.4f} "
-        f"({100 * (later / now - 1):+.1f} %; A1 holds where this is near 0)"
+        f"phase {run.k}: the fake's loss on fresh samples is {now:.4f}, after 20 more updates "
+        f"{later:.4f} ({100 * (later / now - 1):+.1f} %; a clear fall means that it lags)"
     )
 
 
-def finish(run: Run, began: float) -> dict:
+def finish(run: Run, began: float, stop: Stop) -> dict:
     """Student, picture and numbers; metrics.json comes last and says that the run is finished."""
-    preset, settings = PRESETS[run.cfg.teacher], {"settings": asdict(run.cfg)}
+    preset, settings = PRESETS[run.cfg.teacher], {"settings": asdict(run.cfg), "kind": "student"}
     experts = [moe.student_role(phase.k) for phase in run.phases]
     tensors = {
         f"{role}/{name}": p for role in experts for name, p in run.roles.parameters_of(role).items()
     }
     write_tensors(run.out / "student.safetensors", tensors, settings)
     write(run.out / "samples.png", preset.picture(run.cfg, run.student, run.phases, run.device))
+    stop.check()
     trained = time.time()
     metrics = preset.evaluate(run.cfg, run.student, run.phases, run.device)
     metrics |= {
         "seconds": round(trained - began, 1),
         "seconds_metrics": round(time.time() - trained, 1),
     }
+    stop.check()
     write_json(run.out / "metrics.json", metrics)
     return metrics
 
@@ -589,34 +600,44 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     if args.given.get("points"):
         # in full, since a run may go on from elsewhere
         args.given["points"] = str(Path(args.given["points"]).resolve())
-    name = args.given.get("teacher", Config.teacher)
-    if name not in PRESETS:
-        near = difflib.get_close_matches(name, PRESETS, cutoff=0)
-        raise UserError(f"unknown --teacher {name}; nearest: {', '.join(near)}")
-    cfg = config(**args.given | {"teacher": name})
+    args.asked, args.out = args.device, args.out or Path("out") / args.given.get("teacher", "toy2d")
+    if args.resume and args.overwrite:
+        raise UserError("--resume keeps a run and --overwrite removes it; give one of them")
+    cfg = Config(**args.given)
+    check_teacher(cfg)
+    args.device = pick_device(args.device, PRESETS[cfg.teacher].device)
+    return args, config(**args.given)
+
+
+def check_teacher(cfg: Config) -> None:
+    """Raise UserError for a teacher that there is not."""
+    if cfg.teacher not in PRESETS:
+        near = difflib.get_close_matches(cfg.teacher, PRESETS, cutoff=0)
+        raise UserError(f"unknown --teacher {cfg.teacher}; nearest: {', '.join(near)}")
+
+
+def validate(cfg: Config) -> None:
+    """Raise UserError for settings that cannot make a run."""
+    check_teacher(cfg)
     check(cfg)
-    if cfg.guidance != 1 and cfg.classes == "off":
-        raise UserError(
-            "--guidance needs --classes on: without classes there is nothing to guide towards"
-        )
-    if cfg.classes == "on" and cfg.points:
-        raise UserError("--points have no classes; drop --classes on")
     phases_of(cfg)
-    PRESETS[name].data(cfg)  # raises where the data cannot be read
-    args.out = args.out or Path("out") / name
-    args.device = pick_device(args.device, PRESETS[name].device)
-    return args, cfg
+    if cfg.fake_per_depth and cfg.truncate == "off":
+        raise UserError("--fake-per-depth needs truncation: without it there are no depths")
+    PRESETS[cfg.teacher].data(cfg)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit status: 0, 2 for a user's error, 130 or 143 for a signal."""
     try:
         args, cfg = parse(argv)
+        if not args.resume:
+            validate(cfg)
         if args.dry_run:
             dry_run(cfg)
             return 0
         torch.set_num_threads(PRESETS[cfg.teacher].threads or torch.get_num_threads())
         cfg, finished = settle(args, cfg)
+        validate(cfg)
         if finished:
             show(read_json(args.out / "metrics.json", "start over with --overwrite"), args.out)
             return 0
@@ -624,14 +645,15 @@ def main(argv: list[str] | None = None) -> int:
         began = time.time()
         with Stop() as stop:
             run = prepare(args, cfg, stop)
-            show(finish(run, drive(run, began, stop)), args.out)
+            show(finish(run, drive(run, began, stop), stop), args.out)
         return 0
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except Interrupted as interrupted:
+        device = "" if args.asked == "auto" else f" --device {args.asked}"
         out = shlex.quote(str(args.out))
-        print(f"stopped; continue with: python train.py --resume --out {out}")
+        print(f"stopped; continue with: python train.py --resume --out {out}{device}")
         return 128 + interrupted.number
 
 

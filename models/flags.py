@@ -58,17 +58,20 @@ def given(args, settings) -> dict:
 
 
 def check(cfg) -> None:
-    """Raise UserError for numbers outside the limits of their field."""
+    """Raise UserError for a value of the wrong type, or outside the limits of its field."""
     for f in fields(cfg):
         value, about, flag = getattr(cfg, f.name), f.metadata, flag_of(f.name)
-        if isinstance(value, (int, float)) and not math.isfinite(value):
-            raise UserError(f"{flag} {value} is not a finite number")
+        numbers = (int, float) if type(f.default) is float else type(f.default)
+        if not isinstance(value, numbers) or (about["choices"] and value not in about["choices"]):
+            raise UserError(f"{flag} {value!r} is none of {about['choices'] or f.type}")
+        if about["high"] is not None and value > about["high"]:
+            raise UserError(f"{flag} {value} is above {about['high']}")
         if about["low"] is not None and value < about["low"]:
             raise UserError(f"{flag} {value} is below {about['low']}")
         if about["above"] is not None and value <= about["above"]:
             raise UserError(f"{flag} {value} must be above {about['above']}")
-        if about["high"] is not None and value > about["high"]:
-            raise UserError(f"{flag} {value} is above {about['high']}")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{flag} {value} is not a finite number")
 
 
 def pick_device(asked: str, usual: str) -> str:

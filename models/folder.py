@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from models.flags import check
 from models.weights import UserError, cannot_write, read_json
 
 OURS = {
@@ -35,10 +36,18 @@ def contents(out: Path) -> set[str]:
         raise UserError(f"--out {out}: {error.strerror}; choose another --out") from error
 
 
+def make(out: Path) -> None:
+    """Make a folder that can be written to. Raises UserError."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(out, error) from error
+
+
 def settle(args, cfg) -> tuple:
     """The settings to run with, and whether that run is finished already. Raises UserError."""
     held = contents(args.out)
-    if args.overwrite and held & OURS:
+    if args.overwrite and "config.json" in held:
         clear(args.out)
         return cfg, False
     if "config.json" not in held:
@@ -73,24 +82,27 @@ def settle(args, cfg) -> tuple:
 def config_of(settings, config: dict, out: Path):
     """The settings in a config.json. Raises UserError if it is not one of this version."""
     try:
-        return settings(**config["settings"])
-    except (TypeError, KeyError):
+        cfg = settings(**config["settings"])
+        check(cfg)
+        if not all(isinstance(config[name], dict) for name in ("environment", "files")):
+            raise TypeError
+        return cfg
+    except (TypeError, KeyError, UserError):
         raise UserError(
             f"{out}/config.json is not of this version; start over with --overwrite"
         ) from None
 
 
 def clear(out: Path) -> None:
-    """Remove a run, config.json first: what a crash leaves then is no run."""
-    for path in [
-        out / "config.json",
-        *(out / name for name in OURS),
-        out / "state" / "state.safetensors",
-    ]:
-        if path.is_file():
-            path.unlink()
-    if (out / "state").is_dir() and not any((out / "state").iterdir()):
-        (out / "state").rmdir()
+    """Remove a run but for its config.json, which the new run replaces at once. Nothing else."""
+    inside = [out / "state" / "state.safetensors", out / "samples" / "samples.png"]
+    inside += [out / "samples" / "samples.npy", *(out / name for name in OURS)]
+    try:
+        for path in inside:
+            if path.is_file() and path.name != "config.json":
+                path.unlink()
+    except OSError as error:
+        raise cannot_write(out, error) from error
 
 
 def environment(device: str) -> dict:
@@ -159,10 +171,12 @@ class Stop:
             signal.signal(number, handler)
 
     def receive(self, number, _):
+        """The handler."""
         self.signal = number
         signal.signal(number, signal.SIG_DFL)
 
     def check(self):
+        """Raise Interrupted if a signal came."""
         if self.signal:
             raise Interrupted(self.signal)
 
@@ -173,27 +187,31 @@ class Log:
     def __init__(self, path: Path, size: int):
         self.path = path
         with self.errors():
-            self.file = open(path, "ab")
+            self.file = open(path, "ab", buffering=0)  # nothing is kept back that could fail later
+            if self.file.seek(0, os.SEEK_END) < size:
+                raise UserError(f"{path} has lost lines that the state knows; use --overwrite")
             self.file.truncate(size)
-            self.file.seek(size)
 
     @contextmanager
     def errors(self):
+        """Turns what the disk answers into one line."""
         try:
             yield
         except OSError as error:
             raise cannot_write(self.path, error) from error
 
-    def write(self, row: dict) -> None:
+    def write(self, rows: list[dict]) -> None:
+        """A line for each row."""
+        left = "".join(json.dumps(row) + "\n" for row in rows).encode()
         with self.errors():
-            self.file.write((json.dumps(row) + "\n").encode())
-            self.file.flush()
+            while left:
+                left = left[self.file.write(left) :]
 
     def sync(self) -> int:
         """On the disk; returns the size."""
         with self.errors():
             os.fsync(self.file.fileno())
-        return self.file.tell()
+            return self.file.seek(0, os.SEEK_END)
 
 
 def watch(steps, text: str, stop: Stop):

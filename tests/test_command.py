@@ -65,14 +65,13 @@ def test_a_run_leaves_everything_that_is_promised(finished):
     )
     assert set(promised) <= set(metrics) and len(metrics["energy_floor"]) == 2
     rows = [json.loads(line) for line in (finished / "log.jsonl").read_text().splitlines()]
-    assert [(r["phase"], r["iteration"]) for r in rows] == [
-        (k, i) for k in (1, 2) for i in (-1, 0, 1)
+    ran = [(row["phase"], row["iteration"], row["role"]) for row in rows]
+    once = [(-1, "fake1"), (0, "fake1"), (0, "student"), (1, "fake1"), (1, "student")]
+    assert ran == [
+        (k, i, role if role == "fake1" else f"student{k}") for k in (1, 2) for i, role in once
     ]
-    assert {"loss", "grad_norm"} <= set(rows[-1]["fake"]) and {
-        "loss",
-        "grad_norm",
-        "distance",
-    } == set(rows[-1]["generator"])
+    promised = {"phase", "iteration", "role", "loss", "grad_norm", "seconds"}
+    assert promised <= set(rows[0]) and {"distance"} | promised <= set(rows[2])
 
 
 def test_a_finished_run_prints_its_numbers_again(finished, capsys):
@@ -127,10 +126,17 @@ WRONG = {
     "--steps 4.5": "invalid int",
     "--iters zero": "invalid int",
     "--lr nan": "finite",
-    "--lr inf": "finite",
+    "--lr inf": "above 1",
     "--lr 0": "above 0",
+    "--lr 5": "above 1",
+    "--shift 1e17": "above 100",
+    "--batch 100000000000000": "above 1000000",
+    f"--iters 1{'0' * 400}": "above",
+    "--bandwidth 0.1": "--points",
+    "--truncate off --phases 1 --fake-per-depth": "needs truncation",
+    "--resume --overwrite": "one of them",
     "--fake-lr -1": "above 0",
-    "--shift 0": "above 0",
+    "--shift 0": "below 0.01",
     "--batch 0": "below 1",
     "--micro-batch -1": "below 0",
     "--fake-updates 0": "below 1",
@@ -150,6 +156,14 @@ WRONG = {
     "--nonsense": "unrecognized",
     "--resum": "unrecognized",
 }
+
+
+def test_resume_takes_flags_that_are_the_runs_own(tmp_path, capsys):
+    """Also such as make no sense beside the defaults: 3 phases do, of 6 steps."""
+    out = str(tmp_path / "run")
+    assert train.main([*QUICK, "--steps", "6", "--phases", "3", "--out", out]) == 0
+    assert train.main(["--resume", "--phases", "3", "--out", out]) == 0
+    refused(capsys, ["--resume", "--phases", "2", "--out", out])
 
 
 @pytest.mark.parametrize("line", WRONG)
@@ -187,14 +201,18 @@ def test_a_folder_without_rights_is_refused(tmp_path, capsys):
 
 def damage(file: Path, how: str):
     content = file.read_bytes()
-    file.write_bytes(
-        {"cut": content[: len(content) // 2], "empty": b"", "text": b"not weights " * 40}[how]
-    )
+    flipped = content[:-9] + bytes([content[-9] ^ 64]) + content[-8:]
+    made = {"cut": content[: len(content) // 2], "empty": b"", "text": b"not weights " * 40}
+    file.write_bytes((made | {"flipped": flipped})[how])
 
 
-@pytest.mark.parametrize("how", ["cut", "empty", "text"])
-@pytest.mark.parametrize("name", ["state/state.safetensors", "start.safetensors", "config.json"])
+HOW = ["cut", "empty", "text", "flipped"]
+
+
+@pytest.mark.parametrize("how", HOW)
+@pytest.mark.parametrize("name", ["state/state.safetensors", "start.safetensors"])
 def test_a_damaged_run_is_refused_by_train(finished, capsys, name, how):
+    """Cut, emptied, replaced by text, or one bit of a weight flipped."""
     (finished / "metrics.json").unlink()
     damage(finished / name, how)
     capsys.readouterr()
@@ -203,11 +221,58 @@ def test_a_damaged_run_is_refused_by_train(finished, capsys, name, how):
     assert error.count("\n") == 1 and name in error
 
 
-@pytest.mark.parametrize("how", ["cut", "empty", "text"])
-@pytest.mark.parametrize("name", ["student.safetensors", "config.json"])
-def test_a_damaged_student_is_refused_by_sample(finished, capsys, name, how):
-    damage(finished / name, how)
-    assert name in refused(capsys, ["--student", finished], sample.main)
+@pytest.mark.parametrize("how", HOW)
+def test_a_damaged_student_is_refused_by_sample(finished, capsys, how):
+    damage(finished / "student.safetensors", how)
+    assert "student.safetensors" in refused(capsys, ["--student", finished], sample.main)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda config: config.pop("files"),
+        lambda config: config.pop("settings"),
+        lambda config: config["settings"].update(phases="x"),
+        lambda config: config["settings"].update(teacher="foo"),
+        lambda config: config["settings"].update(lr=-1.0),
+        lambda config: config["settings"].update(unknown=1),
+        lambda config: config.clear(),
+    ],
+)
+def test_a_config_that_was_edited_into_nonsense_is_refused(finished, capsys, change):
+    """By both commands, and garbled JSON too."""
+    file = finished / "config.json"
+    config = json.loads(file.read_text())
+    change(config)
+    for text in (json.dumps(config), file.read_text()[:50], "[]"):
+        file.write_text(text)
+        refused(capsys, ["--resume", "--out", finished])
+        refused(capsys, ["--student", finished], sample.main)
+
+
+def test_one_kind_of_file_in_the_place_of_another_is_refused(finished, capsys):
+    """Start, student and state hold tensors of the same shapes, and are not the same thing."""
+    files = ["start.safetensors", "student.safetensors", "state/state.safetensors"]
+    contents = {name: (finished / name).read_bytes() for name in files}
+    (finished / "metrics.json").unlink()
+    for name in ("start.safetensors", "state/state.safetensors"):
+        for other in set(files) - {name}:
+            (finished / name).write_bytes(contents[other])
+            capsys.readouterr()
+            assert train.main(["--resume", "--out", str(finished)]) == 2
+            assert capsys.readouterr().err.count("\n") == 1
+        (finished / name).write_bytes(contents[name])
+    for other in ("start.safetensors", "state/state.safetensors"):
+        (finished / "student.safetensors").write_bytes(contents[other])
+        refused(capsys, ["--student", finished], sample.main)
+
+
+def test_a_log_that_lost_lines_is_not_padded(finished, capsys):
+    (finished / "metrics.json").unlink()
+    (finished / "log.jsonl").unlink()
+    capsys.readouterr()
+    assert train.main(["--resume", "--out", str(finished)]) == 2
+    assert "lost lines" in capsys.readouterr().err
 
 
 def test_files_of_another_run_are_refused(finished, tmp_path, capsys):
@@ -240,6 +305,22 @@ def test_sampling_draws_what_the_run_would(finished, tmp_path, capsys):
         refused(capsys, ["--student", finished, *wrong], sample.main)
 
 
+def test_what_sample_writes_over_is_never_a_run_or_a_file(finished, capsys):
+    other = finished / "config.json"
+    assert "holds a run" in refused(capsys, ["--student", finished, "--out", finished], sample.main)
+    assert "irectory" in refused(capsys, ["--student", finished, "--out", other], sample.main)
+
+
+def test_a_conditional_student_is_asked_for_its_class(tmp_path):
+    """class_accuracy is there with classes, and a dry run with them is one."""
+    flags = [*QUICK, "--classes", "on", "--guidance", "2"]
+    assert train.main([*flags, "--dry-run"]) == 0
+    assert train.main([*flags, "--out", str(tmp_path / "run")]) == 0
+    metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
+    assert 0.5 < metrics["class_accuracy"] <= 1 and "class_accuracy_teacher_same_steps" in metrics
+    assert sample.main(["--student", str(tmp_path / "run"), "--n", "100"]) == 0
+
+
 def test_points_of_ones_own_run_and_are_watched_for_changes(tmp_path, capsys):
     """Samples come back in the file's unit; a file that changed since is refused."""
     file, out = tmp_path / "p.csv", tmp_path / "run"
@@ -253,6 +334,27 @@ def test_points_of_ones_own_run_and_are_watched_for_changes(tmp_path, capsys):
     file.write_text(file.read_text().replace("1", "2"))
     assert "has changed" in refused(capsys, ["--student", out], sample.main)
     assert "has changed" in refused(capsys, flags)
+
+
+@pytest.mark.slow
+def test_the_default_run_does_what_the_readme_says(tmp_path):
+    """Seed 0: energy at most 0.006, at least 7.9 of 8 modes, precision at least 0.85."""
+    out = tmp_path / "run"
+    subprocess.run([sys.executable, "train.py", "--out", str(out)], cwd=ROOT, check=True)
+    metrics = json.loads((out / "metrics.json").read_text())
+    assert metrics["energy"] <= 0.006 < 2 * metrics["energy_teacher_same_steps"]
+    assert metrics["modes"] >= 7.9 and metrics["precision"] >= 0.85
+
+
+@pytest.mark.slow
+def test_figure_2_comes_out_as_in_the_paper(tmp_path):
+    """(b) within 0.01 of (a), (c) at least ten times as far."""
+    command = [sys.executable, "toy/figure2.py", "--out", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    b, c = map(
+        float, re.fullmatch(r"distance b (\S+) c (\S+)", done.stdout.splitlines()[-1]).groups()
+    )
+    assert b <= 0.01 and c >= 10 * b and (tmp_path / "figure2.png").stat().st_size > 10_000
 
 
 def test_scripts_run_from_the_root_as_the_readme_writes_them():

@@ -15,9 +15,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import safetensors
+import safetensors.torch
 
 import train
-from models.weights import read_tensors
+from models.folder import OURS
+from models.weights import digest
 
 ROOT = Path(__file__).parent.parent
 SHORT = "--iters 2 --warmup 1 --batch 8 --fake-updates 1 --save-every 1 --eval-samples 50".split()
@@ -116,9 +119,8 @@ def test_the_crash_test_sees_a_torn_file(tmp_path, monkeypatch):
 
 def in_place(path, tensors, about):
     """write_tensors without its care: half of the file, then the rest."""
-    import safetensors.torch
-
-    content = safetensors.torch.save(tensors, metadata={k: json.dumps(v) for k, v in about.items()})
+    about = about | {"digest": digest(tensors)}
+    content = safetensors.torch.save(tensors, metadata={"about": json.dumps(about)})
     path.parent.mkdir(exist_ok=True)
     with open(path, "wb") as file:
         file.write(content[: len(content) // 2])
@@ -132,29 +134,20 @@ COMMAND = [
 ]
 
 
-def begin(out: Path, *more, start: Path | None = None) -> subprocess.Popen:
-    """The command in a process; with `start`, as if it had died after fitting its start."""
-    if start:
-        out.mkdir()
-        for name in ("config.json", "start.safetensors"):
-            shutil.copy(start / name, out)
-        more = ["--resume"]
+def begin(out: Path, *more) -> subprocess.Popen:
+    """The command in a process of its own."""
+    pipe = subprocess.PIPE
     return subprocess.Popen(
-        [*COMMAND, "--out", str(out), *more],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
+        [*COMMAND, "--out", str(out), *more], stdout=pipe, stderr=pipe, text=True
     )
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """The run that was not killed, and the seconds that its training took."""
+    """The run that was not killed, and its folder."""
     out = tmp_path_factory.mktemp("kill") / "whole"
     assert begin(out).wait(120) == 0
-    began = time.time()
-    assert begin(out.with_name("again"), start=out).wait(120) == 0
-    return results(out), out, time.time() - began
+    return results(out), out
 
 
 def wait_for_log(process, out: Path, lines: int):
@@ -167,16 +160,19 @@ def wait_for_log(process, out: Path, lines: int):
 
 @pytest.mark.slow
 def test_killed_at_random_moments_a_run_resumes_bit_identical(tmp_path, undisturbed):
-    """SIGKILL five times at moments drawn over the whole run, each followed by --resume."""
-    whole, first, seconds = undisturbed
+    """SIGKILL at five moments drawn over the run, the last one while it is being evaluated."""
+    whole, first = undisturbed
     out, draws = tmp_path / "run", random.Random(0)
-    process = begin(out, start=first)
-    for _ in range(5):
-        time.sleep(draws.uniform(0.3, 1) * seconds)
+    shutil.copytree(first, out, ignore=lambda *_: set(OURS) - {"config.json", "start.safetensors"})
+    moments = sorted(draws.sample(range(len(whole["log"])), 4)) + [len(whole["log"])]
+    for moment in moments:
+        process = begin(out, "--resume")
+        wait_for_log(process, out, moment)
+        assert process.poll() is None  # it was alive
         process.kill()
         process.communicate()
-        process = begin(out, "--resume")
-    assert process.wait(120) == 0, process.communicate()[1]
+    process = begin(out, "--resume")
+    assert process.wait(120) == 0
     assert results(out) == whole
 
 
@@ -184,16 +180,16 @@ def test_killed_at_random_moments_a_run_resumes_bit_identical(tmp_path, undistur
 def test_a_signal_saves_and_says_how_to_go_on(tmp_path, undisturbed, number, status):
     """SIGTERM and Ctrl-C: exit 143 and 130, the printed command ends bit-identical."""
     out = tmp_path / "a run"
-    process = begin(out, start=undisturbed[1])
-    wait_for_log(process, out, 30)
+    keep = set(OURS) - {"config.json", "start.safetensors"}
+    shutil.copytree(undisturbed[1], out, ignore=lambda *_: keep)  # as after fitting its start
+    process = begin(out, "--resume")
+    wait_for_log(process, out, 60)
     process.send_signal(number)
     printed, error = process.communicate(timeout=60)
     assert process.returncode == status and "Traceback" not in error
     command = printed.splitlines()[-1].split("continue with: ")[1]
-    state = read_tensors(out / "state" / "state.safetensors", "")[1]
-    assert (
-        state["iteration"] % 7 != 0 or state["iteration"] == 0 or state["phase"] == 2
-    )  # saved just then
+    header = safetensors.safe_open(out / "state" / "state.safetensors", "pt").metadata()
+    assert json.loads(header["about"])["log_bytes"] == (out / "log.jsonl").stat().st_size  # saved just then
     assert command.startswith("python train.py --resume --out '")
     subprocess.run(
         command.replace("python train.py", f"{sys.executable} {ROOT}/train.py", 1),

@@ -101,14 +101,20 @@ def test_margins_keep_draws_off_both_ends_and_a_fixed_t_is_fixed():
 
 
 def test_truncation_depths_are_drawn_evenly_or_mixed_evenly():
+    """Mixed: equal shares of the batch in passes of any size; one sample is not always depth 1."""
     phase = ph.make_phases(4, 1)[0]
-    drawn = torch.cat([ph.truncation_depths(phase, 1, u, mixed=False) for u in EVEN.tolist()])
-    mixed = ph.truncation_depths(phase, 256, 0.0, mixed=True)
-    assert (
-        drawn.bincount().tolist() == [0] + [2500] * 4
-        and mixed.bincount().tolist() == [0] + [64] * 4
-    )
-    assert ph.truncation_depths(phase, 8, 0.99, mixed=False).unique().tolist() == [4]
+
+    def depths(passes, u=0.0, mixed=True, batch=256):
+        return torch.cat([ph.truncation_depths(phase, rows, u, mixed, batch) for rows in passes])
+
+    drawn = torch.cat([depths([range(1)], u, mixed=False) for u in EVEN.tolist()])
+    assert drawn.bincount().tolist() == [0] + [2500] * 4
+    assert depths([range(8)], 0.99, mixed=False).unique().tolist() == [4]
+    for size in (1, 3, 256):
+        passes = [range(i, min(i + size, 256)) for i in range(0, 256, size)]
+        assert depths(passes).bincount().tolist() == [0] + [64] * 4
+    alone = torch.cat([depths([range(1)], u, batch=1) for u in EVEN.tolist()])
+    assert alone.bincount().tolist() == [0] + [2500] * 4
 
 
 def constant(value):

@@ -113,6 +113,9 @@ BAD_POINTS = {
     "one": "1,2\n",
     "empty": "",
     "same": "1,2\n1,2\n",
+    "same fractions": "0.1,0.7\n" * 3,
+    "huge": "1e200,1\n2e200,3\n",
+    "a typo above": "1,x\n2,3\n4,5\n",
     "many": "1,2\n3,4\n" * 5_000_000,
 }
 
@@ -135,8 +138,12 @@ def test_npy_files_that_cannot_serve_are_refused_and_never_unpickled(tmp_path):
         np.save(tmp_path / f"{name}.npy", array, allow_pickle=True)
         with pytest.raises(UserError):
             from_points(str(tmp_path / f"{name}.npy"))
+    np.save(tmp_path / "flat.npy", np.float64(3))
+    np.savez(tmp_path / "z.npz", a=np.zeros((3, 2)))
+    (tmp_path / "zip.npy").write_bytes((tmp_path / "z.npz").read_bytes())
+    (tmp_path / "badzip.npy").write_bytes((tmp_path / "z.npz").read_bytes()[:99])
     (tmp_path / "cut.npy").write_bytes((tmp_path / "big.npy").read_bytes()[:1000])
-    for name in ("cut.npy", "absent.csv"):
+    for name in ("cut.npy", "absent.csv", "flat.npy", "zip.npy", "badzip.npy"):
         with pytest.raises(UserError):
             from_points(str(tmp_path / name))
     assert mixtures.MAX_POINTS == 2000

@@ -7,7 +7,6 @@ Data are four points on a line. Three networks learn the velocity from scratch:
 (c) the same with the naive target eps - x_s. (b) must lie on (a), (c) must not.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -16,8 +15,10 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script from th
 import torch
 from tqdm import tqdm
 
-from losses import flow_matching, mean, subinterval_matching
+from losses import flow_matching, subinterval_matching
 from models.mlp import MLP
+from models.flags import Parser
+from models.folder import make
 from models.weights import UserError, write
 from sample import normal, stream, trajectory
 from sde import diffuse
@@ -29,16 +30,13 @@ S = 0.5  # where the subinterval ends
 SOLVER_STEPS, TRAJECTORIES = 100, 200
 
 
-def naive_matching(v, x_s, s, t, eps):
-    """|| v - (eps - x_s) ||^2, Fig. 2(c)."""
-    return mean((v - (eps - x_s)) ** 2)
+def plain(v, x_s, s, t, eps):
+    """Eq. 4 with x_s in the place of x_0: right at s = 0, naive above, || v - (eps - x_s) ||^2."""
+    return flow_matching(v, x_s, eps)
 
 
-OBJECTIVES = {  # name: (where samples are taken, loss)
-    "a": (0.0, lambda v, x_s, s, t, eps: flow_matching(v, x_s, eps)),
-    "b": (S, subinterval_matching),
-    "c": (S, naive_matching),
-}
+# name: (where samples are taken, loss)
+OBJECTIVES = {"a": (0.0, plain), "b": (S, subinterval_matching), "c": (S, plain)}
 
 
 def fit(name: str, steps: int, batch: int = 512, lr: float = 1e-3) -> MLP:
@@ -89,9 +87,7 @@ def figure(found: dict[str, torch.Tensor]):
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument(
         "--steps", type=int, default=2000, help="training steps of each network (default 2000)"
     )
@@ -99,8 +95,9 @@ def main() -> int:
         "--out", type=Path, default=Path("out/figure2"), help="folder (default out/figure2)"
     )
     args = parser.parse_args()
-    if args.steps < 1:
-        parser.error("--steps must be at least 1")
+    if not 1 <= args.steps <= 10**6:
+        raise UserError("--steps must be from 1 to a million")
+    make(args.out)  # before the work, not after it
     nets = {name: fit(name, args.steps) for name in OBJECTIVES}
     found = {name: paths(net, OBJECTIVES[name][0]) for name, net in nets.items()}
     write(args.out / "figure2.png", png(figure(found)))

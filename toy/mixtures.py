@@ -1,6 +1,7 @@
 """Mixtures of Gaussians: distributions whose velocity, score and density are known at every t."""
 
 import math
+import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -144,12 +145,14 @@ def from_points(file: str, bandwidth: float = 0.0) -> Mixture:
     other row, at least 0.05. Raises UserError.
     """
     points = torch.from_numpy(read_points(file))
+    if (points == points[0]).all():
+        raise UserError(f"{file}: all rows are the same point; give at least two different ones")
     centre = points.mean(0)
     points = points - centre
     scale = points.square().mean().sqrt()
-    if scale == 0:
-        raise UserError(f"{file}: all rows are the same point; give at least two different ones")
     points = points / scale
+    if not (scale.isfinite() and points.isfinite().all()):
+        raise UserError(f"{file}: the numbers are too large or too close together; rescale them")
     if not bandwidth:
         gaps = torch.cdist(points, points).fill_diagonal_(math.inf).min(1).values
         bandwidth = max(0.05, gaps.median().item())
@@ -175,26 +178,29 @@ def read_points(file: str) -> np.ndarray:
 
 
 def _read_npy(path: Path) -> np.ndarray:
+    """The array of an npy file; no more rows than it takes to see that there are too many."""
     try:  # mapped, so that ten million rows are refused and not read
         points = np.load(path, allow_pickle=False, mmap_mode="r")
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"--points {path}: not a plain npy file of numbers ({error})") from error
-    if points.dtype.kind not in "fiu":
-        raise UserError(f"--points {path}: holds {points.dtype}, need numbers")
+    if not isinstance(points, np.ndarray) or points.ndim < 1 or points.dtype.kind not in "fiu":
+        raise UserError(f"--points {path}: not one n x d array of numbers")
     return points[: MAX_POINTS + 1]
 
 
 def _read_csv(path: Path) -> np.ndarray:
+    """The rows of a csv with commas or semicolons; lines that begin with # are comments."""
     rows: list[list[float]] = []
     names = False  # the first line may hold those of the columns
     with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if not line.strip() or line.startswith("#"):
                 continue
+            cells = line.replace(";", ",").split(",")
             try:
-                rows.append([float(cell) for cell in line.replace(";", ",").split(",")])
+                rows.append([float(cell) for cell in cells])
             except ValueError:
-                if rows or names:
+                if rows or names or any(map(_is_number, cells)):
                     text = line.strip()[:40]
                     raise UserError(
                         f"--points {path}: line {number} is not numbers: {text!r}"
@@ -205,6 +211,15 @@ def _read_csv(path: Path) -> np.ndarray:
     if len({len(row) for row in rows}) > 1:
         raise UserError(f"--points {path}: rows of different lengths; need n x d numbers")
     return np.array(rows)
+
+
+def _is_number(cell: str) -> bool:
+    """Whether float() takes it."""
+    try:
+        float(cell)
+        return True
+    except ValueError:
+        return False
 
 
 # -- how far samples are from a mixture ------------------------------------------------------------
@@ -244,4 +259,5 @@ def modes(x: Tensor, mixture: Mixture) -> tuple[float, float]:
 
 
 def _nearest(x: Tensor, mixture: Mixture):
+    """Distance to the nearest mode, and which it is. (B,) each"""
     return torch.cdist(x, mixture.means.to(x)).min(1)

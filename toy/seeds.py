@@ -7,7 +7,6 @@ Every other flag goes to train.py. Each run keeps its folder below --out; what i
 computed again.
 """
 
-import argparse
 import contextlib
 import io
 import sys
@@ -17,18 +16,19 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script from the project's root
 
 import train
-from models.weights import read_json
+from models.flags import Parser
+from models.weights import UserError, read_json
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(__doc__)
     parser.add_argument("--seeds", type=int, default=5, help="how many: 0, 1, ... (default 5)")
     parser.add_argument(
         "--out", type=Path, default=Path("out/seeds"), help="folder (default out/seeds)"
     )
     args, flags = parser.parse_known_args()
+    if not 1 <= args.seeds <= 1000:
+        raise UserError("--seeds must be from 1 to 1000")
     name, rows = "_".join(flag.strip("-") for flag in flags) or "default", []
     for seed in range(args.seeds):
         out = args.out / name / str(seed)
@@ -61,8 +61,13 @@ SHOWN = (
 
 
 def line(values: dict) -> str:
+    """Names and values on one line."""
     return "  ".join(f"{key} {value:.4g}" for key, value in values.items())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(f"seeds.py: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from models.mlp import MLP
+from models.weights import UserError
 from moe import move
 from phases import step_times
 from sample import normal, stream, trajectory, uniform
@@ -22,7 +23,8 @@ def mixture(cfg) -> Mixture:
 
 def network(cfg) -> MLP:
     """The network that fake and student are."""
-    target = mixture(cfg)
+    with torch.device("cpu"):  # the mixture is data, also where networks are built without any
+        target = mixture(cfg)
     return MLP(target.means.shape[1], classes=target.classes if cfg.classes == "on" else 0)
 
 
@@ -35,7 +37,13 @@ def teacher(cfg, device="cpu"):
 
 
 def data(cfg):
-    """data(iteration, m) -> conditions, null conditions, shape of one sample."""
+    """batch(n, *where) -> conditions, null conditions, shape of one sample. Raises UserError."""
+    if cfg.guidance != 1 and cfg.classes == "off":
+        raise UserError("--guidance needs --classes on: without classes there is no direction")
+    if cfg.classes == "on" and cfg.points:
+        raise UserError("--points have no classes; drop --classes on")
+    if cfg.bandwidth and not cfg.points:
+        raise UserError("--bandwidth belongs to --points; the toys have a width of their own")
     target = mixture(cfg)
 
     def batch(n: int, *where):
@@ -80,18 +88,26 @@ def start(cfg, bar, steps: int = 1500, batch: int = 1024) -> dict[str, Tensor]:
 # -- numbers and picture -------------------------------------------------------------------------
 
 
-def draw(cfg, nets, times, n: int, device) -> list[Tensor]:
-    """n samples at each of the times, on the CPU, from noise of their own."""
+def draw(cfg, nets, times, n: int, device) -> tuple[list[Tensor], dict | None]:
+    """n samples at each of the times, on the CPU, from noise of their own, and their conditions."""
     c, _, shape = data(cfg)(n, cfg.seed, "evaluate")
     z = normal((n, *shape), cfg.seed, "evaluate", "z").to(device)
     with torch.no_grad():
-        return [x.cpu() for x in trajectory(nets, times, z, move(c, device))]
+        return [x.cpu() for x in trajectory(nets, times, z, move(c, device))], c
 
 
-def numbers(cfg, x: Tensor, y: Tensor) -> dict:
-    """How far samples x (n, d) are from exact ones y, and how well they hit the modes."""
-    number, precision = modes(x, mixture(cfg))
-    return {"energy": energy(x, y), "modes": number, "precision": precision}
+def numbers(cfg, x: Tensor, c, y: Tensor) -> dict:
+    """How far samples x (n, d) are from exact ones y, how well they hit the modes, and their class.
+
+    With guidance the student's aim is another law than y's, and its energy need not fall to 0.
+    """
+    target = mixture(cfg)
+    number, precision = modes(x, target)
+    found = {"energy": energy(x, y), "modes": number, "precision": precision}
+    if c is not None:
+        label = target.labels[torch.cdist(x, target.means).argmin(1)]
+        found["class_accuracy"] = (label == c["class"]).double().mean().item()
+    return found
 
 
 def evaluate(cfg, student, phases, device) -> dict:
@@ -102,49 +118,44 @@ def evaluate(cfg, student, phases, device) -> dict:
     beside exact samples.
     """
     target, n, times = mixture(cfg), cfg.eval_samples, step_times(cfg.steps, cfg.shift)
-    xs = draw(cfg, student, times, n, device)
-    *_, x_teacher = draw(cfg, [teacher(cfg, device)] * cfg.steps, times, n, device)
+    xs, c = draw(cfg, student, times, n, device)
+    (*_, x_teacher), _ = draw(cfg, [teacher(cfg, device)] * cfg.steps, times, n, device)
     exact = [target.sample(n, stream("exact", cfg.seed, j)) for j in range(10)]
     floor = torch.tensor([energy(x, y) for x, y in zip(exact[:5], exact[5:])])
     ends = [target.sample_at(phase.s, n, stream("exact at", cfg.seed, phase.k)) for phase in phases]
-    metrics = numbers(cfg, xs[-1], exact[0])
+    metrics = numbers(cfg, xs[-1], c, exact[0])
     metrics["energy_floor"] = [floor.mean().item(), floor.std().item()]
     metrics["energy_phases"] = [energy(xs[phase.last], y) for phase, y in zip(phases, ends)]
-    metrics |= {
-        f"{key}_teacher_same_steps": value
-        for key, value in numbers(cfg, x_teacher, exact[0]).items()
-    }
+    same_steps = numbers(cfg, x_teacher, c, exact[0])
+    metrics |= {f"{key}_teacher_same_steps": value for key, value in same_steps.items()}
     metrics["modes_exact"], metrics["precision_exact"] = modes(exact[0], target)
     return metrics
 
 
-def present(cfg, phases, xs: list[Tensor], keep_all: bool) -> tuple[dict, dict[str, bytes]]:
+def present(cfg, c, xs: list[Tensor], keep_all: bool) -> tuple[dict, dict[str, bytes]]:
     """Samples xs at each time as numbers, and as files in the unit of the data: picture and npy."""
-    target, (centre, scale) = mixture(cfg), mixture(cfg).unit
-    shown = torch.stack(xs if keep_all else xs[-1:]).double() * scale + centre
-    array, figure = io.BytesIO(), plt.figure(figsize=(3 * len(shown), 3.2))
-    np.save(array, (shown if keep_all else shown[0]).numpy())
-    final = torch.cdist(xs[-1], target.means).argmin(1)
-    for i, x in enumerate(xs if keep_all else xs[-1:]):
-        ax = figure.add_subplot(
-            1,
-            len(shown),
-            i + 1,
-            title=f"t = {step_times(cfg.steps, cfg.shift)[i - len(shown)]:.3g}",
-        )
-        panel(ax, x, final, len(target.means), reach=reach_of(x))
+    target, times = mixture(cfg), step_times(cfg.steps, cfg.shift)
+    centre, scale = target.unit
+    kept = list(zip(times, xs))[0 if keep_all else -1 :]
+    array = torch.stack([x for _, x in kept]).double() * scale + centre
+    file = io.BytesIO()
+    np.save(file, (array if keep_all else array[0]).numpy())
+    figure, axes = plt.subplots(1, len(kept), figsize=(3 * len(kept), 3.2), squeeze=False)
+    nearest = torch.cdist(xs[-1], target.means).argmin(1)
+    for ax, (t, x) in zip(axes[0], kept):
+        panel(ax, x, nearest, len(target.means), reach=reach_of(x))
+        ax.set_title(f"t = {t:.3g}")
     y = target.sample(len(xs[-1]), stream("exact", cfg.seed))
-    return numbers(cfg, xs[-1], y), {"samples.png": png(figure), "samples.npy": array.getvalue()}
+    return numbers(cfg, xs[-1], c, y), {"samples.png": png(figure), "samples.npy": file.getvalue()}
 
 
 def picture(cfg, student, phases, device, n: int = 3000) -> bytes:
     """A png: the student step by step, the exact teacher with the same steps, exact samples."""
     target, times = mixture(cfg), step_times(cfg.steps, cfg.shift)
+    exact_teacher = [teacher(cfg, device)] * cfg.steps
     rows = {
-        f"student, {cfg.steps} steps": draw(cfg, student, times, n, device),
-        f"teacher, {cfg.steps} steps": draw(
-            cfg, [teacher(cfg, device)] * cfg.steps, times, n, device
-        ),
+        f"student, {cfg.steps} steps": draw(cfg, student, times, n, device)[0],
+        f"teacher, {cfg.steps} steps": draw(cfg, exact_teacher, times, n, device)[0],
         "exact": [target.sample_at(t, n, stream("picture", i)) for i, t in enumerate(times)],
     }
     expert = {i: phase.k for phase in phases for i in range(phase.first, phase.last)}
