@@ -113,7 +113,7 @@ class Preset:
     picture: Callable  # picture(cfg, student, phases, device) -> png
     present: Callable  # present(cfg, c, xs, keep_all) -> numbers, {file name: bytes}
     device: str = "auto"  # that --device auto means
-    threads: int = 0  # of the CPU; 0 leaves torch's own choice
+    threads: int = 0  # of the CPU while training; 0 leaves torch's own choice
 
 
 TOY_SETTINGS = dict(  # what a mixture in the plane needs in place of the paper's settings
@@ -635,7 +635,8 @@ def main(argv: list[str] | None = None) -> int:
         if args.dry_run:
             dry_run(cfg)
             return 0
-        torch.set_num_threads(PRESETS[cfg.teacher].threads or torch.get_num_threads())
+        usual = torch.get_num_threads()
+        torch.set_num_threads(PRESETS[cfg.teacher].threads or usual)
         cfg, finished = settle(args, cfg)
         validate(cfg)
         if finished:
@@ -645,7 +646,9 @@ def main(argv: list[str] | None = None) -> int:
         began = time.time()
         with Stop() as stop:
             run = prepare(args, cfg, stop)
-            show(finish(run, drive(run, began, stop), stop), args.out)
+            began = drive(run, began, stop)
+            torch.set_num_threads(usual)  # distances of many samples gain from every core
+            show(finish(run, began, stop), args.out)
         return 0
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
