@@ -189,7 +189,9 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, undisturbed, number, sta
     assert process.returncode == status and "Traceback" not in error
     command = printed.splitlines()[-1].split("continue with: ")[1]
     header = safetensors.safe_open(out / "state" / "state.safetensors", "pt").metadata()
-    assert json.loads(header["about"])["log_bytes"] == (out / "log.jsonl").stat().st_size  # saved just then
+    assert (
+        json.loads(header["about"])["log_bytes"] == (out / "log.jsonl").stat().st_size
+    )  # saved just then
     assert command.startswith("python train.py --resume --out '")
     subprocess.run(
         command.replace("python train.py", f"{sys.executable} {ROOT}/train.py", 1),

@@ -102,27 +102,22 @@ def test_without_momentum_adamw_needs_no_first_moment():
     assert (made[0] - made[2]).abs().max() > 1e-3
 
 
-def test_only_the_active_expert_and_its_fake_get_gradients(new_run):
+@pytest.mark.parametrize("phases", [2, 4])
+def test_only_the_active_expert_and_its_fake_get_gradients(new_run, monkeypatch, phases):
     """In phase 2 the generator's loss reaches student2 alone, the fake's fake1 alone."""
-    run = new_run(**SMALL)
+    run = new_run(**SMALL, phases=phases)
     train.begin_phase(run, 2)
-    run.i = 0
-    kept = train.apply
-    reached = {}
+    run.i, reached, kept = 0, {}, train.apply
 
     def watch(run, name, **values):
-        roles = run.trained
-        reached[name] = [
-            r for r in roles if any(p.grad is not None for p in run.roles.parameters_of(r).values())
-        ]
+        gradients = {role: run.roles.parameters_of(role).values() for role in run.trained}
+        reached[name] = [r for r, ps in gradients.items() if any(p.grad is not None for p in ps)]
         return kept(run, name, **values)
 
-    train.apply = watch
-    try:
-        train.iteration(run)
-    finally:
-        train.apply = kept
+    monkeypatch.setattr(train, "apply", watch)
+    train.iteration(run)
     assert reached == {"fake1": ["fake1"], "student2": ["student2"]}
+    assert set(run.optimizers) == {"fake1", "student2"} and "student1" in run.trained
 
 
 def test_a_frozen_expert_is_bit_identical_afterwards(new_run):
