@@ -74,7 +74,10 @@ def by_step(velocity: Callable, phases: list[Phase]) -> list[Callable]:
 
 
 def by_time(high: Callable, low: Callable, boundary_t: float) -> Callable:
-    """A network that asks `high` for samples with t >= boundary_t and `low` for the others."""
+    """A network that asks `high` for samples with t >= boundary_t and `low` for the others.
+
+    It waits for the device to know who is whose; the loop draws one expert for an update instead.
+    """
 
     def net(x_t, t, c=None):
         v = torch.empty_like(x_t, dtype=torch.float32)
