@@ -31,8 +31,8 @@ def v_target(x_s: Tensor, s, t, eps: Tensor, p: Process = flow) -> Tensor:
     (alpha_s^2 sigma_t + alpha_t sigma_s^2) / (alpha_s^2 sigma_ts) eps - x_s / alpha_s
     At s = 0 this is eps - x_0, the target of Eq. 4. It grows like 1 / sigma_ts as t -> s.
     """
-    noise, alpha_s, sigma_ts = _parts(x_s, s, t, p)
-    return noise / sigma_ts * eps - x_s / alpha_s
+    eps_weight, alpha_s, sigma_ts = _target_parts(x_s, s, t, p)
+    return eps_weight / sigma_ts * eps - x_s / alpha_s
 
 
 def x0_target(x_s: Tensor, s, t, eps: Tensor, p: Process = flow) -> Tensor:
@@ -42,6 +42,7 @@ def x0_target(x_s: Tensor, s, t, eps: Tensor, p: Process = flow) -> Tensor:
     """
     alpha_s, sigma_s = coefficients(s, x_s, p)
     alpha_ts, sigma_ts = kernel(like(s, x_s), like(t, x_s), p)
+    # alpha_t / alpha_s is alpha_ts
     return x_s / alpha_s - alpha_ts * sigma_s**2 / (alpha_s * sigma_ts) * eps
 
 
@@ -51,18 +52,18 @@ def subinterval_matching(v: Tensor, x_s: Tensor, s, t, eps: Tensor, p: Process =
     Both sides are multiplied by sigma_ts, so nothing is divided by it: finite at t = s.
     At s = 0 it is Eq. 4 times min(1, 10 sigma_t^2).
     """
-    noise, alpha_s, sigma_ts = _parts(x_s, s, t, p)
-    error = sigma_ts * v - (noise * eps - sigma_ts / alpha_s * x_s)
+    eps_weight, alpha_s, sigma_ts = _target_parts(x_s, s, t, p)
+    error = sigma_ts * v - (eps_weight * eps - sigma_ts / alpha_s * x_s)
     return mean((1 / sigma_ts**2).clamp(0, 10) * error**2)
 
 
 def biased_matching(v: Tensor, x_s: Tensor, s, t, eps: Tensor, p: Process = flow) -> Tensor:
     """The naive target eps - x_s of Fig. 2(c), with Eq. 13's weight: wrong unless s = 0."""
-    sigma_ts = _parts(x_s, s, t, p)[2]
+    sigma_ts = _target_parts(x_s, s, t, p)[2]
     return mean((1 / sigma_ts**2).clamp(0, 10) * (sigma_ts * (v - (eps - x_s))) ** 2)
 
 
-def _parts(x_s: Tensor, s, t, p: Process) -> tuple[Tensor, Tensor, Tensor]:
+def _target_parts(x_s: Tensor, s, t, p: Process) -> tuple[Tensor, Tensor, Tensor]:
     """(alpha_s^2 sigma_t + alpha_t sigma_s^2) / alpha_s^2, alpha_s, sigma_ts of Eqs. 11 and 13."""
     (alpha_s, sigma_s), (alpha_t, sigma_t) = coefficients(s, x_s, p), coefficients(t, x_s, p)
     sigma_ts = kernel(like(s, x_s), like(t, x_s), p)[1]
@@ -84,14 +85,14 @@ def dmd_gradient(
 ) -> Tensor:
     """Gradient of the reverse KL (Eq. 6) at time t with respect to x_s, Eq. 10; Eq. 7 at s = 0.
 
-    w (v_real - v_fake), (B, ...), where w is
-    paper       alpha_t alpha_ts / (alpha_t sigma_t + sigma_t^2): the scores' difference times
-                dx_t / dx_s, as printed. Grows like 1 / sigma_t as t -> 0.
-    xs          the same difference of scores times sigma_ts^2 / alpha_ts: the difference of the
-                two estimates of x_s. Bounded at both ends.
-    x0          the difference of the two estimates of x_0; equals xs at s = 0.
-    normalised  xs over each sample's mean distance to the teacher's estimate of x_s, as in DMD.
-    one         1.
+    w (v_real - v_fake), (B, ...); what that is for each weight:
+    paper       alpha_ts (score_fake - score_real), w as printed in Eq. 10; grows like
+                1 / sigma_t as t -> 0
+    xs          estimate of x_s by the fake minus that by the teacher: the scores' difference
+                times sigma_ts^2 / alpha_ts; bounded at both ends
+    x0          the same of x_0; equals xs at s = 0
+    normalised  xs over each sample's mean distance to the teacher's estimate of x_s, as in DMD
+    one         v_real - v_fake
     """
     alpha_s, sigma_s = coefficients(s, x_s, p)
     alpha_t, sigma_t = coefficients(t, x_s, p)

@@ -83,15 +83,13 @@ def make_phases(
                 f"phase {k} leaves no room to re-noise: fewer steps, fewer phases, or nested"
             )
         if fix_t and fix_t <= t[-1]:
-            raise ValueError(
-                f"--fix-t {fix_t} lies below phase {k}, which ends at {t[-1]:.4g}; take one above"
-            )
+            raise ValueError(f"--fix-t {fix_t} is not above {t[-1]:.4g}, where phase {k} ends")
         u = (unshift(fix_t, S),) * 2 if fix_t else u
-        made.append(Phase(k, (k - 1) * n, k * n, t, _parts(t, u, S, boundary_t, boundary)))
+        made.append(Phase(k, (k - 1) * n, k * n, t, _cut(t, u, S, boundary_t, boundary)))
     return made
 
 
-def _parts(t, u, S: float, boundary_t, boundary: str) -> tuple[Part, ...]:
+def _cut(t, u, S: float, boundary_t, boundary: str) -> tuple[Part, ...]:
     """Cut the interval u at the teacher's boundary, if it has one."""
     if boundary_t is None:
         return (Part(1, u),)
@@ -104,8 +102,8 @@ def _parts(t, u, S: float, boundary_t, boundary: str) -> tuple[Part, ...]:
     return tuple(part for part in parts if part.u[0] <= part.u[1])
 
 
-def pick_part(phase: Phase, u: float) -> Part:
-    """The part that one draw u ~ U(0, 1) chooses, with probability its share of the interval.
+def pick_part(phase: Phase, r: float) -> Part:
+    """The part that one draw r ~ U(0, 1) chooses, with probability its share of the interval.
 
     One network for a whole update in place of two; the law of t stays that of the whole interval.
     """
@@ -113,25 +111,25 @@ def pick_part(phase: Phase, u: float) -> Part:
         return phase.parts[0]
     widths = [part.u[1] - part.u[0] for part in phase.parts]
     for part, width in zip(phase.parts, widths):
-        u -= width / sum(widths)
-        if u < 0:
+        r -= width / sum(widths)
+        if r < 0:
             return part
     return phase.parts[-1]
 
 
-def renoise_times(part: Part, u: Tensor, S: float) -> Tensor:
-    """t (B,) for u ~ U(0, 1) (B,): uniform in the unshifted part, then shifted, then clipped."""
+def renoise_times(part: Part, r: Tensor, S: float) -> Tensor:
+    """t (B,) for r ~ U(0, 1) (B,): uniform in the unshifted part, then shifted, then clipped."""
     low, high = part.u
-    return shift(low + (high - low) * u, S).clamp(min=part.floor)
+    return shift(low + (high - low) * r, S).clamp(min=part.floor)
 
 
-def truncation_depths(phase: Phase, rows: range, u: float, mixed: bool, batch: int) -> Tensor:
+def truncation_depths(phase: Phase, rows: range, r: float, mixed: bool, batch: int) -> Tensor:
     """For some rows of a batch: which step of the phase is recorded and jumps to its end. (B,)
 
     Drawn once for the whole batch, as the paper does; `mixed` gives every depth an equal share of
-    it instead, and u only says who goes first where the shares cannot be equal.
+    it instead, and r only says who goes first where the shares cannot be equal.
     """
-    drawn = int(u * phase.depths)
+    drawn = int(r * phase.depths)
     if not mixed:
         return torch.full((len(rows),), 1 + drawn)
     turn = drawn if batch % phase.depths else 0

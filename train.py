@@ -1,7 +1,7 @@
 """Phased DMD: distil a teacher into a few-step student, phase by phase.
 
-python train.py                                    the toy: a ring of 8 modes, a minute on a CPU
-python train.py --phases 1 --out out/dmd2          the same steps as one phase, which is DMD2
+python train.py                                    the toy: a ring of 8 modes, 40 s on a CPU
+python train.py --phases 1 --out out/one-phase     the same steps as one phase, DMD2
 python train.py --points FILE.csv                  your own points as the data
 python train.py --resume                           go on with what is in the output folder
 """
@@ -66,9 +66,10 @@ class Config:
     interval: str = setting("nested", "re-noise in (s, 1), or (s, start of the phase)",
                             choices=("nested", "disjoint"))
     t_margin: float = setting(0.02, "kept from both ends of the interval, in u", low=0, high=0.4)
-    fix_t: float = setting(0.0, "re-noise at this t alone (Fig. 11); 0: anywhere", low=0, high=1)
-    boundary: str = setting("clip", "phase 1's draws below the time where a teacher of two experts "
-                            "changes them", choices=("clip", "inside"))
+    fix_t: float = setting(0.0, "re-noise at this t alone (Fig. 11); 0: anywhere",
+                            low=0, high=0.999)
+    boundary: str = setting("clip", "of teachers of two experts: phase 1's draws below it",
+                            choices=("clip", "inside"))
     truncate: str = setting("on", "record one step (SGTS), or every step of the phase",
                             choices=ON_OFF)
     depths: str = setting("drawn", "truncation depth: one drawn for a batch, or all in each",
@@ -275,11 +276,11 @@ def simulate(run: Run, passes: list[tuple]) -> list[tuple]:
         where = run.cfg.seed, run.k, run.i, update
         c, _, shape = run.batch(n, *where, m)
         cs.append(moe.move(c, run.device))
-        u = uniform((), *where, "depth").item()  # without m: all processes agree
+        r = uniform((), *where, "depth").item()  # without m: all processes agree
         zs.append(normal((n, *shape), *where, m, "z").to(run.device))
         rows = range(m * run.cfg.micro_batch, m * run.cfg.micro_batch + n)
         mixed = run.cfg.depths == "mixed"
-        depths.append(ph.truncation_depths(run.phase, rows, u, mixed, run.cfg.batch))
+        depths.append(ph.truncation_depths(run.phase, rows, r, mixed, run.cfg.batch))
     c, depth = moe.concatenate(cs), torch.cat(depths)
     x_s = rollout(
         run.student, run.times, run.phase, torch.cat(zs), c, depth, run.cfg.truncate == "on"
@@ -556,7 +557,7 @@ def show(metrics: dict, out: Path) -> None:
     for name, value in metrics.items():
         values = value if isinstance(value, list) else [value]
         print(f"{name:28}" + " ".join(f"{v:10.4g}" for v in values))
-    print(f"written to {out}")
+    print(f"folder: {out}")
 
 
 def dry_run(cfg: Config) -> None:
@@ -623,7 +624,7 @@ def validate(cfg: Config) -> None:
     phases_of(cfg)
     if cfg.fake_per_depth and cfg.truncate == "off":
         raise UserError("--fake-per-depth needs truncation: without it there are no depths")
-    PRESETS[cfg.teacher].data(cfg)
+    PRESETS[cfg.teacher].data(cfg)  # for what it raises: files that cannot be read, and the like
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -640,6 +641,7 @@ def main(argv: list[str] | None = None) -> int:
         cfg, finished = settle(args, cfg)
         validate(cfg)
         if finished:
+            print("finished before; nothing was run. --overwrite trains again")
             show(read_json(args.out / "metrics.json", "start over with --overwrite"), args.out)
             return 0
         print(ph.table(phases_of(cfg), cfg.shift))

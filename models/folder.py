@@ -7,12 +7,13 @@ import signal
 import subprocess
 import sys
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from models.flags import check
+from models.flags import check, flag_of
 from models.weights import UserError, cannot_write, read_json
 
 OURS = {
@@ -62,17 +63,23 @@ def settle(args, cfg) -> tuple:
     if args.resume:
         for name, value in args.given.items():
             if getattr(theirs, name) != value:
-                flag = name.replace("_", "-")
+                flag = flag_of(name)
                 raise UserError(
-                    f"{args.out} runs with --{flag} {getattr(theirs, name)}, not {value}: "
+                    f"{args.out} runs with {flag} {getattr(theirs, name)}, not {value}: "
                     "--resume keeps its settings; drop the flag, or choose another --out"
                 )
         cfg = theirs
     elif cfg != theirs or "metrics.json" not in held:
-        state = "a run with other settings" if cfg != theirs else "an unfinished run"
+        other = [f.name for f in fields(cfg) if getattr(cfg, f.name) != getattr(theirs, f.name)]
+        if other:
+            names = ", ".join(map(flag_of, other))
+            raise UserError(
+                f"{args.out} holds a run with other settings ({names}); "
+                "choose another --out, or replace it with --overwrite"
+            )
         raise UserError(
-            f"{args.out} holds {state}; continue it with --resume, replace it with --overwrite, "
-            "or choose another --out"
+            f"{args.out} holds an unfinished run; continue it with --resume, "
+            "replace it with --overwrite, or choose another --out"
         )
     compare(config["environment"], environment(args.device))
     check_files(config["files"])

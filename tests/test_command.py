@@ -145,8 +145,8 @@ WRONG = {
     "--bandwidth -0.1": "below 0",
     "--guidance nan": "finite",
     "--guidance 2": "--classes on",
-    "--fix-t 0.3": "below phase 1",
-    "--fix-t 1.5": "above 1",
+    "--fix-t 0.3": "where phase 1 ends",
+    "--fix-t 1": "above 0.999",
     "--eval-samples 1": "below 2",
     "--steps 60 --phases 60": "no room",
     "--device tpu": "invalid choice",
@@ -184,7 +184,7 @@ def test_a_folder_that_cannot_take_a_run_is_refused(finished, tmp_path, capsys):
     before = tree(tmp_path)
     assert "Not a directory" in refused(capsys, [*QUICK, "--out", finished / "config.json"])
     assert "Not a directory" in refused(capsys, [*QUICK, "--out", finished / "config.json" / "x"])
-    assert "--resume" in refused(capsys, [*QUICK, "--seed", 1, "--out", finished])
+    assert "(--seed)" in refused(capsys, [*QUICK, "--seed", 1, "--out", finished])
     assert "seed 0, not 1" in refused(capsys, ["--resume", "--seed", 1, "--out", finished])
     assert "other things" in refused(capsys, [*QUICK, "--out", tmp_path])
     assert "other things" in refused(capsys, [*QUICK, "--out", tmp_path, "--overwrite"])

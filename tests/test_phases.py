@@ -96,7 +96,7 @@ def test_margins_keep_draws_off_both_ends_and_a_fixed_t_is_fixed():
         assert phase.s + 0.001 < t.min() and t.max() < 0.999
     (only,) = ph.make_phases(4, 1, fix_t=0.357)
     assert ph.renoise_times(only.parts[0], EVEN, 1).unique().tolist() == pytest.approx([0.357])
-    with pytest.raises(ValueError, match="below phase 1"):
+    with pytest.raises(ValueError, match="where phase 1 ends"):
         ph.make_phases(4, 2, fix_t=0.357)
 
 

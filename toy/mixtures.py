@@ -168,7 +168,9 @@ def read_points(file: str) -> np.ndarray:
     except OSError as error:
         raise UserError(f"--points {file}: {error.strerror}") from error
     if points.ndim != 2 or len(points) < 2 or points.shape[1] < 1:
-        raise UserError(f"--points {file}: need n x d numbers, n at least 2; found {points.shape}")
+        raise UserError(
+            f"--points {file}: need n x d numbers, n at least 2; found {points.shape[0]} rows"
+        )
     if len(points) > MAX_POINTS:
         raise UserError(f"--points {file}: more than {MAX_POINTS} rows; give a random subset")
     if not np.isfinite(points).all():

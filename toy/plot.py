@@ -9,17 +9,16 @@ import matplotlib.pyplot as plt
 from torch import Tensor
 
 
-def panel(ax, x: Tensor, colour: Tensor, colours: int, reach: float) -> None:
-    """Points of x (n, d), first two axes (one axis: a histogram), coloured by `colour` (n,)."""
+def panel(ax, x: Tensor, colour: Tensor | None, colours: int, reach: float) -> None:
+    """Points of x (n, d), first two axes (one: a histogram), coloured by `colour` (n,) or grey."""
     ax.set_xticks([])
     ax.set_yticks([])
     ax.set_xlim(-reach, reach)
     if x.shape[1] == 1:
         ax.hist(x[:, 0].numpy(), bins=80, range=(-reach, reach), color="tab:blue")
         return
-    ax.scatter(
-        x[:, 0], x[:, 1], s=1.5, c=colour, cmap="hsv", vmin=0, vmax=colours, alpha=0.5, linewidths=0
-    )
+    colours = dict(c="0.4") if colour is None else dict(c=colour, cmap="hsv", vmin=0, vmax=colours)
+    ax.scatter(x[:, 0], x[:, 1], s=1.5, alpha=0.5, linewidths=0, **colours)
     ax.set_ylim(-reach, reach)
     ax.set_aspect("equal")
 

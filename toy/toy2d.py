@@ -159,14 +159,16 @@ def picture(cfg, student, phases, device, n: int = 3000) -> bytes:
         "exact": [target.sample_at(t, n, stream("picture", i)) for i, t in enumerate(times)],
     }
     expert = {i: phase.k for phase in phases for i in range(phase.first, phase.last)}
+    ends = {phase.last for phase in phases}  # what is matched: thicker frames
     figure, axes = plt.subplots(
         3, len(times), figsize=(2.1 * len(times), 6.4), squeeze=False, layout="constrained"
     )
     for row, (name, xs) in zip(axes, rows.items()):
-        final = torch.cdist(xs[-1], target.means).argmin(1) if name != "exact" else None
+        final = torch.cdist(xs[-1], target.means).argmin(1)
         for i, (ax, x) in enumerate(zip(row, xs)):
-            nearest = torch.cdist(x, target.means).argmin(1) if final is None else final
-            panel(ax, x, nearest, len(target.means), reach=reach_of(rows["exact"][i]))
+            colour = None if name == "exact" else final  # of the mode where a sample ends
+            panel(ax, x, colour, len(target.means), reach=reach_of(rows["exact"][i]))
+            plt.setp(ax.spines.values(), linewidth=2.5 if i in ends else 0.8)
             ax.set_ylabel(name if i == 0 else "")
             if ax in axes[0]:
                 by = f"\nby expert {expert[i - 1]}" if i else "\nnoise"
