@@ -67,6 +67,7 @@ class FailingCall:
             return Written(file, mode.replace("b", ""))
 
         monkeypatch.setattr(builtins, "open", opened)
+        monkeypatch.setattr(io, "open", opened)  # what pathlib calls
         monkeypatch.setattr(os, "fsync", lambda fd: (outer.tick(), fsync(fd))[1])
         monkeypatch.setattr(os, "replace", lambda a, b: (outer.tick(), rename(a, b))[1])
 
