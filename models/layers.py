@@ -1,0 +1,72 @@
+"""What both transformers are made of: sinusoid, rope, modulation, attention, checkpointed blocks."""
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+def sinusoid(t: Tensor, dim: int) -> Tensor:
+    """[cos(1000 t w_i), sin(1000 t w_i)], w_i = 10000^(-2i/dim), cosine first; (...,) -> (..., dim).
+
+    In float64: at angles near 1000 the float32 product alone is wrong by 4e-5.
+    """
+    wide = t.cpu().double() if t.device.type == "mps" else t.double()  # MPS has no float64
+    w = 10000 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    angle = 1000 * wide[..., None] * w.to(wide.device)  # (..., dim / 2)
+    return torch.cat([angle.cos(), angle.sin()], -1).float().to(t.device)
+
+
+@lru_cache(maxsize=16)  # a table a bucket; 39 MB at 75,600 tokens
+@torch.inference_mode(False)  # a table first made while sampling must serve training too
+def rope_table(positions: tuple, dims: tuple, device: torch.device) -> Tensor:
+    """e^(i p w_k) of the rows of a grid, complex64 (L, d / 2); w_k = 10000^(-2k/dim) on each axis.
+
+    positions: a tuple of numbers an axis; tokens run over their product, the last axis fastest.
+    """
+    mesh = torch.meshgrid(*[torch.tensor(p, dtype=torch.float64) for p in positions], indexing="ij")
+    angles = [
+        p.reshape(-1, 1) * 10000 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+        for p, dim in zip(mesh, dims)
+    ]
+    angle = torch.cat(angles, 1)  # (L, d / 2) float64, on the CPU
+    return torch.polar(torch.ones_like(angle), angle).to(torch.complex64).to(device)
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Turn the pairs (2i, 2i + 1) of each head by the angles of the table; x (B, L, H, d) float32."""
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))  # (B, L, H, d / 2)
+    return torch.view_as_real(pairs * rope[:, None]).flatten(-2)
+
+
+def rms(x: Tensor, norm: nn.RMSNorm) -> Tensor:
+    """x / sqrt(mean x^2 + eps) w over the last dimension, in float32."""
+    return F.rms_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.eps)
+
+
+def modulate(z: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """LN(z) (1 + scale) + shift; z (B, L, D), shift and scale (B, 1, D), or (B, L, D) by token."""
+    return torch.addcmul(shift, F.layer_norm(z, z.shape[-1:], eps=eps), 1 + scale)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d)) v; q (B, L, H, d), k and v (B, M, H, d), mask (B, M): True is seen.
+
+    The one place where tokens meet.
+    """
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, L, d)
+    mask = None if mask is None else mask[:, None, None]  # (B, 1, 1, M)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    return out.transpose(1, 2).flatten(2)  # (B, L, H d)
+
+
+def run(block: nn.Module, checkpointing: bool, *inputs):
+    """Call a block; with checkpointing its inside is computed again in backward, not kept.
+
+    All that a recomputation depends on must be among the inputs, the adapter's name above all.
+    """
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
+    return block(*inputs)
