@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from models.layers import attend, modulate, rms, rope_table, rotate, run, sinusoid
+from models.layers import attend, gelu, modulate, rms, rope_table, rotate, run, sinusoid
 from models.lora import Linear
 
 TEXT_LEN = 1024  # tokens of the longest prompt
@@ -77,7 +77,7 @@ class MLP(nn.Module):
         self.net = nn.ModuleList([first, nn.Identity(), Linear(4 * dim, dim)])
 
     def forward(self, y: Tensor, adapter) -> Tensor:
-        return self.net[2](F.gelu(self.net[0]["proj"](y, adapter), approximate="tanh"), adapter)
+        return self.net[2](gelu(self.net[0]["proj"](y, adapter)), adapter)
 
 
 class Block(nn.Module):

@@ -9,15 +9,10 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from models.layers import attend, modulate, rms, rope_table, rotate, run, sinusoid
+from models.layers import attend, gelu, modulate, rms, rope_table, rotate, run, sinusoid
 from models.lora import Linear
 
 PATCH = (1, 2, 2)  # frames, rows, columns
-
-
-def gelu(x: Tensor) -> Tensor:
-    """x Phi(x) by its tanh approximation, as everywhere in Wan."""
-    return F.gelu(x, approximate="tanh")
 
 
 def guide(v: Tensor, v_null: Tensor, scale: float) -> Tensor:
