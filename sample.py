@@ -16,7 +16,7 @@ from torch import Tensor
 import moe
 from models.flags import Parser, pick_device
 from models.folder import check_files, config_of, contents
-from models.weights import UserError, read_json, read_tensors, write
+from models.files import UserError, read_json, read_tensors, write
 from phases import Phase, step_times
 from sde import step
 

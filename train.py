@@ -36,7 +36,7 @@ from models.folder import (
     settle,
     watch,
 )
-from models.weights import UserError, read_json, read_tensors, write, write_json, write_tensors
+from models.files import UserError, read_json, read_tensors, write, write_json, write_tensors
 from sample import normal, rollout, uniform
 from sde import diffuse
 from toy import toy2d

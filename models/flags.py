@@ -6,7 +6,7 @@ from dataclasses import field, fields
 
 import torch
 
-from models.weights import UserError
+from models.files import UserError
 
 
 def setting(default, help: str, choices=None, low=None, above=None, high=None):

@@ -14,7 +14,7 @@ import torch
 from tqdm import tqdm
 
 from models.flags import check, flag_of
-from models.weights import UserError, cannot_write, read_json
+from models.files import UserError, cannot_write, read_json
 
 OURS = {
     "config.json",

@@ -44,7 +44,17 @@ def rotate(x: Tensor, rope: Tensor) -> Tensor:
 
 def rms(x: Tensor, norm: nn.RMSNorm) -> Tensor:
     """x / sqrt(mean x^2 + eps) w over the last dimension, in float32."""
-    return F.rms_norm(x.float(), norm.normalized_shape, norm.weight.float(), norm.eps)
+    x, w = x.float(), norm.weight.float()
+    if x.device.type == "cpu":
+        return Rms.apply(x, w, norm.eps)
+    return F.rms_norm(x, norm.normalized_shape, w, norm.eps)
+
+
+def gelu(x: Tensor) -> Tensor:
+    """x Phi(x) by its tanh approximation."""
+    if x.device.type == "cpu" and x.dtype == torch.float32:
+        return Gelu.apply(x)
+    return F.gelu(x, approximate="tanh")
 
 
 def modulate(z: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
@@ -53,33 +63,6 @@ def modulate(z: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     if scale.numel() == dim.numel():  # one sample: the kernel's own weight and bias, one pass
         return F.layer_norm(z, dim, 1 + scale.flatten(), shift.flatten(), eps)
     return torch.addcmul(shift, F.layer_norm(z, dim, eps=eps), 1 + scale)
-
-
-class Gelu(torch.autograd.Function):
-    """x s, s = sigmoid(2 u), u = sqrt(2 / pi) (x + 0.044715 x^3): gelu's tanh approximation.
-
-    On a CPU half the time of torch's own, whose tanh is slow; it keeps the slope in place of x.
-    """
-
-    @staticmethod
-    def forward(ctx, x: Tensor) -> Tensor:
-        a, b = 2 * math.sqrt(2 / math.pi), 2 * math.sqrt(2 / math.pi) * 0.044715
-        s = (x * x).mul_(b).add_(a).mul_(x).sigmoid_()
-        if ctx.needs_input_grad[0]:  # slope = s + s (1 - s) x d(2 u)/dx, in place: memory is the cost
-            slope = (x * x).mul_(3 * b).add_(a).mul_(x)
-            ctx.save_for_backward(slope.addcmul_(slope, s, value=-1).add_(1).mul_(s))
-        return s.mul_(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> Tensor:
-        return grad * ctx.saved_tensors[0]
-
-
-def gelu(x: Tensor) -> Tensor:
-    """x Phi(x) by its tanh approximation."""
-    if x.device.type == "cpu" and x.dtype == torch.float32:
-        return Gelu.apply(x)
-    return F.gelu(x, approximate="tanh")
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -101,3 +84,53 @@ def run(block: nn.Module, checkpointing: bool, *inputs):
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
     return block(*inputs)
+
+
+# -- the same in fewer passes over memory, for CPUs; GPUs have kernels for both --------------------
+
+
+class Rms(torch.autograd.Function):
+    """x r w, r = 1 / sqrt(mean x^2 + eps): less than half the time of torch's on a CPU."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, w: Tensor, eps: float) -> Tensor:
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        r = (norm.square() / x.shape[-1] + eps).rsqrt()  # (..., 1)
+        ctx.save_for_backward(x, w, r)
+        return (x * r).mul_(w)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        x, w, r = ctx.saved_tensors
+        product = grad * x
+        along = (product @ w)[..., None] * r**3 / x.shape[-1]  # (..., 1): the part that r removes
+        grad_w = r.flatten() @ product.flatten(0, -2)
+        return (grad * w).mul_(r).addcmul_(x, along, value=-1), grad_w, None
+
+
+class Gelu(torch.autograd.Function):
+    """x s, s = sigmoid(x (a + b x^2)): gelu's tanh approximation at half the time of torch's.
+
+    It keeps the slope in place of x, and works on a few rows at a time, which stay in the cache.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        root = 2 * math.sqrt(2 / math.pi)
+        a, b = x.new_tensor(root), 0.044715 * root
+        needed = ctx.needs_input_grad[0]
+        out, slopes = torch.empty_like(x), torch.empty_like(x) if needed else x
+        ctx.save_for_backward(slopes)
+        rows = [y.view(-1, y.shape[-1]).split(32) for y in (x, out, slopes)]
+        for x, s, slope in zip(*rows):
+            torch.addcmul(a, x, x, value=b, out=s).mul_(x).sigmoid_()
+            if needed:  # slope = s + s (1 - s) x (a + 3 b x^2)
+                torch.addcmul(a, x, x, value=3 * b, out=slope).mul_(x)
+                slope.addcmul_(slope, s, value=-1)
+                torch.addcmul(s, slope, s, out=slope)
+            s.mul_(x)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad * ctx.saved_tensors[0]

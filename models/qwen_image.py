@@ -83,9 +83,9 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """Both streams: joint attention, then an MLP each; modulated by SiLU(e), e (B, D)."""
 
-    def __init__(self, dim: int, heads: int, eps: float):
+    def __init__(self, dim: int, heads: int, eps: float, last: bool):
         super().__init__()
-        self.eps = eps
+        self.eps, self.last = eps, last
         self.img_mod = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
         self.txt_mod = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
         self.attn = Attention(dim, heads, eps)
@@ -98,10 +98,13 @@ class Block(nn.Module):
         y_text = modulate(text, shift3, scale3, self.eps)
         y_image, y_text = self.attn(y_image, y_text, rope, mask, adapter)
         image = torch.addcmul(image, y_image, gate1)
-        text = torch.addcmul(text, y_text, gate3)
         y_image = self.img_mlp(modulate(image, shift2, scale2, self.eps), adapter)
+        image = torch.addcmul(image, y_image, gate2)
+        if self.last:  # nobody reads the text after it
+            return image, text
+        text = torch.addcmul(text, y_text, gate3)
         y_text = self.txt_mlp(modulate(text, shift4, scale4, self.eps), adapter)
-        return torch.addcmul(image, y_image, gate2), torch.addcmul(text, y_text, gate4)
+        return image, torch.addcmul(text, y_text, gate4)
 
 
 class QwenImage(nn.Module):
@@ -136,10 +139,16 @@ class QwenImage(nn.Module):
         self.txt_norm = nn.RMSNorm(joint_attention_dim, eps)
         embedder = {"linear_1": Linear(256, dim), "linear_2": Linear(dim, dim)}
         self.time_text_embed = nn.ModuleDict({"timestep_embedder": nn.ModuleDict(embedder)})
-        blocks = [Block(dim, num_attention_heads, eps) for _ in range(num_layers)]
+        last = num_layers - 1
+        blocks = [Block(dim, num_attention_heads, eps, i == last) for i in range(num_layers)]
         self.transformer_blocks = nn.ModuleList(blocks)
         self.norm_out = nn.ModuleDict({"linear": Linear(dim, 2 * dim)})
         self.proj_out = Linear(dim, in_channels)
+
+    @staticmethod
+    def diffusers_name(name: str) -> str:
+        """Published under the names of diffusers."""
+        return name
 
     @staticmethod
     def adapted(name: str) -> bool:

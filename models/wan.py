@@ -15,6 +15,34 @@ from models.lora import Linear
 PATCH = (1, 2, 2)  # frames, rows, columns
 
 
+# (published, as diffusers renames it); norm3 really becomes norm2: it is the only norm of a block
+# that has parameters outside attention
+RENAMED = (
+    ("time_embedding.0", "condition_embedder.time_embedder.linear_1"),
+    ("time_embedding.2", "condition_embedder.time_embedder.linear_2"),
+    ("time_projection.1", "condition_embedder.time_proj"),
+    ("text_embedding.0", "condition_embedder.text_embedder.linear_1"),
+    ("text_embedding.2", "condition_embedder.text_embedder.linear_2"),
+    ("self_attn.norm_", "attn1.norm_"),
+    ("self_attn.o", "attn1.to_out.0"),
+    ("self_attn.", "attn1.to_"),
+    ("cross_attn.norm_", "attn2.norm_"),
+    ("cross_attn.o", "attn2.to_out.0"),
+    ("cross_attn.", "attn2.to_"),
+    ("norm3", "norm2"),
+    ("ffn.0", "ffn.net.0.proj"),
+    ("ffn.2", "ffn.net.2"),
+    ("head.modulation", "scale_shift_table"),
+    ("head.head", "proj_out"),
+    (".modulation", ".scale_shift_table"),
+)
+
+
+def diffusers_name(name: str) -> str:
+    """What diffusers calls the parameter, or the module, that is published under this name."""
+    return next((name.replace(a, b) for a, b in RENAMED if a in name), name)
+
+
 def guide(v: Tensor, v_null: Tensor, scale: float) -> Tensor:
     """Classifier-free guidance, v_null + scale (v - v_null)."""
     return v_null + scale * (v - v_null)
@@ -111,6 +139,8 @@ class Wan(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Block(dim, ffn_dim, num_heads, eps) for _ in range(num_layers))
         self.head = Head(dim, out_dim * 4, eps)
+
+    diffusers_name = staticmethod(diffusers_name)
 
     @staticmethod
     def adapted(name: str) -> bool:

@@ -1,105 +1,434 @@
-"""Files: every read and write of the project goes through here, and a write is whole or absent."""
+"""Published weights -> our networks: folders of either layout and single files, tensor by tensor.
 
-import contextlib
-import hashlib
-import json
-import os
+`python -m models.weights --teacher wan22 --weights FOLDER` says whether a download is whole.
+"""
+
+import difflib
+import inspect
+import itertools
+import sys
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-import safetensors.torch
 import torch
-from safetensors import SafetensorError
-from torch import Tensor
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from models import lora
+from models.files import UserError, first_line, read_json
+from models.flags import Parser
+from models.qwen_image import QwenImage
+from models.wan import Wan
 
 
-class UserError(Exception):
-    """Something the user can mend: shown as one line, exit status 2."""
+class Row(NamedTuple):
+    """A teacher: its network, where its weights are published, which experts own which times."""
+
+    network: type
+    settings: dict  # of the network
+    repository: str = ""  # none: random weights only
+    boundary: float | None = None  # two experts: high noise for t >= boundary
 
 
-def write(path: Path, content: bytes) -> None:
-    """Write a file so that a crash leaves the old one or the new one, never a part of it."""
-    temporary = path.with_name(path.name + ".tmp")
+A14B = dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
+TINY = dict(dim=128, ffn_dim=256, num_heads=4, num_layers=2, text_dim=64, text_len=16)
+QWEN = dict(num_attention_heads=24, attention_head_dim=128, num_layers=60)
+QWEN_TINY = dict(
+    num_attention_heads=4, attention_head_dim=32, num_layers=2, joint_attention_dim=64,
+    axes_dims_rope=(8, 12, 12),
+)  # fmt: skip
+TEACHERS = {
+    "wan21-1.3b": Row(
+        Wan,
+        dict(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
+        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    ),
+    "wan21": Row(Wan, A14B, "Wan-AI/Wan2.1-T2V-14B-Diffusers"),
+    "wan22": Row(Wan, A14B, "Wan-AI/Wan2.2-T2V-A14B-Diffusers", 0.875),
+    "wan22-i2v": Row(Wan, A14B | dict(in_dim=36), "Wan-AI/Wan2.2-I2V-A14B-Diffusers", 0.9),
+    "wan22-5b": Row(
+        Wan,
+        dict(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48),
+        "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+    ),
+    "qwen-image": Row(QwenImage, QWEN, "Qwen/Qwen-Image"),
+    "wan21-tiny": Row(Wan, TINY),
+    "wan22-tiny": Row(Wan, TINY, boundary=0.875),
+    "wan22-i2v-tiny": Row(Wan, TINY | dict(in_dim=36), boundary=0.9),
+    "qwen-image-tiny": Row(QwenImage, QWEN_TINY),
+}
+DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+class Stored(NamedTuple):
+    """A tensor in a file: where it is and what its header says."""
+
+    file: Path
+    key: str
+    shape: tuple
+    dtype: str
+
+
+# -- what a folder holds -------------------------------------------------------------------------
+
+
+def shards(path: Path) -> list[Path]:
+    """The files of one network: those that the index names, or all safetensors of the folder."""
+    if path.is_file():
+        return [path]
+    indices = sorted(path.glob("*.safetensors.index.json"))
+    if len(indices) > 1:
+        raise UserError(f"{path} holds {len(indices)} indices; name the folder of one network")
+    if indices:
+        names = read_json(indices[0], "download it again").get("weight_map")
+        if not isinstance(names, dict) or not all(isinstance(n, str) for n in names.values()):
+            raise UserError(f"{indices[0]} has no weight_map of file names; download it again")
+        files = [path / name for name in sorted(set(names.values()))]
+    else:
+        files = sorted(path.glob("*.safetensors"))
+    if not files:
+        raise UserError(
+            f"{path} holds no .safetensors of a transformer; pickles (.pth, .bin) are never opened"
+        )
+    absent = [file.name for file in files if not file.is_file()]
+    if absent:
+        raise UserError(f"{path} lacks {absent[0]}, which its index names; download it again")
+    return files
+
+
+def contents(files: Iterable[Path]) -> dict[str, Stored]:
+    """name -> tensor, from the headers alone; a prefix that single files carry is taken off."""
+    found = {}
+    for file in files:
+        with opened(file) as shard:
+            for key in shard.keys():
+                part = shard.get_slice(key)
+                name = key.removeprefix("model.").removeprefix("diffusion_model.")
+                if name in found:
+                    raise UserError(f"{file} and {found[name].file} both hold {name}; keep one")
+                found[name] = Stored(file, key, tuple(part.get_shape()), part.get_dtype())
+    return found
+
+
+def opened(file: Path):
+    """A safetensors file, mapped and not read; a UserError where it is none, or cut short."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)  # without it a power cut can undo the rename
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise cannot_write(path, error) from error
+        return safe_open(file, framework="pt")
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"cannot read {file} ({first_line(error)}); download it again") from error
 
 
-def cannot_write(path: Path, error: OSError) -> UserError:
-    """The one line for a full disk, a missing right, a folder in the way."""
-    return UserError(
-        f"cannot write {path}: {error.strerror or error}; mend that, or choose another --out"
-    )
+# -- which network it is -------------------------------------------------------------------------
+
+CLASSES = {"WanModel": Wan, "WanTransformer3DModel": Wan, "QwenImageTransformer2DModel": QwenImage}
+# diffusers' words for Wan's settings
+WORDS = {"in_channels": "in_dim", "out_channels": "out_dim", "num_attention_heads": "num_heads"}
+# setting -> a tensor, the axis that tells it, in units of
+SHAPES = {
+    Wan: {
+        "dim": ("patch_embedding.weight", 0, 1),
+        "ffn_dim": ("blocks.0.ffn.0.weight", 0, 1),
+        "in_dim": ("patch_embedding.weight", 1, 1),
+        "out_dim": ("head.head.weight", 0, 4),  # a patch of 1 x 2 x 2
+        "text_dim": ("text_embedding.0.weight", 1, 1),
+        "freq_dim": ("time_embedding.0.weight", 1, 1),
+        "num_heads": ("patch_embedding.weight", 0, 128),  # of 128, in all that is published
+    },
+    QwenImage: {
+        "num_attention_heads": ("img_in.weight", 0, 128),
+        "attention_head_dim": ("transformer_blocks.0.attn.norm_q.weight", 0, 1),
+        "joint_attention_dim": ("txt_in.weight", 1, 1),
+        "in_channels": ("img_in.weight", 1, 1),
+    },
+}
+BRANCHES = ("image_dim", "added_kv_proj_dim", "zero_cond_t", "use_additional_t_cond")  # not ported
 
 
-def _sync_folder(folder: Path) -> None:
-    """Put a folder's entries on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def architecture(path: Path, found: dict[str, Stored]) -> tuple[type, dict]:
+    """Class and settings of a network: config.json's where there is one, the rest from shapes."""
+    network = QwenImage if "img_in.weight" in found else Wan
+    file = path / "config.json"
+    config = read_json(file, "download it again") if file.is_file() else {}
+    name = config.get("_class_name")
+    if config and CLASSES.get(name) is not network:
+        raise UserError(f"{file} is of a {name}, the weights beside it are of a {network.__name__}")
+    branches = [key for key in BRANCHES if config.get(key)]
+    if branches:
+        raise UserError(
+            f"{file}: {branches[0]} is {config[branches[0]]}; that branch is not ported"
+        )
+    settings = settings_of(network, config)
+    for key, (tensor, axis, unit) in SHAPES[network].items():
+        if key not in settings:
+            settings[key] = size(found, network, tensor, axis, path) // unit
+    settings.setdefault("num_layers", layers(found))
+    for key, value in settings.items():
+        if key not in ("eps", "axes_dims_rope") and not (type(value) is int and 0 < value < 10**6):
+            raise UserError(f"{file}: {key} {value!r} is no count; download it again")
+    return network, settings
 
 
-def write_json(path: Path, value) -> None:
-    """JSON with a line a top-level entry, so that it reads well and diffs well."""
-    write(path, (json.dumps(value, indent=1) + "\n").encode())
+def settings_of(network: type, config: dict) -> dict:
+    """The settings that a config.json holds, in our words."""
+    words = {WORDS.get(k, k) if network is Wan else k: v for k, v in config.items()}
+    if network is Wan and "attention_head_dim" in words and "num_heads" in words:
+        words["dim"] = words["num_heads"] * words["attention_head_dim"]
+    known = inspect.signature(network).parameters
+    return {k: v for k, v in words.items() if k in known}
 
 
-def read_json(path: Path, what_to_do: str) -> dict:
-    """A JSON object; a UserError that ends with what_to_do if the file is not one, whole."""
-    try:
-        value = json.loads(path.read_bytes())
-        if not isinstance(value, dict):
-            raise ValueError("not a JSON object")
-        return value
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({_first_line(error)}); {what_to_do}") from error
+def size(found: dict[str, Stored], network: type, name: str, axis: int, path: Path) -> int:
+    """The length of one axis of a tensor, under either name."""
+    stored = found.get(name) or found.get(network.diffusers_name(name))
+    if stored is None or len(stored.shape) <= axis:
+        raise UserError(f"{path} is of no {network.__name__}: it has no {name}, or not its shape")
+    return stored.shape[axis]
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
-    """Safetensors with `about` (plain JSON values) and a digest in the header. Never a pickle."""
-    cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    # one entry: safetensors writes several in an order that changes from process to process
-    header = {"about": json.dumps(about | {"digest": digest(cpu)})}
-    write(path, safetensors.torch.save(cpu, metadata=header))
+def layers(found: dict[str, Stored]) -> int:
+    """How many blocks the names count."""
+    numbers = [n.split("blocks.")[1].split(".")[0] for n in found if "blocks." in n]
+    return max((int(n) + 1 for n in numbers if n.isdigit()), default=1)
 
 
-def digest(tensors: dict[str, Tensor]) -> str:
-    """Of names, shapes and bytes: a flipped bit reads as a weight, and shows here only."""
-    total = hashlib.blake2b(digest_size=16)
-    for name in sorted(tensors):
-        total.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}".encode())
-        total.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
-    return total.hexdigest()
+def match(net: nn.Module, found: dict[str, Stored], path: Path) -> dict[str, Stored]:
+    """Our name -> tensor in a file; a UserError for one that is absent, too many or mis-shaped."""
+    expected = {name: tuple(p.shape) for name, p in net.named_parameters()}
+    ours = {net.diffusers_name(name): name for name in expected} | {name: name for name in expected}
+    stored = {ours.get(name, name): there for name, there in found.items()}
+    for name, there in stored.items():
+        if name not in expected:
+            raise UserError(f"{there.file} holds {there.key}, which a {type(net).__name__} has not")
+        if there.shape != expected[name]:
+            raise UserError(
+                f"{there.file}: {there.key} has the shape {there.shape}, expected {expected[name]}"
+            )
+        if there.dtype not in DTYPES:
+            raise UserError(
+                f"{there.file}: {there.key} is {there.dtype}, expected {'/'.join(DTYPES)}"
+            )
+    absent = [name for name in expected if name not in stored]
+    if absent:
+        raise UserError(
+            f"{path} lacks {absent[0]} {expected[absent[0]]}"
+            + (f" and {len(absent) - 1} more" if absent[1:] else "")
+        )
+    return stored
 
 
-def read_tensors(path: Path, kind: str, settings: dict, what_to_do: str) -> tuple[dict, dict]:
-    """Tensors and `about` of write_tensors, whose about holds this kind and these settings.
+# -- loading -------------------------------------------------------------------------------------
 
-    A UserError if the file is truncated, garbled, of another kind or of another run.
+
+def load(folder, dtype=torch.bfloat16, device="cpu", teacher_lora=None, teacher="") -> nn.Module:
+    """A network from published weights, in eval mode and frozen, dtype inside.
+
+    folder holds config.json and safetensors of either layout, or is a single safetensors file.
+    Never more memory than the network and one shard: tensors are cast as they are read. A
+    teacher_lora is merged in float32. With the name of a teacher its kind is checked. Raises
+    UserError for all that is not a whole network.
     """
+    path = Path(folder)
+    if not path.exists():
+        raise UserError(f"{path} does not exist; {how_to_get(teacher)}")
+    found = contents(shards(path))
+    network, settings = architecture(path, found)
+    check_kind(teacher, network, settings, path)
+    with torch.device("meta"):
+        net = build(network, settings, dtype, path)
+    stored = match(net, found, path)
+    deltas = lora.read(Path(teacher_lora), aliases(net)) if teacher_lora else {}
+    tensors = {}
+    total = sum(p.numel() for p in net.parameters())
+    with tqdm(total=total, desc=path.name, unit=" weights", unit_scale=True, disable=None) as bar:
+        for name, tensor in stream(stored):
+            target = torch.float32 if any(part in name for part in net.float32) else dtype
+            if name in deltas:
+                tensor = deltas[name](tensor.float())
+            tensors[name] = torch.empty(tensor.shape, dtype=target, device=device).copy_(tensor)
+            if not torch.stack(tensors[name].aminmax()).isfinite().all():  # one pass, no copy
+                where = stored[name]
+                raise UserError(f"{where.file}: {where.key} is not finite; download it again")
+            bar.update(tensor.numel())
+            del tensor  # the last hold on a mapped shard
+    net.load_state_dict(tensors, assign=True)
+    return net.requires_grad_(False).eval()
+
+
+def build(network: type, settings: dict, dtype: torch.dtype, path: Path) -> nn.Module:
+    """The network of a config; one that cannot be is the config's fault."""
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("about", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"cannot read {path} ({_first_line(error)}); {what_to_do}") from error
-    if about.get("kind") != kind or about.get("digest") != digest(tensors):
-        raise UserError(f"{path} is damaged, or no {kind}; {what_to_do}")
-    if about.get("settings") != settings:
-        raise UserError(f"{path} is of another run; {what_to_do}")
-    return tensors, about
+        return network(**settings, dtype=dtype)
+    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise UserError(f"{path}: its config makes no network ({first_line(error)})") from error
 
 
-def _first_line(error: Exception) -> str:
-    """What an error says, without the rest."""
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def stream(stored: dict[str, Stored]) -> Iterator[tuple[str, Tensor]]:
+    """Name and tensor, file by file: one is open at a time, and a tensor is read when asked for."""
+    by_file = sorted(stored, key=lambda name: stored[name].file)
+    for file, names in itertools.groupby(by_file, key=lambda name: stored[name].file):
+        with opened(file) as shard:
+            for name in names:
+                yield name, shard.get_tensor(stored[name].key)
+
+
+def aliases(net: nn.Module) -> dict[str, str]:
+    """Every name that a LoRA file may give a layer -> ours."""
+    modules = [name for name, module in net.named_modules() if name]
+    modules += [name.rsplit(".", 1)[0] for name, _ in net.named_parameters()]
+    names = {net.diffusers_name(name): name for name in modules} | {name: name for name in modules}
+    return names | {"lora_unet_" + name.replace(".", "_"): ours for name, ours in names.items()}
+
+
+class Teacher(NamedTuple):
+    """The experts, high noise first, and the t from which on the first one answers."""
+
+    experts: list[nn.Module]
+    boundary: float | None
+
+
+def load_teacher(name: str, *folders, teacher_lora=(), **how) -> Teacher:
+    """The experts of a teacher, from its published folder or from one path an expert, high first.
+
+    how: dtype and device of load. teacher_lora: one file an expert. Raises UserError.
+    """
+    paths, boundary = locate(name, *folders)
+    if teacher_lora and len(teacher_lora) != len(paths):
+        raise UserError(f"--teacher-lora: {name} takes {len(paths)}, got {len(teacher_lora)}")
+    files = lora.high_first(teacher_lora) or [None] * len(paths)
+    experts = [load(p, teacher_lora=f, teacher=name, **how) for p, f in zip(paths, files)]
+    return Teacher(experts, boundary)
+
+
+# folders of the experts inside a published one: original, diffusers
+LAYOUTS = {
+    1: (("transformer",),),
+    2: (("high_noise_model", "low_noise_model"), ("transformer", "transformer_2")),
+}
+
+
+def locate(name: str, *folders) -> tuple[list[Path], float | None]:
+    """One path an expert, high noise first, and the boundary. Raises UserError."""
+    row = row_of(name)
+    paths = [Path(folder) for folder in folders] or [default_folder(name)]
+    absent = [path for path in paths if not path.exists()]
+    if absent:
+        raise UserError(f"{absent[0]} does not exist; {how_to_get(name)}")
+    experts, boundary = 2 if row.boundary else 1, row.boundary
+    if len(paths) == 1 and paths[0].is_dir():
+        root = paths[0]
+        pairs = [[root / folder for folder in pair] for pair in LAYOUTS[2] + LAYOUTS[1]]
+        held = next((pair for pair in pairs if all(path.is_dir() for path in pair)), [root])
+        if len(held) != experts:
+            raise UserError(f"{root} holds {words(len(held))}, {name} has {words(experts)}")
+        index = root / "model_index.json"
+        if boundary and index.is_file():  # a fine-tune may have a boundary of its own
+            boundary = read_json(index, "download it again").get("boundary_ratio") or boundary
+        paths = held
+    if len(paths) != experts:
+        raise UserError(
+            f"{name} has {words(experts)}: name its folder, or a path for each, high first"
+        )
+    return paths, boundary
+
+
+def words(experts: int) -> str:
+    """1 -> one transformer, 2 -> two."""
+    return "two transformers (high and low noise)" if experts == 2 else "one transformer"
+
+
+def row_of(name: str) -> Row:
+    """The row of a teacher that has weights. Raises UserError."""
+    if name not in TEACHERS:
+        near = difflib.get_close_matches(name, TEACHERS, 3, 0) or list(TEACHERS)
+        raise UserError(f"unknown teacher {name}; nearest: {', '.join(near)}")
+    return TEACHERS[name]
+
+
+def default_folder(name: str) -> Path:
+    """Where how_to_get puts the weights, so that nobody need name them."""
+    return Path("weights") / (TEACHERS[name].repository.split("/")[-1] or name)
+
+
+def how_to_get(name: str) -> str:
+    """The command that downloads a teacher, or where the commands are."""
+    if name not in TEACHERS or not TEACHERS[name].repository:
+        return "published weights: README, or python -m models.weights --help"
+    repository = TEACHERS[name].repository
+    return f"pip install huggingface_hub && hf download {repository} --local-dir {default_folder(name)}"
+
+
+def check_kind(name: str, network: type, settings: dict, path: Path) -> None:
+    """Raise UserError for weights of another kind than the teacher's: family and channels."""
+    if not name:
+        return
+    row = row_of(name)
+    wanted = {"in_dim": 16, "out_dim": 16} | row.settings if row.network is Wan else {}
+    for key in ("in_dim", "out_dim") if network is row.network is Wan else ():
+        if settings.get(key, 16) != wanted[key]:
+            raise UserError(f"{path} has {key} {settings.get(key, 16)}, {name} has {wanted[key]}")
+    if network is not row.network:
+        raise UserError(f"{path} is of a {network.__name__}, {name} is a {row.network.__name__}")
+
+
+def random(name: str, dtype=torch.bfloat16, device="cpu", seed: int = 0) -> nn.Module:
+    """A network of a teacher's size with random weights, made on the device: for sizing, timing.
+
+    Linear layers keep the scale of their input, norms are the identity. Eval mode, frozen.
+    """
+    row = row_of(name)
+    generator = torch.Generator(device).manual_seed(seed)
+    with torch.device("meta"):
+        net = row.network(**row.settings, dtype=dtype)
+    tensors = {}
+    for key, p in net.named_parameters():
+        target = torch.float32 if any(part in key for part in net.float32) else dtype
+        tensor = torch.empty(p.shape, dtype=target, device=device)
+        if "norm" in key and p.ndim == 1:
+            tensor.fill_(float(key.endswith("weight")))
+        else:
+            tensor.normal_(std=p[0].numel() ** -0.5 if p.ndim > 1 else 0.02, generator=generator)
+        tensors[key] = tensor
+    net.load_state_dict(tensors, assign=True)
+    return net.requires_grad_(False).eval()
+
+
+# -- the command ---------------------------------------------------------------------------------
+
+
+def main(argv=None) -> int:
+    """Check published weights by their headers, in seconds: nothing is loaded."""
+    parser = Parser(__doc__ + "\n" + "\n".join(f"{n:12} {how_to_get(n)}" for n in published()))
+    parser.add_argument("--teacher", default="wan22", help=f"one of {', '.join(published())}")
+    parser.add_argument("--weights", nargs="+", default=[], help="folder, or one path an expert")
+    try:
+        args = parser.parse_args(argv)
+        paths, boundary = locate(args.teacher, *args.weights)
+        for path in paths:
+            files = shards(path)
+            found = contents(files)
+            network, settings = architecture(path, found)
+            check_kind(args.teacher, network, settings, path)
+            with torch.device("meta"):
+                net = build(network, settings, torch.bfloat16, path)
+            match(net, found, path)
+            number = sum(p.numel() for p in net.parameters())
+            held = ", ".join(sorted({there.dtype for there in found.values()}))
+            print(
+                f"{path}: {number:,} parameters in {len(found)} tensors, {len(files)} files, {held}"
+            )
+        print(f"boundary {boundary}" if boundary else "one expert")
+        return 0
+    except UserError as error:
+        print(f"weights.py: {error}", file=sys.stderr)
+        return 2
+
+
+def published() -> list[str]:
+    """The teachers that can be downloaded."""
+    return [name for name, row in TEACHERS.items() if row.repository]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -20,7 +20,7 @@ import safetensors.torch
 
 import train
 from models.folder import OURS
-from models.weights import digest
+from models.files import digest
 
 ROOT = Path(__file__).parent.parent
 SHORT = "--iters 2 --warmup 1 --batch 8 --fake-updates 1 --save-every 1 --eval-samples 50".split()

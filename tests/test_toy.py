@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from models.weights import UserError
+from models.files import UserError
 from sde import flow, score_to_v, vp
 from toy import mixtures
 from toy.mixtures import TOYS, energy, from_points, grid, mean_distance, modes, ring

@@ -9,7 +9,7 @@ import torch
 import losses
 import train
 from models.adamw import AdamW
-from models.weights import UserError
+from models.files import UserError
 from sample import normal, stream, trajectory
 from sde import diffuse, step
 from toy import toy2d

@@ -19,7 +19,7 @@ from losses import flow_matching, subinterval_matching
 from models.mlp import MLP
 from models.flags import Parser
 from models.folder import make
-from models.weights import UserError, write
+from models.files import UserError, write
 from sample import normal, stream, trajectory
 from sde import diffuse
 from toy.mixtures import Mixture

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.weights import UserError
+from models.files import UserError
 from sde import Process, coefficients, exact, flow
 
 MAX_POINTS = 2000  # of a user's file: the exact teacher asks every component for every sample

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script from th
 
 import train
 from models.flags import Parser
-from models.weights import UserError, read_json
+from models.files import UserError, read_json
 
 
 def main() -> int:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from models.mlp import MLP
-from models.weights import UserError
+from models.files import UserError
 from moe import move
 from phases import step_times
 from sample import normal, stream, trajectory, uniform
