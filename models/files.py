@@ -3,9 +3,11 @@
 import contextlib
 import hashlib
 import json
+import math
 import os
 from pathlib import Path
 
+import numpy
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -103,3 +105,76 @@ def read_tensors(path: Path, kind: str, settings: dict, what_to_do: str) -> tupl
 def first_line(error: Exception) -> str:
     """What an error says, without the rest."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+# -- a safetensors file larger than memory --------------------------------------------------------
+
+NAMES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64"}
+
+
+class Part:
+    """path.part: a safetensors file in the making, mapped, filled piece by piece, then renamed.
+
+    shapes: name -> (dtype, shape). `tensors` are views of the file. The same request finds the
+    pieces that an interrupted one left; `done` counts them.
+    """
+
+    def __init__(self, path: Path, shapes: dict[str, tuple], about: dict):
+        self.path, self.file = path, path.with_name(path.name + ".part")
+        self.progress = path.with_name(path.name + ".part.json")
+        header, size = _header(shapes, about)
+        if not self._same(header, size):
+            self._create(header, size)
+        self.done = read_json(self.progress, "remove it")["done"] if self.progress.exists() else 0
+        self.mapped = numpy.memmap(self.file, numpy.uint8, "r+")
+        self.tensors, start = {}, len(header)
+        for name, (dtype, shape) in shapes.items():
+            end = start + dtype.itemsize * math.prod(shape)
+            self.tensors[name] = torch.from_numpy(self.mapped[start:end]).view(dtype).view(shape)
+            start = end
+
+    def _same(self, header: bytes, size: int) -> bool:
+        """Whether the file there is of this request."""
+        if not self.file.exists() or self.file.stat().st_size != size:
+            return False
+        with open(self.file, "rb") as file:
+            return file.read(len(header)) == header
+
+    def _create(self, header: bytes, size: int) -> None:
+        try:
+            self.progress.unlink(missing_ok=True)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.file, "wb") as file:
+                file.write(header)
+                file.flush()
+                os.posix_fallocate(file.fileno(), 0, size)  # a full disk shows now, not in an hour
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self.file.unlink()
+            raise cannot_write(self.path, error) from error
+
+    def save(self, done: int) -> None:
+        """Put what was filled on the disk, then say so."""
+        self.mapped.flush()
+        write_json(self.progress, {"done": done})
+
+    def finish(self) -> None:
+        """The file gets its name: it is whole."""
+        self.mapped.flush()
+        os.replace(self.file, self.path)
+        _sync_folder(self.path.parent)
+        self.progress.unlink(missing_ok=True)
+
+
+def _header(shapes: dict[str, tuple], about: dict) -> tuple[bytes, int]:
+    """The header of a safetensors file, and the size of the whole."""
+    entries, start = {"__metadata__": {"about": json.dumps(about)}}, 0
+    for name, (dtype, shape) in shapes.items():
+        end = start + dtype.itemsize * math.prod(shape)
+        entries[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)
+    if len(text) > 100_000_000:
+        raise UserError("names and texts fill more than the 100 MB that safetensors allows; split")
+    return len(text).to_bytes(8, "little") + text, 8 + len(text) + start

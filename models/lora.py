@@ -112,4 +112,4 @@ def changes_of(module: str, parts: dict[str, Tensor], alpha, path: Path) -> dict
 
 def adder(change: Tensor) -> Callable[[Tensor], Tensor]:
     """w -> w + change."""
-    return lambda w: w + change
+    return lambda w: w + change.reshape(w.shape)

@@ -129,6 +129,8 @@ class Wan(nn.Module):
         checkpointing: bool = False,
     ):
         super().__init__()
+        if dim % (2 * num_heads):
+            raise ValueError(f"{dim} channels do not make {num_heads} heads of an even size")
         self.head_dim, self.text_len, self.freq_dim = dim // num_heads, text_len, freq_dim
         self.dtype, self.checkpointing = dtype, checkpointing
         self.patch_embedding = nn.Conv3d(in_dim, dim, PATCH, PATCH)

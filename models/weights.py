@@ -3,11 +3,12 @@
 `python -m models.weights --teacher wan22 --weights FOLDER` says whether a download is whole.
 """
 
+import contextlib
 import difflib
 import inspect
 import itertools
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -159,6 +160,8 @@ def architecture(path: Path, found: dict[str, Stored]) -> tuple[type, dict]:
         raise UserError(
             f"{file}: {branches[0]} is {config[branches[0]]}; that branch is not ported"
         )
+    if config.get("patch_size") not in (None, 2, [1, 2, 2]):
+        raise UserError(f"{file}: patch_size is {config['patch_size']}, ported is [1, 2, 2] or 2")
     settings = settings_of(network, config)
     for key, (tensor, axis, unit) in SHAPES[network].items():
         if key not in settings:
@@ -239,13 +242,16 @@ def load(folder, dtype=torch.bfloat16, device="cpu", teacher_lora=None, teacher=
         net = build(network, settings, dtype, path)
     stored = match(net, found, path)
     deltas = lora.read(Path(teacher_lora), aliases(net)) if teacher_lora else {}
+    strange = set(deltas) - set(stored)
+    if strange:
+        raise UserError(f"{teacher_lora}: {min(strange)} is no weight of this network")
     tensors = {}
     total = sum(p.numel() for p in net.parameters())
     with tqdm(total=total, desc=path.name, unit=" weights", unit_scale=True, disable=None) as bar:
         for name, tensor in stream(stored):
             target = torch.float32 if any(part in name for part in net.float32) else dtype
             if name in deltas:
-                tensor = deltas[name](tensor.float())
+                tensor = merged(tensor.float(), deltas[name], name, teacher_lora)
             tensors[name] = torch.empty(tensor.shape, dtype=target, device=device).copy_(tensor)
             if not torch.stack(tensors[name].aminmax()).isfinite().all():  # one pass, no copy
                 where = stored[name]
@@ -254,6 +260,15 @@ def load(folder, dtype=torch.bfloat16, device="cpu", teacher_lora=None, teacher=
             del tensor  # the last hold on a mapped shard
     net.load_state_dict(tensors, assign=True)
     return net.requires_grad_(False).eval()
+
+
+def merged(weight: Tensor, change: Callable[[Tensor], Tensor], name: str, file) -> Tensor:
+    """The weight with a LoRA's change, float32."""
+    try:
+        return change(weight)
+    except RuntimeError as error:
+        shape = tuple(weight.shape)
+        raise UserError(f"{file}: its change of {name} has not the shape {shape}") from error
 
 
 def build(network: type, settings: dict, dtype: torch.dtype, path: Path) -> nn.Module:
@@ -349,6 +364,27 @@ def row_of(name: str) -> Row:
 def default_folder(name: str) -> Path:
     """Where how_to_get puts the weights, so that nobody need name them."""
     return Path("weights") / (TEACHERS[name].repository.split("/")[-1] or name)
+
+
+def component(name: str, folder: Path | None, part: str) -> Path:
+    """A folder beside the transformer in the published weights: text_encoder, vae, ... UserError."""
+    root = Path(folder) if folder else default_folder(name)
+    if not root.is_dir():
+        raise UserError(f"{root} does not exist; {how_to_get(name)}")
+    if not (root / part).is_dir():
+        raise UserError(f"{root} holds no {part}/, of the layout of diffusers; {how_to_get(name)}")
+    return root / part
+
+
+@contextlib.contextmanager
+def needs_extras(library: str):
+    """Around the import of a library of the frozen ends: one line where it is missing."""
+    try:
+        yield
+    except ImportError as error:
+        raise UserError(
+            f"{library} is missing ({first_line(error)}); pip install -r requirements-full.txt"
+        ) from error
 
 
 def how_to_get(name: str) -> str:
