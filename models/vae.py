@@ -9,7 +9,6 @@ same command goes on where it stopped.
 """
 
 import csv
-import json
 import math
 import sys
 from pathlib import Path
