@@ -409,14 +409,16 @@ def check_kind(name: str, network: type, settings: dict, path: Path) -> None:
 
 
 def random(name: str, dtype=torch.bfloat16, device="cpu", seed: int = 0) -> nn.Module:
-    """A network of a teacher's size with random weights, made on the device: for sizing, timing.
-
-    Linear layers keep the scale of their input, norms are the identity. Eval mode, frozen.
-    """
+    """A network of a teacher's size with random weights, made on the device: to size, to time."""
     row = row_of(name)
+    return random_network(row.network, row.settings, dtype, device, seed)
+
+
+def random_network(network: type, settings: dict, dtype, device="cpu", seed: int = 0) -> nn.Module:
+    """A network in eval mode, frozen: linear layers keep the scale of their input."""
     generator = torch.Generator(device).manual_seed(seed)
     with torch.device("meta"):
-        net = row.network(**row.settings, dtype=dtype)
+        net = network(**settings, dtype=dtype)
     tensors = {}
     for key, p in net.named_parameters():
         target = torch.float32 if any(part in key for part in net.float32) else dtype
