@@ -1,4 +1,4 @@
-"""What both transformers are made of: sinusoid, rope, modulation, attention, checkpointed blocks."""
+"""What both transformers are made of: sinusoid, rope, norms, attention, checkpointed blocks."""
 
 import math
 from functools import lru_cache
@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def sinusoid(t: Tensor, dim: int) -> Tensor:
-    """[cos(1000 t w_i), sin(1000 t w_i)], w_i = 10000^(-2i/dim), cosine first; (...,) -> (..., dim).
+    """cos(1000 t w_i), then sin(1000 t w_i), w_i = 10000^(-2i/dim); (...,) -> (..., dim).
 
     In float64: at angles near 1000 the float32 product alone is wrong by 4e-5.
     """
@@ -37,7 +37,7 @@ def rope_table(positions: tuple, dims: tuple, device: torch.device) -> Tensor:
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Turn the pairs (2i, 2i + 1) of each head by the angles of the table; x (B, L, H, d) float32."""
+    """Turn the pairs (2i, 2i + 1) of each head by the table's angles; x (B, L, H, d) float32."""
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))  # (B, L, H, d / 2)
     return torch.view_as_real(pairs * rope[:, None]).flatten(-2)
 

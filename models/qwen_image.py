@@ -152,7 +152,7 @@ class QwenImage(nn.Module):
 
     @staticmethod
     def adapted(name: str) -> bool:
-        """The twelve linear layers of a block that the published LoRAs adapt: not the modulation."""
+        """The twelve linear layers of a block that published LoRAs adapt: not the modulation."""
         return name.startswith("transformer_blocks.") and "_mod." not in name
 
     def forward(self, x_t: Tensor, t: Tensor, c: dict, adapter: str | None = None) -> Tensor:

@@ -110,7 +110,7 @@ def inputs_of(net: nn.Module, grid: tuple, texts: int, device: str):
 
 
 def theirs(net: nn.Module, settings: dict) -> nn.Module | None:
-    """diffusers' network on the weights of ours, which it shares; None where it is not installed."""
+    """diffusers' network, sharing the weights of ours; None where it is not installed."""
     try:
         import diffusers
     except ImportError:
@@ -226,13 +226,15 @@ def line(title: str, found: dict, peak: float) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-HEAD = """\
-| | ours, ms | diffusers, ms | floor, ms | ours / diffusers | overhead / its overhead | of matmul rate | peak GB |
-|---|---|---|---|---|---|---|---|"""
+COLUMNS = (
+    "", "ours, ms", "diffusers, ms", "floor, ms", "ours / diffusers", "overhead / its overhead",
+    "of matmul rate", "peak GB",
+)  # fmt: skip
+HEAD = "| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|"
 
 
 def keep_memory() -> None:
-    """Ask glibc to keep freed memory: else every call pays for its pages again, more than it works."""
+    """Ask glibc to keep freed memory: else each call pays more for its pages than for its work."""
     with contextlib.suppress(OSError, AttributeError):
         for option, value in ((-1, 2**31 - 1), (-3, 2**25), (-8, 1)):  # trim, mmap, arenas
             ctypes.CDLL(None).mallopt(option, value)

@@ -30,8 +30,8 @@ WAN_NEGATIVE = (
     "静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
 )
 QWEN_TEMPLATE = (
-    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, quantity, "
-    "text, spatial relationships of the objects and background:<|im_end|>\n"
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, "
+    "quantity, text, spatial relationships of the objects and background:<|im_end|>\n"
     "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 )
 QWEN_DROP = 34  # tokens of the template before the prompt

@@ -60,7 +60,7 @@ def encode(vae, pixels: Tensor) -> Tensor:
 
 @torch.no_grad()
 def decode(vae, latents: Tensor) -> Tensor:
-    """Latents (B, C, F, h, w), or (B, 16, h, w) for a picture -> pixels in [-1, 1], as many axes."""
+    """Latents (B, C, F, h, w), or (B, 16, h, w) of a picture -> pixels in [-1, 1], axes alike."""
     picture = latents.ndim == 4
     latents = latents[:, :, None] if picture else latents
     mean, std = statistics(vae)
@@ -84,7 +84,7 @@ def first_frame(vae, image: Tensor, frames: int = 81) -> Tensor:
 
 
 def read_image(path: Path, height: int, width: int) -> Tensor:
-    """A picture as (3, height, width) in [-1, 1]: scaled to cover, bicubic, cropped at the centre."""
+    """A picture as (3, height, width) in [-1, 1]: scaled, bicubic, and cropped at the centre."""
     from PIL import Image, ImageOps
 
     try:

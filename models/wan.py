@@ -49,7 +49,7 @@ def guide(v: Tensor, v_null: Tensor, scale: float) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Queries of z (B, L, D), keys and values of a context (B, M, D); q and k normed over all of D."""
+    """Queries of z (B, L, D), keys and values of a context (B, M, D); q, k normed over all of D."""
 
     def __init__(self, dim: int, heads: int, eps: float):
         super().__init__()
@@ -68,7 +68,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, attention to the text, MLP. e (B, 1 or L, 6, D) float32 modulates two of them."""
+    """Self-attention, attention to the text, MLP; e (B, 1 or L, 6, D) float32 modulates two."""
 
     def __init__(self, dim: int, ffn_dim: int, heads: int, eps: float):
         super().__init__()
@@ -105,7 +105,7 @@ class Head(nn.Module):
 
 
 class Wan(nn.Module):
-    """v = net(x_t, t, c, adapter): x_t (B, C, F, H, W), t (B,) or (B, tokens) in [0, 1] -> v float32.
+    """v = net(x_t, t, c, adapter): x_t (B, C, F, H, W), t (B,) or (B, L) in [0, 1] -> v float32.
 
     c["text"] (B, L, text_dim), L <= text_len; c["image"] (B, 20, F, H, W) for image to video only.
     H and W are even. `dtype` is that of the inside; `checkpointing` trades time for memory.
@@ -168,7 +168,7 @@ class Wan(nn.Module):
         )  # fmt: skip
 
     def patches(self, x: Tensor) -> Tensor:
-        """The convolution, whose stride is its kernel, as a product: (B, C, F, H, W) -> (B, L, D)."""
+        """The convolution, stride = kernel, as a product: (B, C, F, H, W) -> (B, L, D)."""
         p, q, r = PATCH
         x = rearrange(x, "b c (f p) (h q) (w r) -> b (f h w) (c p q r)", p=p, q=q, r=r)
         weight, bias = self.patch_embedding.weight.flatten(1), self.patch_embedding.bias

@@ -224,6 +224,21 @@ def match(net: nn.Module, found: dict[str, Stored], path: Path) -> dict[str, Sto
 # -- loading -------------------------------------------------------------------------------------
 
 
+def plan(path: Path, dtype: torch.dtype, teacher: str = "") -> tuple[nn.Module, dict[str, Stored]]:
+    """The network on the meta device and where each parameter is, from headers alone. UserError."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist; {how_to_get(teacher)}")
+    found = contents(shards(path))
+    network, settings = architecture(path, found)
+    check_kind(teacher, network, settings, path)
+    try:
+        with torch.device("meta"):
+            net = network(**settings, dtype=dtype)
+    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
+        raise UserError(f"{path}: its config makes no network ({first_line(error)})") from error
+    return net, match(net, found, path)
+
+
 def load(folder, dtype=torch.bfloat16, device="cpu", teacher_lora=None, teacher="") -> nn.Module:
     """A network from published weights, in eval mode and frozen, dtype inside.
 
@@ -232,26 +247,18 @@ def load(folder, dtype=torch.bfloat16, device="cpu", teacher_lora=None, teacher=
     teacher_lora is merged in float32. With the name of a teacher its kind is checked. Raises
     UserError for all that is not a whole network.
     """
-    path = Path(folder)
-    if not path.exists():
-        raise UserError(f"{path} does not exist; {how_to_get(teacher)}")
-    found = contents(shards(path))
-    network, settings = architecture(path, found)
-    check_kind(teacher, network, settings, path)
-    with torch.device("meta"):
-        net = build(network, settings, dtype, path)
-    stored = match(net, found, path)
-    deltas = lora.read(Path(teacher_lora), aliases(net)) if teacher_lora else {}
-    strange = set(deltas) - set(stored)
-    if strange:
-        raise UserError(f"{teacher_lora}: {min(strange)} is no weight of this network")
+    net, stored = plan(Path(folder), dtype, teacher)
+    changes = lora.read(Path(teacher_lora), aliases(net)) if teacher_lora else {}
+    if set(changes) - set(stored):
+        strange = min(set(changes) - set(stored))
+        raise UserError(f"{teacher_lora}: {strange} is no weight of this network")
     tensors = {}
     total = sum(p.numel() for p in net.parameters())
-    with tqdm(total=total, desc=path.name, unit=" weights", unit_scale=True, disable=None) as bar:
+    with tqdm(total=total, desc=str(folder), unit=" weights", unit_scale=True, disable=None) as bar:
         for name, tensor in stream(stored):
-            target = torch.float32 if any(part in name for part in net.float32) else dtype
-            if name in deltas:
-                tensor = merged(tensor.float(), deltas[name], name, teacher_lora)
+            if name in changes:
+                tensor = merged(tensor.float(), changes[name], name, teacher_lora)
+            target = dtype_of(name, net)
             tensors[name] = torch.empty(tensor.shape, dtype=target, device=device).copy_(tensor)
             if not torch.stack(tensors[name].aminmax()).isfinite().all():  # one pass, no copy
                 where = stored[name]
@@ -262,6 +269,11 @@ def load(folder, dtype=torch.bfloat16, device="cpu", teacher_lora=None, teacher=
     return net.requires_grad_(False).eval()
 
 
+def dtype_of(name: str, net: nn.Module) -> torch.dtype:
+    """In what a parameter is kept: the network's dtype, or float32 where its port says so."""
+    return torch.float32 if any(part in name for part in net.float32) else net.dtype
+
+
 def merged(weight: Tensor, change: Callable[[Tensor], Tensor], name: str, file) -> Tensor:
     """The weight with a LoRA's change, float32."""
     try:
@@ -269,14 +281,6 @@ def merged(weight: Tensor, change: Callable[[Tensor], Tensor], name: str, file) 
     except RuntimeError as error:
         shape = tuple(weight.shape)
         raise UserError(f"{file}: its change of {name} has not the shape {shape}") from error
-
-
-def build(network: type, settings: dict, dtype: torch.dtype, path: Path) -> nn.Module:
-    """The network of a config; one that cannot be is the config's fault."""
-    try:
-        return network(**settings, dtype=dtype)
-    except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
-        raise UserError(f"{path}: its config makes no network ({first_line(error)})") from error
 
 
 def stream(stored: dict[str, Stored]) -> Iterator[tuple[str, Tensor]]:
@@ -367,7 +371,7 @@ def default_folder(name: str) -> Path:
 
 
 def component(name: str, folder: Path | None, part: str) -> Path:
-    """A folder beside the transformer in the published weights: text_encoder, vae, ... UserError."""
+    """A folder beside the transformer in the published weights: text_encoder, vae. UserError."""
     root = Path(folder) if folder else default_folder(name)
     if not root.is_dir():
         raise UserError(f"{root} does not exist; {how_to_get(name)}")
@@ -392,7 +396,8 @@ def how_to_get(name: str) -> str:
     if name not in TEACHERS or not TEACHERS[name].repository:
         return "published weights: README, or python -m models.weights --help"
     repository = TEACHERS[name].repository
-    return f"pip install huggingface_hub && hf download {repository} --local-dir {default_folder(name)}"
+    get = f"hf download {repository} --local-dir {default_folder(name)}"
+    return f"pip install huggingface_hub && {get}"
 
 
 def check_kind(name: str, network: type, settings: dict, path: Path) -> None:
@@ -421,8 +426,7 @@ def random_network(network: type, settings: dict, dtype, device="cpu", seed: int
         net = network(**settings, dtype=dtype)
     tensors = {}
     for key, p in net.named_parameters():
-        target = torch.float32 if any(part in key for part in net.float32) else dtype
-        tensor = torch.empty(p.shape, dtype=target, device=device)
+        tensor = torch.empty(p.shape, dtype=dtype_of(key, net), device=device)
         if "norm" in key and p.ndim == 1:
             tensor.fill_(float(key.endswith("weight")))
         else:
@@ -438,24 +442,18 @@ def random_network(network: type, settings: dict, dtype, device="cpu", seed: int
 def main(argv=None) -> int:
     """Check published weights by their headers, in seconds: nothing is loaded."""
     parser = Parser(__doc__ + "\n" + "\n".join(f"{n:12} {how_to_get(n)}" for n in published()))
-    parser.add_argument("--teacher", default="wan22", help=f"one of {', '.join(published())}")
-    parser.add_argument("--weights", nargs="+", default=[], help="folder, or one path an expert")
+    add = parser.add_argument
+    add("--teacher", default="wan22", help=f"one of {', '.join(published())}")
+    add("--weights", nargs="+", default=[], help="folder, or one path an expert")
     try:
         args = parser.parse_args(argv)
         paths, boundary = locate(args.teacher, *args.weights)
         for path in paths:
-            files = shards(path)
-            found = contents(files)
-            network, settings = architecture(path, found)
-            check_kind(args.teacher, network, settings, path)
-            with torch.device("meta"):
-                net = build(network, settings, torch.bfloat16, path)
-            match(net, found, path)
+            net, stored = plan(path, torch.bfloat16, args.teacher)
             number = sum(p.numel() for p in net.parameters())
-            held = ", ".join(sorted({there.dtype for there in found.values()}))
-            print(
-                f"{path}: {number:,} parameters in {len(found)} tensors, {len(files)} files, {held}"
-            )
+            files = len({there.file for there in stored.values()})
+            held = ", ".join(sorted({there.dtype for there in stored.values()}))
+            print(f"{path}: {number:,} parameters, {len(stored)} tensors, {files} files, {held}")
         print(f"boundary {boundary}" if boundary else "one expert")
         return 0
     except UserError as error:
