@@ -65,7 +65,7 @@ class Attention(nn.Module):
         q, k = (rotate(torch.cat(x, 1), rope).to(image.dtype) for x in (q, k))
         out = attend(q, k, torch.cat(v, 1), mask)  # (B, T + L, D)
         text, image = out.split([text.shape[1], image.shape[1]], 1)
-        return self.to_out[0](image, adapter), self.to_add_out(text, adapter)
+        return image, text  # before their output projections
 
 
 class MLP(nn.Module):
@@ -97,12 +97,12 @@ class Block(nn.Module):
         y_image = modulate(image, shift1, scale1, self.eps)
         y_text = modulate(text, shift3, scale3, self.eps)
         y_image, y_text = self.attn(y_image, y_text, rope, mask, adapter)
-        image = torch.addcmul(image, y_image, gate1)
+        image = torch.addcmul(image, self.attn.to_out[0](y_image, adapter), gate1)
         y_image = self.img_mlp(modulate(image, shift2, scale2, self.eps), adapter)
         image = torch.addcmul(image, y_image, gate2)
         if self.last:  # nobody reads the text after it
             return image, text
-        text = torch.addcmul(text, y_text, gate3)
+        text = torch.addcmul(text, self.attn.to_add_out(y_text, adapter), gate3)
         y_text = self.txt_mlp(modulate(text, shift4, scale4, self.eps), adapter)
         return image, torch.addcmul(text, y_text, gate4)
 

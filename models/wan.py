@@ -134,8 +134,8 @@ class Wan(nn.Module):
         self.head_dim, self.text_len, self.freq_dim = dim // num_heads, text_len, freq_dim
         self.dtype, self.checkpointing = dtype, checkpointing
         self.patch_embedding = nn.Conv3d(in_dim, dim, PATCH, PATCH)
-        self.text_embedding = nn.Sequential(
-            Linear(text_dim, dim), nn.GELU("tanh"), Linear(dim, dim)
+        self.text_embedding = nn.ModuleList(
+            [Linear(text_dim, dim), nn.Identity(), Linear(dim, dim)]
         )
         self.time_embedding = nn.Sequential(Linear(freq_dim, dim), nn.SiLU(), Linear(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
@@ -157,7 +157,7 @@ class Wan(nn.Module):
         e6 = self.time_projection(e).unflatten(-1, (6, -1))  # (B, 1 or L, 6, D)
         # zero rows are attended to, all text_len of them
         text = F.pad(c["text"], (0, 0, 0, self.text_len - c["text"].shape[1])).to(self.dtype)
-        text = self.text_embedding(text)  # (B, text_len, D)
+        text = self.text_embedding[2](gelu(self.text_embedding[0](text)))  # (B, text_len, D)
         rope = self.rope(frames, rows, columns, x.device)
         for block in self.blocks:
             z = run(block, self.checkpointing, z, e6, text, rope, adapter)
