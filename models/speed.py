@@ -200,9 +200,11 @@ def measure(net, settings, grid, texts: int, backward: bool, rounds: int, device
             run()
         memory[name] = torch.cuda.max_memory_allocated() if device == "cuda" else 0
     seconds = {name: [] for name in runs}
+    order = list(runs)
     for _ in tqdm(range(rounds), desc="rounds", leave=False, disable=None):
-        for name, run in runs.items():
-            seconds[name].append(timed(run, device))
+        for name in order:
+            seconds[name].append(timed(runs[name], device))
+        order.append(order.pop(0))  # each comes after each
     return {"seconds": seconds, "memory": memory, "flops": flops(record.calls) * (1 + 2 * backward)}
 
 
@@ -212,11 +214,11 @@ def line(title: str, found: dict, peak: float) -> str:
     ms = {name: 1e3 * statistics.median(values) for name, values in seconds.items()}
     cells = [title] + [f"{ms[n]:.0f}" if n in ms else "-" for n in ("ours", "diffusers", "floor")]
     if "diffusers" in ms:
-        rows = list(zip(seconds["ours"], seconds["diffusers"], seconds["floor"]))
-        cells.append(f"{statistics.median(a / b for a, b, _ in rows):.3f}")
-        # the mean of differences: a median of ratios has no meaning where a denominator is near 0
-        ours, other = sum(a - f for a, _, f in rows), sum(b - f for _, b, f in rows)
-        cells.append(f"{ours / other:.2f}")
+        both = [
+            [a / f for a, f in zip(seconds[n], seconds["floor"])] for n in ("ours", "diffusers")
+        ]
+        ours, other = (statistics.median(ratios) for ratios in both)  # in floors of the same round
+        cells += [f"{ours / other:.3f}", f"{(ours - 1) / (other - 1):.2f}"]
     else:
         cells += ["-", "-"]
     cells.append(f"{100 * found['flops'] / statistics.median(seconds['ours']) / peak:.0f} %")
