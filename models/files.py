@@ -1,4 +1,4 @@
-"""Files: every read and write of the project goes through here, and a write is whole or absent."""
+"""Files: a write is whole or absent, a read is whole or one line that says what to do."""
 
 import contextlib
 import hashlib
@@ -116,16 +116,24 @@ class Part:
     """path.part: a safetensors file in the making, mapped, filled piece by piece, then renamed.
 
     shapes: name -> (dtype, shape). `tensors` are views of the file. The same request finds the
-    pieces that an interrupted one left; `done` counts them.
+    pieces, `total` in all, that an interrupted one left; `done` counts them. Another request's
+    pieces are a UserError unless they may be replaced.
     """
 
-    def __init__(self, path: Path, shapes: dict[str, tuple], about: dict):
+    def __init__(
+        self, path: Path, shapes: dict[str, tuple], about: dict, total: int, replace: bool = False
+    ):
         self.path, self.file = path, path.with_name(path.name + ".part")
         self.progress = path.with_name(path.name + ".part.json")
         header, size = _header(shapes, about)
         if not self._same(header, size):
+            if self.file.exists() and not replace:
+                raise UserError(
+                    f"{self.file} is what another command left unfinished; repeat that one, "
+                    "or give --overwrite, or another --out"
+                )
             self._create(header, size)
-        self.done = read_json(self.progress, "remove it")["done"] if self.progress.exists() else 0
+        self.done = self._progress(total)
         self.mapped = numpy.memmap(self.file, numpy.uint8, "r+")
         self.tensors, start = {}, len(header)
         for name, (dtype, shape) in shapes.items():
@@ -140,6 +148,13 @@ class Part:
         with open(self.file, "rb") as file:
             return file.read(len(header)) == header
 
+    def _progress(self, total: int) -> int:
+        """How many pieces are done; none where the count is damaged."""
+        with contextlib.suppress(UserError):
+            done = read_json(self.progress, "").get("done")
+            return done if type(done) is int and 0 <= done <= total else 0
+        return 0
+
     def _create(self, header: bytes, size: int) -> None:
         try:
             self.progress.unlink(missing_ok=True)
@@ -147,7 +162,9 @@ class Part:
             with open(self.file, "wb") as file:
                 file.write(header)
                 file.flush()
-                os.posix_fallocate(file.fileno(), 0, size)  # a full disk shows now, not in an hour
+                if hasattr(os, "posix_fallocate"):  # a full disk shows now, not in an hour
+                    os.posix_fallocate(file.fileno(), 0, size)
+                file.truncate(size)
         except OSError as error:
             with contextlib.suppress(OSError):
                 self.file.unlink()
@@ -168,12 +185,12 @@ class Part:
 
 def _header(shapes: dict[str, tuple], about: dict) -> tuple[bytes, int]:
     """The header of a safetensors file, and the size of the whole."""
-    entries, start = {"__metadata__": {"about": json.dumps(about)}}, 0
+    entries, start = {"__metadata__": {"about": json.dumps(about, ensure_ascii=False)}}, 0
     for name, (dtype, shape) in shapes.items():
         end = start + dtype.itemsize * math.prod(shape)
         entries[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
         start = end
-    text = json.dumps(entries).encode()
+    text = json.dumps(entries, ensure_ascii=False).encode()  # unescaped: a third of the bytes
     text += b" " * (-len(text) % 8)
     if len(text) > 100_000_000:
         raise UserError("names and texts fill more than the 100 MB that safetensors allows; split")

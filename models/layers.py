@@ -6,6 +6,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 
@@ -100,11 +101,12 @@ class Rms(torch.autograd.Function):
         return (x * r).mul_(w)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor):
         x, w, r = ctx.saved_tensors
         product = grad * x
         along = (product @ w)[..., None] * r**3 / x.shape[-1]  # (..., 1): the part that r removes
-        grad_w = r.flatten() @ product.flatten(0, -2)
+        grad_w = r.flatten() @ product.flatten(0, -2) if ctx.needs_input_grad[1] else None
         return (grad * w).mul_(r).addcmul_(x, along, value=-1), grad_w, None
 
 
@@ -132,5 +134,6 @@ class Gelu(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad: Tensor) -> Tensor:
         return grad * ctx.saved_tensors[0]

@@ -22,28 +22,31 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor, adapter: str | None = None) -> Tensor:
         y = F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
-        return y + self.adapters[adapter](x) if adapter in self.adapters else y
+        return y if adapter is None else y + self.adapters[adapter](x)
 
 
 class Adapter(nn.Module):
     """alpha / rank up down x, float32 weights; up starts at zero, so that it starts as nothing."""
 
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float):
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float, generator: torch.Generator):
         super().__init__()
-        place = dict(device=linear.weight.device, dtype=torch.float32)
+        down = torch.randn(rank, linear.in_features, generator=generator) / rank  # on the CPU
+        device = linear.weight.device
         self.scale = alpha / rank
-        self.down = nn.Parameter(torch.randn(rank, linear.in_features, **place) / rank)
-        self.up = nn.Parameter(torch.zeros(linear.out_features, rank, **place))
+        self.down = nn.Parameter(down.to(device))
+        self.up = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.down.to(x.dtype)), self.scale * self.up.to(x.dtype))
 
 
-def add_adapter(net: nn.Module, name: str, rank: int = 64, alpha: float = 8) -> None:
+def add_adapter(
+    net: nn.Module, name: str, generator: torch.Generator, rank: int = 64, alpha: float = 8
+) -> None:
     """Give every adapted linear layer of a port an adapter of this name."""
     for key, module in net.named_modules():
         if isinstance(module, Linear) and net.adapted(key):
-            module.adapters[name] = Adapter(module, rank, alpha)
+            module.adapters[name] = Adapter(module, rank, alpha, generator)
 
 
 # -- files of others -----------------------------------------------------------------------------
@@ -56,8 +59,10 @@ SUFFIX = re.compile(
 
 
 def high_first(files) -> list:
-    """Files in the order high noise, low noise, if their names tell; as they come otherwise."""
-    return sorted(files, key=lambda file: "low" in Path(file).name.lower())
+    """Two files in the order high noise, low noise, if both names tell; as they come otherwise."""
+    says = [re.search(r"(?<![a-z])(high|low)(?![a-z])", Path(f).name.lower()) for f in files]
+    swapped = [word and word[0] for word in says] == ["low", "high"]
+    return list(files)[::-1] if swapped else list(files)
 
 
 def read(path: Path, aliases: dict[str, str]) -> dict[str, Callable[[Tensor], Tensor]]:
@@ -75,41 +80,63 @@ def read(path: Path, aliases: dict[str, str]) -> dict[str, Callable[[Tensor], Te
         raise UserError(f"cannot read {path} ({first_line(error)}); name a LoRA file") from error
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        suffix = SUFFIX.search(key)
-        module = re.sub(
-            r"^(diffusion_model|transformer)\.", "", key[: suffix.start()] if suffix else ""
-        )
-        if module not in aliases:
+        module, part = place(key, aliases)
+        if not module:
             raise UserError(f"{path}: {key} is of no layer of this network")
+        if part in layers.setdefault(module, {}):
+            raise UserError(f"{path}: {key} is there twice, under two names")
         if not tensor.isfinite().all():
             raise UserError(f"{path}: {key} is not finite")
-        part = suffix["diff"] or suffix.lastgroup
-        layers.setdefault(aliases[module], {})[part] = tensor
-    alpha = about.get("transformer.lora_alpha", about.get("lora_alpha"))
-    changes = {}
-    for module, parts in layers.items():
-        changes |= changes_of(module, parts, alpha, path)
-    return changes
+        layers[module][part] = tensor
+    if not layers:
+        raise UserError(f"{path} holds no tensor")
+    alpha = alpha_of(about, path)
+    changes = [changes_of(module, parts, alpha, path) for module, parts in layers.items()]
+    return {name: change for found in changes for name, change in found.items()}
 
 
-def changes_of(module: str, parts: dict[str, Tensor], alpha, path: Path) -> dict:
-    """The merges of one layer."""
-    targets = {"diff": ".weight", "diff_b": ".bias", "diff_m": ".modulation"}
-    changes = {module + targets[kind]: adder(parts[kind]) for kind in targets if kind in parts}
-    if ("up" in parts) != ("down" in parts) or not changes and "up" not in parts:
-        raise UserError(f"{path}: {module} has not both factors of its change")
-    if "up" in parts:
-        up, down = parts["up"], parts["down"]
-        if up.ndim != 2 or down.ndim != 2 or up.shape[1] != down.shape[0]:
-            raise UserError(
-                f"{path}: {module} has factors {tuple(up.shape)} and {tuple(down.shape)}"
-            )
-        rank = down.shape[0]
-        scale = (parts["alpha"].item() if "alpha" in parts else alpha or rank) / rank
-        changes[module + ".weight"] = lambda w: w.addmm(up, down, alpha=scale)
-    return changes
+def place(key: str, aliases: dict[str, str]) -> tuple[str, str]:
+    """Our name of the layer that a key belongs to, and which part of its change it is."""
+    suffix = SUFFIX.search(key)
+    if not suffix:
+        return "", ""
+    module = re.sub(r"^(diffusion_model|transformer)\.", "", key[: suffix.start()])
+    return aliases.get(module, ""), suffix["diff"] or suffix.lastgroup
+
+
+def alpha_of(about, path: Path) -> float | None:
+    """The alpha of diffusers' metadata. Raises UserError for what it may say besides."""
+    if not isinstance(about, dict):
+        raise UserError(f"{path}: its lora_adapter_metadata is no JSON object")
+    about = {key.removeprefix("transformer."): value for key, value in about.items()}
+    unknown = [key for key in ("alpha_pattern", "use_rslora", "use_dora") if about.get(key)]
+    if unknown:
+        raise UserError(f"{path}: {unknown[0]} in its metadata is not supported")
+    alpha = about.get("lora_alpha")
+    if alpha is not None and type(alpha) not in (int, float):
+        raise UserError(f"{path}: lora_alpha {alpha!r} in its metadata is no number")
+    return alpha
+
+
+def changes_of(module: str, parts: dict[str, Tensor], alpha: float | None, path: Path) -> dict:
+    """The merges of one layer: what each of its parameters becomes."""
+    kinds = {"diff": ".weight", "diff_b": ".bias", "diff_m": ".modulation"}
+    changes = {module + kinds[kind]: adder(parts[kind]) for kind in kinds if kind in parts}
+    if not {"up", "down", "alpha"} & set(parts):
+        return changes
+    up, down = parts.get("up"), parts.get("down")
+    if up is None or down is None or "diff" in parts:
+        raise UserError(f"{path}: {module} needs both factors of its change, and nothing beside")
+    if up.ndim != 2 or down.ndim != 2 or up.shape[1] != down.shape[0] or not len(down):
+        raise UserError(f"{path}: {module} has factors {tuple(up.shape)} and {tuple(down.shape)}")
+    if "alpha" in parts and parts["alpha"].numel() != 1:
+        raise UserError(f"{path}: {module} has an alpha of {parts['alpha'].numel()} numbers")
+    rank = len(down)
+    own = parts["alpha"].item() if "alpha" in parts else alpha
+    scale = 1.0 if own is None else own / rank
+    return changes | {module + ".weight": lambda w: w.addmm(up, down, alpha=scale)}
 
 
 def adder(change: Tensor) -> Callable[[Tensor], Tensor]:
     """w -> w + change."""
-    return lambda w: w + change.reshape(w.shape)
+    return lambda w: w + change

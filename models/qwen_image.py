@@ -181,6 +181,8 @@ class QwenImage(nn.Module):
 
         Text token j stands at max(rows // 2, columns // 2) + j on all three axes.
         """
+        if length > TEXT_LEN:
+            raise ValueError(f"a text of {length} tokens; {TEXT_LEN} at most")
         centred = [tuple(range(n // 2 - n, n // 2)) for n in (rows, columns)]
         image = rope_table(((0,), *centred), self.axes, device)  # (L, d / 2)
         first = max(rows // 2, columns // 2)

@@ -154,12 +154,11 @@ def call_of(net: nn.Module, model: nn.Module, x, t, c) -> Callable:
 
 def timed(call: Callable, device: str) -> float:
     """Seconds of a call, with all that it started."""
-    if device == "cuda":
-        torch.cuda.synchronize()
+    wait = {"cuda": torch.cuda.synchronize, "mps": torch.mps.synchronize, "cpu": lambda: None}
+    wait[device]()
     start = time.perf_counter()
     call()
-    if device == "cuda":
-        torch.cuda.synchronize()
+    wait[device]()
     return time.perf_counter() - start
 
 
@@ -191,14 +190,15 @@ def measure(net, settings, grid, texts: int, backward: bool, rounds: int, device
             x.grad = None
 
     runs = {name: lambda call=call: once(call) for name, call in calls.items()}
-    runs["floor"] = floor(record.calls, device, 1 if device == "cuda" else 64)
     memory = {}
-    for name, run in runs.items():  # the first calls find cold memory
+    for name, run in runs.items():
         if device == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        for _ in range(3):
-            run()
+        run()
         memory[name] = torch.cuda.max_memory_allocated() if device == "cuda" else 0
+    runs["floor"] = floor(record.calls, device, 1 if device == "cuda" else 64)
+    for run in list(runs.values()) * 3:  # the first calls find cold memory
+        run()
     seconds = {name: [] for name in runs}
     order = list(runs)
     for _ in tqdm(range(rounds), desc="rounds", leave=False, disable=None):
@@ -222,9 +222,7 @@ def line(title: str, found: dict, peak: float) -> str:
     else:
         cells += ["-", "-"]
     cells.append(f"{100 * found['flops'] / statistics.median(seconds['ours']) / peak:.0f} %")
-    cells.append(
-        " / ".join(f"{memory[n] / 1e9:.1f}" for n in ms if n != "floor") if memory["ours"] else "-"
-    )
+    cells.append(" / ".join(f"{m / 1e9:.1f}" for m in memory.values()) if memory["ours"] else "-")
     return "| " + " | ".join(cells) + " |"
 
 
@@ -255,6 +253,8 @@ def main(argv=None) -> int:
     try:
         args = parser.parse_args(argv)
         device = pick_device(args.device, "auto")
+        if args.rounds < 1 or args.threads < 1:
+            raise UserError("--rounds and --threads are at least 1")
         torch.set_num_threads(args.threads)
         keep_memory()
         dtype = getattr(torch, args.dtype if args.teacher else "float32")

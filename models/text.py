@@ -18,9 +18,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from models.files import Part, UserError, cannot_write, first_line
+from models.files import Part, UserError, cannot_write, first_line, read_json
 from models.flags import Parser, pick_device
-from models.weights import TEACHERS, component, needs_extras, published
+from models.weights import TEACHERS, component, how_to_get, needs_extras, published
 from models.wan import Wan
 
 # what is published with the models, as data
@@ -65,15 +65,28 @@ def load_encoder(teacher: str, folder: Path | None, device: str) -> Encoder:
     with needs_extras("transformers"):
         import transformers
     kind = "UMT5EncoderModel" if wan else "Qwen2_5_VLForConditionalGeneration"
+    wanted = "umt5" if wan else "qwen2_5_vl"
+    found = read_json(weights / "config.json", how_to_get(teacher)).get("model_type")
+    if found != wanted:
+        raise UserError(f"{weights} is of a {found}, {teacher} takes a {wanted}")
     try:
-        model = getattr(transformers, kind).from_pretrained(
-            weights, dtype=torch.bfloat16, use_safetensors=True, local_files_only=True
-        )
+        model, report = getattr(transformers, kind).from_pretrained(
+            weights, dtype=torch.bfloat16, use_safetensors=True, local_files_only=True,
+            output_loading_info=True,
+        )  # fmt: skip
         tokenizer = transformers.AutoTokenizer.from_pretrained(words, local_files_only=True)
     except Exception as error:  # transformers raises many kinds; all are a wrong or broken folder
         raise UserError(f"cannot read {weights} or {words} ({first_line(error)})") from error
+    whole(weights, report)
     tokenizer.padding_side = "right"  # then padding changes nothing before it
     return Encoder(model.eval().to(device), tokenizer, wan, device)
+
+
+def whole(folder: Path, report: dict) -> None:
+    """Raise UserError where a library would go on with random weights for those it lacks."""
+    lacks = sorted(map(str, {*report["missing_keys"], *report["mismatched_keys"]}))
+    if lacks:
+        raise UserError(f"{folder} lacks {lacks[0]}, or its shape; download it again")
 
 
 def clean(prompt: str) -> str:
@@ -98,6 +111,8 @@ def encode(encoder: Encoder, rows: list[list[int]]) -> list[Tensor]:
     batch = encoder.tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(encoder.device)
     model = encoder.model if encoder.wan else encoder.model.model
     states = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    if not states.last_hidden_state.isfinite().all():
+        raise UserError("the text encoder computes no finite numbers; download it again")
     drop = 0 if encoder.wan else QWEN_DROP  # the template's part before the prompt
     return [state[drop : len(row)].bfloat16() for state, row in zip(states.last_hidden_state, rows)]
 
@@ -105,7 +120,10 @@ def encode(encoder: Encoder, rows: list[list[int]]) -> list[Tensor]:
 # -- the file ------------------------------------------------------------------------------------
 
 
-def write(out: Path, encoder: Encoder, prompts: list[str], negative: str, about: dict, size: int):
+def write(
+    out: Path, encoder: Encoder, prompts: list[str], negative: str, about: dict, size: int,
+    replace: bool = False,
+):  # fmt: skip
     """Encode prompts, longest first, into a safetensors file; goes on where it was stopped.
 
     text (sum of L_i, D) bf16, offsets (n + 1) int64, negative (L, D) bf16.
@@ -119,7 +137,8 @@ def write(out: Path, encoder: Encoder, prompts: list[str], negative: str, about:
         "text": (torch.bfloat16, (int(offsets[-1]), encoder.dim)),
         "negative": (torch.bfloat16, (len(last) - drop, encoder.dim)),
     }
-    part = Part(out, shapes, about | {"prompts": prompts, "negative": negative})
+    about = about | {"prompts": prompts, "negative": negative}
+    part = Part(out, shapes, about, len(rows), replace)
     part.tensors["offsets"].copy_(offsets)
     part.tensors["negative"].copy_(encode(encoder, [last])[0])
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))  # batches of like lengths
@@ -164,10 +183,13 @@ def open_embeddings(path: Path) -> Embeddings:
 def batch(rows: list[Tensor]) -> dict[str, Tensor]:
     """Embeddings (L_i, D) -> {"text" (B, L, D), "mask" (B, L)}, padded with zeros to the longest.
 
-    Wan attends to the zeros and knows no mask; Qwen-Image does not see them.
+    Wan attends to the zeros and knows no mask; Qwen-Image does not see them. Without padding there
+    is no mask: attention is faster without.
     """
     text = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     lengths = torch.tensor([len(row) for row in rows])
+    if len(lengths.unique()) == 1:
+        return {"text": text}
     return {"text": text, "mask": torch.arange(text.shape[1]) < lengths[:, None]}
 
 
@@ -213,12 +235,9 @@ def main(argv=None) -> int:
         encoder = load_encoder(args.teacher, args.weights, pick_device(args.device, "auto"))
         usual = WAN_NEGATIVE if encoder.wan else QWEN_NEGATIVE
         negative = usual if args.negative is None else args.negative
-        about = {
-            "kind": "embeddings",
-            "teacher": args.teacher,
-            "encoder": encoder.model.name_or_path,
-        }
-        write(args.out, encoder, prompts, negative, about, args.batch)
+        folder = str(component(args.teacher, args.weights, "text_encoder").resolve())
+        about = {"kind": "embeddings", "teacher": args.teacher, "encoder": folder}
+        write(args.out, encoder, prompts, negative, about, args.batch, args.overwrite)
         print(f"{args.out}: {len(prompts)} prompts")
         return 0
     except UserError as error:
@@ -226,6 +245,9 @@ def main(argv=None) -> int:
         return 2
     except OSError as error:
         print(f"text.py: {cannot_write(args.out, error)}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print("text.py: out of memory; a smaller --batch, or --device cpu", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("text.py: stopped; the same command goes on from here", file=sys.stderr)

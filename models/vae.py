@@ -17,11 +17,13 @@ import numpy
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
 from models.files import Part, UserError, cannot_write, first_line
 from models.flags import Parser, pick_device
+from models.text import whole
 from models.wan import Wan
 from models.weights import TEACHERS, component, needs_extras
 
@@ -33,9 +35,12 @@ def load_vae(teacher: str, folder: Path | None, device: str, tiles: bool = False
         import diffusers
     kind = "AutoencoderKLWan" if TEACHERS[teacher].network is Wan else "AutoencoderKLQwenImage"
     try:
-        vae = getattr(diffusers, kind).from_pretrained(path, use_safetensors=True)
+        vae, report = getattr(diffusers, kind).from_pretrained(
+            path, use_safetensors=True, output_loading_info=True
+        )
     except Exception as error:  # diffusers raises many kinds; all are a wrong or broken folder
         raise UserError(f"cannot read {path} ({first_line(error)})") from error
+    whole(path, report)
     if tiles:
         vae.enable_tiling()
     return vae.requires_grad_(False).eval().to(device)
@@ -83,31 +88,28 @@ def first_frame(vae, image: Tensor, frames: int = 81) -> Tensor:
 # -- pictures on disk ----------------------------------------------------------------------------
 
 
-def read_image(path: Path, height: int, width: int) -> Tensor:
-    """A picture as (3, height, width) in [-1, 1]: scaled, bicubic, and cropped at the centre."""
-    from PIL import Image, ImageOps
-
+def opened(path: Path) -> Image.Image:
+    """A picture as RGB, upright. Raises UserError."""
     try:
         with Image.open(path) as file:
-            image = ImageOps.fit(file.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot read {path} ({first_line(error)}); remove it, or mend it"
-        ) from error
+            if file.mode.startswith("I"):
+                raise ValueError("16 bits a channel")
+            return ImageOps.exif_transpose(file).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        what = f"cannot read {path} ({first_line(error)}); mend it, or leave it out"
+        raise UserError(what) from error
+
+
+def read_image(path: Path, height: int, width: int) -> Tensor:
+    """A picture as (3, height, width) in [-1, 1]: scaled, bicubic, and cropped at the centre."""
+    image = ImageOps.fit(opened(path), (width, height), Image.Resampling.BICUBIC)
     return rearrange(torch.from_numpy(numpy.array(image)).float() / 127.5 - 1, "h w c -> c h w")
 
 
 def aspect(path: Path) -> float:
-    """Height / width, from the header of a picture."""
-    from PIL import Image
-
-    try:
-        with Image.open(path) as file:
-            return file.height / file.width
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"cannot read {path} ({first_line(error)}); remove it, or mend it"
-        ) from error
+    """Height / width. Reads the whole picture: a broken one shows before the work begins."""
+    image = opened(path)
+    return image.height / image.width
 
 
 def buckets(paths: list[Path], sizes: list[tuple[int, int]]) -> dict[tuple[int, int], list[int]]:
@@ -139,7 +141,10 @@ def read_captions(folder: Path, file: Path) -> tuple[list[Path], list[str]]:
     return [path for path, _ in rows], [caption for _, caption in rows]
 
 
-def write(out: Path, vae, paths: list[Path], captions: list[str], sizes, frames: int, about: dict):
+def write(
+    out: Path, vae, paths: list[Path], captions: list[str], sizes, frames: int, about: dict,
+    replace: bool = False,
+):  # fmt: skip
     """Encode pictures, size by size, into a safetensors file; goes on where it was stopped.
 
     image.HEIGHTxWIDTH (n, 20, F, h, w) bf16 for each size, its files and captions in `about`.
@@ -153,9 +158,10 @@ def write(out: Path, vae, paths: list[Path], captions: list[str], sizes, frames:
     }
     about = about | {"frames": frames}
     about["captions"] = {names[s]: [captions[i] for i in held[s]] for s in held}
-    about["files"] = {names[s]: [paths[i].name for i in held[s]] for s in held}
-    part = Part(out, shapes, about)
+    about["files"] = {names[s]: [str(paths[i].resolve()) for i in held[s]] for s in held}
+    about["bytes"] = [path.stat().st_size for path in paths]  # other pictures: another request
     work = [(size, j, i) for size in held for j, i in enumerate(held[size])]
+    part = Part(out, shapes, about, len(work), replace)
     with tqdm(total=len(work), initial=part.done, unit=" pictures", disable=None) as bar:
         for done, (size, j, i) in enumerate(work[part.done :], part.done + 1):
             image = read_image(paths[i], *size)[None]
@@ -171,7 +177,7 @@ def write(out: Path, vae, paths: list[Path], captions: list[str], sizes, frames:
 def size_of(text: str) -> tuple[int, int]:
     """480x832 -> (480, 832), height first; both divisible by 16."""
     parts = text.split("x")
-    if len(parts) != 2 or not all(p.isdigit() and int(p) and int(p) % 16 == 0 for p in parts):
+    if len(parts) != 2 or not all(p.isdecimal() and int(p) and int(p) % 16 == 0 for p in parts):
         raise UserError(f"--size {text} is not HEIGHTxWIDTH with both divisible by 16, as 480x832")
     return int(parts[0]), int(parts[1])
 
@@ -207,8 +213,9 @@ def main(argv=None) -> int:
         paths, captions = read_captions(args.images, args.captions or args.images / "captions.csv")
         device = pick_device(args.device, "auto")
         vae = load_vae(args.teacher, args.weights, device, args.tiles)
-        about = {"kind": "images", "teacher": args.teacher}
-        write(args.out, vae, paths, captions, sizes, args.frames, about)
+        folder = str(component(args.teacher, args.weights, "vae").resolve())
+        about = {"kind": "images", "teacher": args.teacher, "vae": folder, "tiles": args.tiles}
+        write(args.out, vae, paths, captions, sizes, args.frames, about, args.overwrite)
         print(f"{args.out}: {len(paths)} pictures")
         return 0
     except UserError as error:
@@ -216,6 +223,9 @@ def main(argv=None) -> int:
         return 2
     except OSError as error:
         print(f"vae.py: {cannot_write(args.out, error)}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print("vae.py: out of memory; --tiles, a smaller --size, or --device cpu", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("vae.py: stopped; the same command goes on from here", file=sys.stderr)

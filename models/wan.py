@@ -155,8 +155,11 @@ class Wan(nn.Module):
         z = self.patches(x).float()  # (B, L, D)
         e = self.time_embedding(sinusoid(t.reshape(len(t), -1), self.freq_dim))  # (B, 1 or L, D)
         e6 = self.time_projection(e).unflatten(-1, (6, -1))  # (B, 1 or L, 6, D)
+        missing = self.text_len - c["text"].shape[1]
+        if missing < 0:
+            raise ValueError(f"a text of {c['text'].shape[1]} tokens; {self.text_len} at most")
         # zero rows are attended to, all text_len of them
-        text = F.pad(c["text"], (0, 0, 0, self.text_len - c["text"].shape[1])).to(self.dtype)
+        text = F.pad(c["text"], (0, 0, 0, missing)).to(self.dtype)
         text = self.text_embedding[2](gelu(self.text_embedding[0](text)))  # (B, text_len, D)
         rope = self.rope(frames, rows, columns, x.device)
         for block in self.blocks:

@@ -1,12 +1,13 @@
 """Published weights -> our networks: folders of either layout and single files, tensor by tensor.
 
-`python -m models.weights --teacher wan22 --weights FOLDER` says whether a download is whole.
+`python -m models.weights --teacher wan22 --weights FOLDER` says whether headers and sizes fit.
 """
 
 import contextlib
 import difflib
 import inspect
 import itertools
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -144,7 +145,10 @@ SHAPES = {
         "in_channels": ("img_in.weight", 1, 1),
     },
 }
-BRANCHES = ("image_dim", "added_kv_proj_dim", "zero_cond_t", "use_additional_t_cond")  # not ported
+BRANCHES = (  # not ported
+    "image_dim", "added_kv_proj_dim", "zero_cond_t", "use_additional_t_cond", "use_layer3d_rope",
+    "guidance_embeds",
+)  # fmt: skip
 
 
 def architecture(path: Path, found: dict[str, Stored]) -> tuple[type, dict]:
@@ -153,32 +157,40 @@ def architecture(path: Path, found: dict[str, Stored]) -> tuple[type, dict]:
     file = path / "config.json"
     config = read_json(file, "download it again") if file.is_file() else {}
     name = config.get("_class_name")
-    if config and CLASSES.get(name) is not network:
+    if config and CLASSES.get(str(name)) is not network:
         raise UserError(f"{file} is of a {name}, the weights beside it are of a {network.__name__}")
     branches = [key for key in BRANCHES if config.get(key)]
     if branches:
-        raise UserError(
-            f"{file}: {branches[0]} is {config[branches[0]]}; that branch is not ported"
-        )
+        raise UserError(f"{file}: {branches[0]} is {config[branches[0]]}; that is not ported")
     if config.get("patch_size") not in (None, 2, [1, 2, 2]):
         raise UserError(f"{file}: patch_size is {config['patch_size']}, ported is [1, 2, 2] or 2")
-    settings = settings_of(network, config)
+    settings = settings_of(network, config, file)
     for key, (tensor, axis, unit) in SHAPES[network].items():
         if key not in settings:
             settings[key] = size(found, network, tensor, axis, path) // unit
+            if not settings[key]:
+                raise UserError(f"{path}: heads are not of 128, so it needs its config.json beside")
     settings.setdefault("num_layers", layers(found))
-    for key, value in settings.items():
-        if key not in ("eps", "axes_dims_rope") and not (type(value) is int and 0 < value < 10**6):
-            raise UserError(f"{file}: {key} {value!r} is no count; download it again")
     return network, settings
 
 
-def settings_of(network: type, config: dict) -> dict:
-    """The settings that a config.json holds, in our words."""
+def settings_of(network: type, config: dict, file: Path) -> dict:
+    """The settings that a config.json holds, in our words. Raises UserError for odd values."""
     words = {WORDS.get(k, k) if network is Wan else k: v for k, v in config.items()}
-    if network is Wan and "attention_head_dim" in words and "num_heads" in words:
+    counts = {*SHAPES[network], "num_layers", "text_len", "attention_head_dim"} & set(words)
+    for key in sorted(counts):
+        if type(words[key]) is not int or not 0 < words[key] < 10**6:
+            raise UserError(f"{file}: {key} {words[key]!r} is no count; download it again")
+    if network is Wan and {"attention_head_dim", "num_heads"} <= counts:
         words["dim"] = words["num_heads"] * words["attention_head_dim"]
-    known = inspect.signature(network).parameters
+    axes = words.get("axes_dims_rope")
+    even = isinstance(axes, list) and all(type(n) is int and n % 2 == 0 for n in axes)
+    if axes is not None and not (even and sum(axes) == words.get("attention_head_dim")):
+        raise UserError(f"{file}: axes_dims_rope {axes!r} makes no head; download it again")
+    eps = words.get("eps", 1e-6)
+    if type(eps) not in (int, float) or not 0 < eps < 1:
+        raise UserError(f"{file}: eps {eps!r} is no small number; download it again")
+    known = set(inspect.signature(network).parameters) - {"dtype", "checkpointing", "round_t"}
     return {k: v for k, v in words.items() if k in known}
 
 
@@ -243,8 +255,8 @@ def load(folder, dtype=torch.bfloat16, device="cpu", teacher_lora=None, teacher=
     """A network from published weights, in eval mode and frozen, dtype inside.
 
     folder holds config.json and safetensors of either layout, or is a single safetensors file.
-    Never more memory than the network and one shard: tensors are cast as they are read. A
-    teacher_lora is merged in float32. With the name of a teacher its kind is checked. Raises
+    Never more memory than the network, one shard and the LoRA: tensors are cast as they are read.
+    A teacher_lora is merged in float32. With the name of a teacher its kind is checked. Raises
     UserError for all that is not a whole network.
     """
     net, stored = plan(Path(folder), dtype, teacher)
@@ -260,13 +272,20 @@ def load(folder, dtype=torch.bfloat16, device="cpu", teacher_lora=None, teacher=
                 tensor = merged(tensor.float(), changes[name], name, teacher_lora)
             target = dtype_of(name, net)
             tensors[name] = torch.empty(tensor.shape, dtype=target, device=device).copy_(tensor)
-            if not torch.stack(tensors[name].aminmax()).isfinite().all():  # one pass, no copy
-                where = stored[name]
-                raise UserError(f"{where.file}: {where.key} is not finite; download it again")
+            check_values(tensors[name], stored[name])
             bar.update(tensor.numel())
             del tensor  # the last hold on a mapped shard
     net.load_state_dict(tensors, assign=True)
     return net.requires_grad_(False).eval()
+
+
+def check_values(tensor: Tensor, there: Stored) -> None:
+    """Raise UserError for NaN, for inf, and for the zeros that a broken download leaves."""
+    low, high = (bound.item() for bound in tensor.aminmax())  # one pass, no copy
+    if not math.isfinite(low + high):
+        raise UserError(f"{there.file}: {there.key} is not finite; download it again")
+    if low == high == 0 and tensor.ndim > 1:
+        raise UserError(f"{there.file}: {there.key} is all zeros; download it again")
 
 
 def dtype_of(name: str, net: nn.Module) -> torch.dtype:
@@ -276,11 +295,10 @@ def dtype_of(name: str, net: nn.Module) -> torch.dtype:
 
 def merged(weight: Tensor, change: Callable[[Tensor], Tensor], name: str, file) -> Tensor:
     """The weight with a LoRA's change, float32."""
-    try:
-        return change(weight)
-    except RuntimeError as error:
-        shape = tuple(weight.shape)
-        raise UserError(f"{file}: its change of {name} has not the shape {shape}") from error
+    with contextlib.suppress(RuntimeError):  # of shapes that do not even broadcast
+        if (changed := change(weight)).shape == weight.shape:
+            return changed
+    raise UserError(f"{file}: its change of {name} has not the shape {tuple(weight.shape)}")
 
 
 def stream(stored: dict[str, Stored]) -> Iterator[tuple[str, Tensor]]:
@@ -315,6 +333,8 @@ def load_teacher(name: str, *folders, teacher_lora=(), **how) -> Teacher:
     paths, boundary = locate(name, *folders)
     if teacher_lora and len(teacher_lora) != len(paths):
         raise UserError(f"--teacher-lora: {name} takes {len(paths)}, got {len(teacher_lora)}")
+    for path in paths:  # all of them, before the first is loaded
+        plan(path, torch.bfloat16, name)
     files = lora.high_first(teacher_lora) or [None] * len(paths)
     experts = [load(p, teacher_lora=f, teacher=name, **how) for p, f in zip(paths, files)]
     return Teacher(experts, boundary)
@@ -343,7 +363,10 @@ def locate(name: str, *folders) -> tuple[list[Path], float | None]:
             raise UserError(f"{root} holds {words(len(held))}, {name} has {words(experts)}")
         index = root / "model_index.json"
         if boundary and index.is_file():  # a fine-tune may have a boundary of its own
-            boundary = read_json(index, "download it again").get("boundary_ratio") or boundary
+            own = read_json(index, "download it again").get("boundary_ratio")
+            boundary = boundary if own is None else own
+            if type(boundary) is not float or not 0 < boundary < 1:
+                raise UserError(f"{index}: boundary_ratio {boundary!r} is no time inside (0, 1)")
         paths = held
     if len(paths) != experts:
         raise UserError(
@@ -393,24 +416,26 @@ def needs_extras(library: str):
 
 def how_to_get(name: str) -> str:
     """The command that downloads a teacher, or where the commands are."""
-    if name not in TEACHERS or not TEACHERS[name].repository:
-        return "published weights: README, or python -m models.weights --help"
+    if name not in TEACHERS:
+        return "python -m models.weights --help lists how to get published ones"
+    if not TEACHERS[name].repository:
+        return f"{name} is not published: models.weights.random makes one"
     repository = TEACHERS[name].repository
     get = f"hf download {repository} --local-dir {default_folder(name)}"
     return f"pip install huggingface_hub && {get}"
 
 
 def check_kind(name: str, network: type, settings: dict, path: Path) -> None:
-    """Raise UserError for weights of another kind than the teacher's: family and channels."""
+    """Raise UserError for weights of another model than the teacher's; tiny ones have any size."""
     if not name:
         return
     row = row_of(name)
-    wanted = {"in_dim": 16, "out_dim": 16} | row.settings if row.network is Wan else {}
-    for key in ("in_dim", "out_dim") if network is row.network is Wan else ():
-        if settings.get(key, 16) != wanted[key]:
-            raise UserError(f"{path} has {key} {settings.get(key, 16)}, {name} has {wanted[key]}")
     if network is not row.network:
         raise UserError(f"{path} is of a {network.__name__}, {name} is a {row.network.__name__}")
+    wanted = {"in_dim": 16, "out_dim": 16} | row.settings if network is Wan else row.settings
+    for key, value in wanted.items():
+        if (row.repository or key in ("in_dim", "out_dim")) and settings.get(key, value) != value:
+            raise UserError(f"{path} has {key} {settings[key]}, {name} has {value}")
 
 
 def random(name: str, dtype=torch.bfloat16, device="cpu", seed: int = 0) -> nn.Module:

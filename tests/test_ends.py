@@ -4,10 +4,12 @@ Tiny encoders and VAEs of our own, held to diffusers' pipelines; needs requireme
 """
 
 import json
+import shutil
 
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 transformers = pytest.importorskip("transformers", reason="needs requirements-full.txt")
 diffusers = pytest.importorskip("diffusers", reason="needs requirements-full.txt")
@@ -185,11 +187,85 @@ def test_an_interrupted_encoding_goes_on_and_makes_the_same_file(tmp_path, wan_f
     assert torch.equal(whole.row(1), again.row(1))
 
 
+@pytest.mark.parametrize("damage,calls_left", [
+    ("nothing", 3), ('{"done": 99}', 5), ("{}", 5), ('{"done": -1}', 5), ("garbage", 5)
+])  # fmt: skip
+def test_a_damaged_count_of_what_is_done_is_not_believed(
+    tmp_path, wan_folder, monkeypatch, damage, calls_left
+):
+    stop_after(monkeypatch, 3)
+    with pytest.raises(AssertionError):
+        embed(tmp_path, wan_folder, "wan22", "--batch", "1")
+    if damage != "nothing":
+        (tmp_path / "p.safetensors.part.json").write_text(damage)
+    calls = stop_after(monkeypatch, 99)
+    held = embed(tmp_path, wan_folder, "wan22", "--batch", "1")
+    assert len(calls) == calls_left and all(held.row(i).any() for i in range(4))
+
+
+def stop_after(monkeypatch, number):
+    """The encoder is interrupted at the call after so many; returns its calls."""
+    calls, encode = (
+        [],
+        text.encode.__wrapped__ if hasattr(text.encode, "__wrapped__") else text.encode,
+    )
+
+    def counted(encoder, rows):
+        if len(calls) == number:
+            raise KeyboardInterrupt
+        calls.append(rows)
+        with torch.no_grad():
+            return encode(encoder, rows)
+
+    counted.__wrapped__ = encode
+    monkeypatch.setattr(text, "encode", counted)
+    return calls
+
+
+def test_what_another_command_left_unfinished_is_not_overwritten(
+    tmp_path, wan_folder, monkeypatch, capsys
+):
+    stop_after(monkeypatch, 3)
+    with pytest.raises(AssertionError):
+        embed(tmp_path, wan_folder, "wan22", "--batch", "1")
+    stop_after(monkeypatch, 99)
+    with pytest.raises(AssertionError):
+        embed(tmp_path, wan_folder, "wan22", prompts=["another"])
+    assert "left unfinished" in capsys.readouterr().err
+    assert len(embed(tmp_path, wan_folder, "wan22", "--overwrite", prompts=["other"]).offsets) == 2
+
+
+def without_a_tensor(folder):
+    file = next(folder.glob("*.safetensors"))
+    tensors = load_file(file)
+    tensors.pop(max(tensors, key=lambda key: tensors[key].numel()))
+    save_file(tensors, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "vae"])
+def test_an_encoder_that_lacks_a_weight_is_refused(tmp_path, wan_folder, part):
+    """The libraries would go on with random numbers in its place."""
+    shutil.copytree(wan_folder, tmp_path / "w")
+    without_a_tensor(tmp_path / "w" / part)
+    with pytest.raises(UserError, match="lacks|cannot read"):
+        if part == "vae":
+            vae.load_vae("wan22", tmp_path / "w", "cpu")
+        else:
+            text.load_encoder("wan22", tmp_path / "w", "cpu")
+
+
+def test_another_models_encoder_is_refused(wan_folder, qwen_folder):
+    for teacher, folder in (("wan22", qwen_folder), ("qwen-image", wan_folder)):
+        with pytest.raises(UserError, match="takes a"):
+            text.load_encoder(teacher, folder, "cpu")
+
+
 def test_a_batch_is_padded_with_zeros_and_says_where():
     rows = [torch.ones(2, 3), torch.ones(4, 3)]
     c = text.batch(rows)
     assert c["text"].shape == (2, 4, 3) and c["text"][0, 2:].abs().sum() == 0
     assert c["mask"].tolist() == [[True, True, False, False], [True] * 4]
+    assert "mask" not in text.batch(rows[:1])
 
 
 @pytest.mark.parametrize(
@@ -282,6 +358,34 @@ def test_pictures_go_to_the_size_of_their_aspect_with_their_captions(tmp_path, w
     image = vae.read_image(tmp_path / "p" / "c.jpg", 32, 48)[None]
     assert close(held["image.32x48"][1], vae.first_frame(model, image, 5)[0])
     assert images(tmp_path, wan_folder)[0] == 2  # it is there already
+
+
+def test_interrupted_pictures_go_on_and_other_pictures_do_not(tmp_path, wan_folder, monkeypatch):
+    pictures(tmp_path / "p")
+    calls, first_frame = [], vae.first_frame
+
+    def counted(*inputs):
+        if len(calls) == limit:
+            raise KeyboardInterrupt
+        calls.append(inputs)
+        return first_frame(*inputs)
+
+    monkeypatch.setattr(vae, "first_frame", counted)
+    limit = 2
+    assert images(tmp_path, wan_folder)[0] == 130
+    limit = 99
+    assert images(tmp_path, wan_folder, "--tiles")[0] == 2  # another request
+    assert images(tmp_path, wan_folder)[0] == 0 and len(calls) == 3
+    with safe_open(tmp_path / "i.safetensors", "pt") as file:
+        assert all(file.get_tensor(key).flatten(1).any(1).all() for key in file.keys())
+
+
+def test_a_picture_lies_as_its_exif_says(tmp_path):
+    image = Image.new("RGB", (60, 40))
+    exif = image.getexif()
+    exif[0x0112] = 6  # a quarter turn
+    image.save(tmp_path / "a.jpg", exif=exif)
+    assert vae.aspect(tmp_path / "a.jpg") == 60 / 40
 
 
 def damage_pictures(folder, what):

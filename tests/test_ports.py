@@ -5,6 +5,7 @@ with tiny networks of our own, where the extras are installed. Each mistake that
 makes is made on purpose, and seen to be caught.
 """
 
+import json
 import math
 from pathlib import Path
 
@@ -306,7 +307,7 @@ def test_checkpointing_changes_no_gradient(name, adapter):
     for checkpointing in (False, True):
         net = weights.random(name, torch.float32)
         for role in ("student", "fake"):
-            lora.add_adapter(net, role, rank=4)
+            lora.add_adapter(net, role, torch.Generator().manual_seed(1), rank=4)
         g = torch.Generator().manual_seed(2)
         for p in net.parameters():
             p.requires_grad_(True)
@@ -333,14 +334,16 @@ def test_a_role_kept_as_an_attribute_would_give_wrong_gradients(monkeypatch):
     """Negative control of the test above: checkpointing recomputes with the role called last."""
     now = []
     forward = lora.Linear.forward
-    monkeypatch.setattr(
-        lora.Linear, "forward", lambda self, x, adapter=None: forward(self, x, now[-1])
-    )
+
+    def from_attribute(self, x, adapter=None):
+        return forward(self, x, now[-1] if len(self.adapters) else None)
+
+    monkeypatch.setattr(lora.Linear, "forward", from_attribute)
     norms = []
     for checkpointing in (False, True):
         net = weights.random("wan21-tiny", torch.float32)
         for role in ("student", "fake"):
-            lora.add_adapter(net, role, rank=4)
+            lora.add_adapter(net, role, torch.Generator().manual_seed(1), rank=4)
         g = torch.Generator().manual_seed(2)
         for key, p in net.named_parameters():
             if key.endswith((".down", ".up")):
@@ -362,7 +365,7 @@ def test_an_adapter_sits_on_the_published_layers_and_starts_as_nothing(name, num
     net = weights.random(name, torch.float32)
     x, t, c = inputs_for(net)
     before = net(x, t, c)
-    lora.add_adapter(net, "student", rank=4)
+    lora.add_adapter(net, "student", torch.Generator().manual_seed(1), rank=4)
     held = [key for key, module in net.named_modules() if isinstance(module, lora.Adapter)]
     assert len(held) == 2 * number  # of two blocks
     assert torch.equal(net(x, t, c, "student"), before)
@@ -403,6 +406,28 @@ def test_fast_rms_and_gelu_are_the_slow_ones():
         a = torch.autograd.grad(ours, parameters, grad)
         b = torch.autograd.grad(slow, parameters, grad.double())
         assert max(error(p, q) for p, q in zip(a, b)) < 1e-6
+
+
+@pytest.mark.parametrize("name,length", [("wan21-tiny", 17), ("qwen-image-tiny", 1025)])
+def test_a_text_that_is_too_long_is_refused_and_not_cut(name, length):
+    net = weights.random(name, torch.float32)
+    x, t, c = inputs_for(net, texts=length)
+    with pytest.raises(ValueError, match=f"a text of {length} tokens"):
+        net(x, t, c)
+
+
+def test_a_mistyped_role_is_an_error_and_not_the_teacher():
+    net = weights.random("wan21-tiny", torch.float32)
+    lora.add_adapter(net, "student", torch.Generator().manual_seed(1), rank=4)
+    with pytest.raises(KeyError):
+        net(*inputs_for(net), "studnet")
+
+
+def test_the_expert_at_the_boundary_itself_is_the_high_one():
+    high, low = (lambda x, t, c, value=value: torch.full_like(x, value) for value in (1.0, 2.0))
+    t = torch.tensor([0.9, 0.875, 0.874])
+    v = moe.by_time(high, low, 0.875)(torch.zeros(3, 1), t)
+    assert v[:, 0].tolist() == [1, 1, 2]
 
 
 def test_guidance_rescales_each_token_of_qwen_image_and_nothing_of_wan():
@@ -499,7 +524,7 @@ def test_qwen_image_agrees_with_diffusers(tmp_path, masked, rows, columns):
         assert error(pack(ours(x, t, {"text": text})), v) > 1e-3
 
 
-@pytest.mark.parametrize("boundary", [0.875, 0.9])
+@pytest.mark.parametrize("boundary", [0.875, 0.9, 0.95])  # the last splits 1 + 3
 def test_two_experts_make_the_steps_of_diffusers_pipeline(tmp_path, boundary):
     """Four Euler steps at shift 5 with the exact scheduler; every x, to rounding."""
     diffusers = pytest.importorskip("diffusers", reason="needs requirements-full.txt")
@@ -524,8 +549,9 @@ def test_two_experts_make_the_steps_of_diffusers_pipeline(tmp_path, boundary):
         guidance_scale=1.0, output_type="latent",
         callback_on_step_end=lambda p, i, t, kw: seen.append(kw["latents"]) or {},
     )  # fmt: skip
-    high, low = weights.load_teacher("wan22", tmp_path, dtype=torch.float32).experts
-    net = moe.by_time(high, low, boundary)
+    (tmp_path / "model_index.json").write_text(json.dumps({"boundary_ratio": boundary}))
+    (high, low), found = weights.load_teacher("wan22-tiny", tmp_path, dtype=torch.float32)
+    net = moe.by_time(high, low, found)
     with torch.no_grad():
         ours = list(trajectory([net] * 4, step_times(4, 5.0), z, {"text": text}))[1:]
         swapped = list(trajectory([high] * 4, step_times(4, 5.0), z, {"text": text}))[1:]

@@ -159,25 +159,43 @@ def two_experts(root: Path, names) -> Path:
     "names", [("high_noise_model", "low_noise_model"), ("transformer", "transformer_2")]
 )
 def test_two_experts_come_high_noise_first_with_their_boundary(tmp_path, names):
-    teacher = weights.load_teacher("wan22", two_experts(tmp_path, names), dtype=torch.float32)
+    teacher = weights.load_teacher("wan22-tiny", two_experts(tmp_path, names), dtype=torch.float32)
     assert teacher.boundary == 0.875
     assert [same(net, tiny(seed)) for seed, net in enumerate(teacher.experts)] == [True, True]
     paths = [tmp_path / name for name in names]
-    again = weights.load_teacher("wan22", *paths, dtype=torch.float32)
+    again = weights.load_teacher("wan22-tiny", *paths, dtype=torch.float32)
     assert same(again.experts[0], tiny(0)) and same(again.experts[1], tiny(1))
 
 
 def test_a_fine_tune_may_say_another_boundary(tmp_path):
     two_experts(tmp_path, ("transformer", "transformer_2"))
     (tmp_path / "model_index.json").write_text('{"boundary_ratio": 0.8}')
-    assert weights.load_teacher("wan22", tmp_path).boundary == 0.8
+    assert weights.load_teacher("wan22-tiny", tmp_path).boundary == 0.8
+
+
+@pytest.mark.parametrize("value", ["high", 5, [0.9], True, 0.0, 1.0])
+def test_a_boundary_that_is_no_time_is_refused(tmp_path, value):
+    two_experts(tmp_path, ("transformer", "transformer_2"))
+    (tmp_path / "model_index.json").write_text(json.dumps({"boundary_ratio": value}))
+    with pytest.raises(UserError, match="boundary_ratio"):
+        weights.load_teacher("wan22-tiny", tmp_path)
+
+
+@pytest.mark.parametrize("key", ["alpha_pattern", "use_rslora"])
+def test_metadata_of_a_lora_that_changes_its_scale_is_refused(tmp_path, key):
+    lora_file(tmp_path / "l.safetensors", "diffusers")
+    tensors = load_file(tmp_path / "l.safetensors")
+    about = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": {"a": 1}})}
+    save_file(tensors, tmp_path / "l.safetensors", about)
+    with pytest.raises(UserError, match=key):
+        weights.load(save(tmp_path / "base", tiny()), teacher_lora=tmp_path / "l.safetensors")
 
 
 def test_one_transformer_is_found_in_its_folder_and_at_the_root(tmp_path):
     save(tmp_path / "a" / "transformer", *in_diffusers(tiny()))
     save(tmp_path / "b", tiny())
     for root in (tmp_path / "a", tmp_path / "b"):
-        teacher = weights.load_teacher("wan21", root, dtype=torch.float32)
+        teacher = weights.load_teacher("wan21-tiny", root, dtype=torch.float32)
         assert teacher.boundary is None and same(teacher.experts[0], tiny())
 
 
@@ -216,12 +234,23 @@ def test_a_teachers_lora_is_merged_with_its_alpha(tmp_path, form):
     assert same(net, tensors)
 
 
+@pytest.mark.parametrize("names,wanted", [
+    (("low_noise_model", "high_noise_model"), [1, 0]), (("High", "Low"), [0, 1]),
+    (("slowmo_HN", "mo_LN"), [0, 1]), (("flow-low", "flow-high"), [1, 0]), (("a", "b"), [0, 1]),
+])  # fmt: skip
+def test_loras_are_told_apart_by_whole_words_only(names, wanted):
+    files = [Path(name + ".safetensors") for name in names]
+    assert weights.lora.high_first(files) == [files[i] for i in wanted]
+
+
 def test_two_loras_go_to_their_experts_by_name(tmp_path):
     root = two_experts(tmp_path / "w", ("high_noise_model", "low_noise_model"))
     files = [tmp_path / "low_noise_model.safetensors", tmp_path / "high_noise_model.safetensors"]
     lora_file(files[1], "lightning")
     save_file({"blocks.0.ffn.0.diff_b": torch.ones(96)}, files[0])
-    high, low = weights.load_teacher("wan22", root, dtype=torch.float32, teacher_lora=files).experts
+    high, low = weights.load_teacher(
+        "wan22-tiny", root, dtype=torch.float32, teacher_lora=files
+    ).experts
     assert not torch.equal(
         high.blocks[1].self_attn.q.weight, tiny(0)["blocks.1.self_attn.q.weight"]
     )
@@ -234,6 +263,15 @@ def test_two_loras_go_to_their_experts_by_name(tmp_path):
         ({"blocks.1.self_attn.q.lora_up.weight": torch.ones(64, 4)}, "both factors"),
         ({"blocks.9.self_attn.q.lora_up.weight": torch.ones(64, 4)}, "of no layer"),
         ({"weight": torch.ones(64, 4)}, "of no layer"),
+        ({}, "no tensor"),
+        ({"blocks.0.norm3.lora_up.weight": torch.ones(64, 4),
+          "blocks.0.norm3.lora_down.weight": torch.ones(4, 64)}, "shape"),
+        ({"blocks.0.ffn.0.lora_up.weight": torch.ones(96, 4),
+          "blocks.0.ffn.0.lora_down.weight": torch.ones(4, 64),
+          "blocks.0.ffn.0.alpha": torch.ones(2)}, "alpha of 2"),
+        ({"blocks.0.ffn.0.diff": torch.ones(64, 96)}, "shape"),
+        ({"blocks.0.ffn.0.diff_b": torch.ones(96), "diffusion_model.blocks.0.ffn.0.diff_b":
+          torch.ones(96)}, "twice"),
         ({"blocks.0.ffn.0.diff_b": torch.full((96,), torch.nan)}, "not finite"),
         ({"blocks.0.ffn.0.diff_b": torch.ones(95)}, "shape"),
         (
@@ -409,6 +447,11 @@ DAMAGE = {
     "a config with heads that do not divide": config(num_heads=7),
     "a config with a CLIP branch": config(image_dim=1280),
     "a config of other patches": config(patch_size=[2, 2, 2]),
+    "a config with eps in words": config(eps="1e-6"),
+    "a config with a negative eps": config(eps=-1.0),
+    "a config of a list of classes": config(_class_name=["WanModel"]),
+    "a config with heads in words": config(num_heads="2"),
+    "data of zeros": tensor(lambda t: t.update({k: torch.zeros_like(v) for k, v in t.items()})),
 }  # fmt: skip
 
 
@@ -457,7 +500,7 @@ def test_a_folder_that_is_not_there_says_how_to_get_it(tmp_path):
 @pytest.mark.parametrize(
     "name,says",
     [("wan22", "two transformers"), ("wan22-i2v", "two transformers"), ("qwen-image", "QwenImage"),
-     ("wan22-5b", "in_dim 16"), ("wan23", "nearest: wan22")],
+     ("wan22-5b", "in_dim 16"), ("wan21", "dim 64"), ("wan22-i2v-tiny", "two transformers"), ("wan23", "nearest: wan22")],
 )  # fmt: skip
 def test_another_models_folder_is_refused(whole, name, says):
     with pytest.raises(UserError, match=says):
@@ -476,7 +519,7 @@ def command(*flags):
 
 
 def test_the_command_counts_a_whole_download_and_refuses_another(whole, tmp_path):
-    done = command("--teacher", "wan21", "--weights", whole)
+    done = command("--teacher", "wan21-tiny", "--weights", whole)
     number = sum(p.numel() for p in weights.load(whole).parameters())
     assert done.returncode == 0 and f"{number:,} parameters" in done.stdout
     done = command("--teacher", "wan21", "--weights", tmp_path)
