@@ -4,8 +4,9 @@
     python -m models.speed --teacher wan22 --device cuda     14B, forward, random weights
 
 The floor is every linear layer and every attention of one call of ours, with nothing between them.
-Rounds take turns, and ratios are medians over rounds: a machine's drift touches all three alike.
-Without diffusers its columns are left out.
+Overhead is time beyond the floor. Rounds take turns, and ratios are medians over rounds: a machine's
+drift touches all three alike. "Of matmul rate" compares with one large square product. Without
+diffusers its columns stay empty.
 """
 
 import contextlib
@@ -227,7 +228,7 @@ def line(title: str, found: dict, peak: float) -> str:
 
 
 COLUMNS = (
-    "", "ours, ms", "diffusers, ms", "floor, ms", "ours / diffusers", "overhead / its overhead",
+    "", "ours, ms", "diffusers, ms", "floor, ms", "ours / diffusers", "overhead / diffusers' overhead",
     "of matmul rate", "peak GB",
 )  # fmt: skip
 HEAD = "| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|"
@@ -245,16 +246,21 @@ def main(argv=None) -> int:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--teacher", choices=published(), help="its full size, forward (default: two small ones)")
-    add("--grid", nargs="+", help="FRAMESxROWSxCOLUMNS of tokens (default 3,600 and 32,760 tokens)")
+    add(
+        "--grid",
+        nargs="+",
+        help="FRAMESxROWSxCOLUMNS of tokens (default 640 tokens; with --teacher 3,600 and 32,760)",
+    )
     add("--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="with --teacher")
     add("--device", default="cpu", choices=("cpu", "cuda", "mps"), help="(default %(default)s)")
-    add("--rounds", type=int, default=30, help="(default %(default)s)")
+    add("--rounds", type=int, default=30, help="calls of each (default %(default)s: 5 minutes)")
     add("--threads", type=int, default=1, help="of the CPU (default %(default)s)")
     try:
         args = parser.parse_args(argv)
         device = pick_device(args.device, "auto")
         if args.rounds < 1 or args.threads < 1:
             raise UserError("--rounds and --threads are at least 1")
+        work = rows_of(args.teacher, args.grid)
         torch.set_num_threads(args.threads)
         keep_memory()
         dtype = getattr(torch, args.dtype if args.teacher else "float32")
@@ -265,7 +271,7 @@ def main(argv=None) -> int:
         print(
             f"{where}, torch {torch.__version__}, {dtype}, matmul {peak / 1e12:.2f} Tflop/s\n{HEAD}"
         )
-        for title, network, settings, grids in rows_of(args.teacher, args.grid):
+        for title, network, settings, grids in work:
             net = random_network(network, settings, dtype, device)
             for grid in grids:
                 found = measure(net, settings, grid, 512, not args.teacher, args.rounds, device)

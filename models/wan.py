@@ -151,6 +151,9 @@ class Wan(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, c: dict, adapter: str | None = None) -> Tensor:
         x = torch.cat([x_t, c["image"].to(x_t)], 1) if "image" in c else x_t  # noise, mask, image
+        takes = self.patch_embedding.in_channels
+        if x.shape[1] != takes:
+            raise ValueError(f"{x.shape[1]} channels, not {takes}; image to video needs c['image']")
         frames, rows, columns = (n // p for n, p in zip(x.shape[2:], PATCH))
         z = self.patches(x).float()  # (B, L, D)
         e = self.time_embedding(sinusoid(t.reshape(len(t), -1), self.freq_dim))  # (B, 1 or L, D)

@@ -90,10 +90,12 @@ def shards(path: Path) -> list[Path]:
         files = [path / name for name in sorted(set(names.values()))]
     else:
         files = sorted(path.glob("*.safetensors"))
-    if not files:
+    if not files and (path / "config.json").is_file():
         raise UserError(
-            f"{path} holds no .safetensors of a transformer; pickles (.pth, .bin) are never opened"
+            f"{path} has a config.json and no .safetensors beside it; download it again"
         )
+    if not files:
+        raise UserError(f"{path} holds no .safetensors; pickles (.pth, .bin) are never opened")
     absent = [file.name for file in files if not file.is_file()]
     if absent:
         raise UserError(f"{path} lacks {absent[0]}, which its index names; download it again")
@@ -154,7 +156,7 @@ BRANCHES = (  # not ported
 def architecture(path: Path, found: dict[str, Stored]) -> tuple[type, dict]:
     """Class and settings of a network: config.json's where there is one, the rest from shapes."""
     network = QwenImage if "img_in.weight" in found else Wan
-    file = path / "config.json"
+    file = (path.parent if path.is_file() else path) / "config.json"
     config = read_json(file, "download it again") if file.is_file() else {}
     name = config.get("_class_name")
     if config and CLASSES.get(str(name)) is not network:
@@ -331,8 +333,9 @@ def load_teacher(name: str, *folders, teacher_lora=(), **how) -> Teacher:
     how: dtype and device of load. teacher_lora: one file an expert. Raises UserError.
     """
     paths, boundary = locate(name, *folders)
+    teacher_lora = [teacher_lora] if isinstance(teacher_lora, (str, Path)) else list(teacher_lora)
     if teacher_lora and len(teacher_lora) != len(paths):
-        raise UserError(f"--teacher-lora: {name} takes {len(paths)}, got {len(teacher_lora)}")
+        raise UserError(f"{name} takes {len(paths)} LoRA, one an expert, got {len(teacher_lora)}")
     for path in paths:  # all of them, before the first is loaded
         plan(path, torch.bfloat16, name)
     files = lora.high_first(teacher_lora) or [None] * len(paths)
@@ -359,6 +362,9 @@ def locate(name: str, *folders) -> tuple[list[Path], float | None]:
         root = paths[0]
         pairs = [[root / folder for folder in pair] for pair in LAYOUTS[2] + LAYOUTS[1]]
         held = next((pair for pair in pairs if all(path.is_dir() for path in pair)), [root])
+        if held == [root] and not any(root.glob("*.safetensors*")) and experts == 2:
+            pairs = " or ".join(" and ".join(pair) for pair in LAYOUTS[2])
+            raise UserError(f"{root} holds no two transformers; {name} needs {pairs} in it")
         if len(held) != experts:
             raise UserError(f"{root} holds {words(len(held))}, {name} has {words(experts)}")
         index = root / "model_index.json"
@@ -421,8 +427,7 @@ def how_to_get(name: str) -> str:
     if not TEACHERS[name].repository:
         return f"{name} is not published: models.weights.random makes one"
     repository = TEACHERS[name].repository
-    get = f"hf download {repository} --local-dir {default_folder(name)}"
-    return f"pip install huggingface_hub && {get}"
+    return f"get it: hf download {repository} --local-dir {default_folder(name)}"
 
 
 def check_kind(name: str, network: type, settings: dict, path: Path) -> None:

@@ -493,7 +493,9 @@ def test_missing_and_misshaped_tensors_are_named_with_the_expected_shape(whole, 
 
 
 def test_a_folder_that_is_not_there_says_how_to_get_it(tmp_path):
-    with pytest.raises(UserError, match="hf download Wan-AI/Wan2.2-T2V-A14B-Diffusers --local-dir"):
+    with pytest.raises(
+        UserError, match="get it: hf download Wan-AI/Wan2.2-T2V-A14B-Diffusers --local-dir"
+    ):
         weights.load_teacher("wan22", tmp_path / "nowhere")
 
 
@@ -511,6 +513,12 @@ def test_two_experts_are_not_taken_for_one_transformer(tmp_path):
     two_experts(tmp_path, ("transformer", "transformer_2"))
     with pytest.raises(UserError, match="holds two transformers"):
         weights.load_teacher("wan21", tmp_path)
+
+
+def test_a_folder_without_transformers_says_which_it_needs(tmp_path):
+    (tmp_path / "transformer").mkdir()
+    with pytest.raises(UserError, match="high_noise_model and low_noise_model or transformer and"):
+        weights.load_teacher("wan22", tmp_path / "transformer")
 
 
 def command(*flags):
