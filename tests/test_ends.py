@@ -21,7 +21,7 @@ from models.files import UserError  # noqa: E402
 
 PROMPTS = [
     "A fox runs through snow, the camera follows.",
-    "caf\u00c3\u00a9 &amp;amp;amp; rain   at  night",  # mojibake, entities, spaces
+    "caf\u00c3\u00a9 &amp;amp; rain <3   at  night",  # mojibake, entities (ftfy leaves them beside <), spaces
     "A sign that says OPEN",
     "Ein sehr langer Satz " * 60,
 ]
