@@ -109,6 +109,15 @@ def first_line(error: Exception) -> str:
 
 # -- a safetensors file larger than memory --------------------------------------------------------
 
+
+def check_out(out: Path, overwrite: bool) -> None:
+    """Raise UserError where a file cannot be made, before any work is done for it."""
+    if out.is_dir():
+        raise UserError(f"--out {out} is a folder; name a file")
+    if out.exists() and not overwrite:
+        raise UserError(f"{out} is there already; give --overwrite, or another --out")
+
+
 NAMES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64"}
 
 
@@ -177,10 +186,13 @@ class Part:
 
     def finish(self) -> None:
         """The file gets its name: it is whole."""
-        self.mapped.flush()
-        os.replace(self.file, self.path)
-        _sync_folder(self.path.parent)
-        self.progress.unlink(missing_ok=True)
+        try:
+            self.mapped.flush()
+            os.replace(self.file, self.path)
+            _sync_folder(self.path.parent)
+            self.progress.unlink(missing_ok=True)
+        except OSError as error:
+            raise cannot_write(self.path, error) from error
 
 
 def _header(shapes: dict[str, tuple], about: dict) -> tuple[bytes, int]:

@@ -2,6 +2,8 @@
 
 import argparse
 import math
+import sys
+from collections.abc import Callable
 from dataclasses import field, fields
 
 import torch
@@ -72,6 +74,24 @@ def check(cfg) -> None:
             raise UserError(f"{flag} {value} must be above {about['above']}")
         if isinstance(value, float) and not math.isfinite(value):
             raise UserError(f"{flag} {value} is not a finite number")
+
+
+def exit_status(script: str, work: Callable[[], None], memory: str = "") -> int:
+    """0 after the work; 2 with one line where the user can mend it; 130 where they stopped it.
+
+    memory: what to do where memory runs out.
+    """
+    try:
+        work()
+        return 0
+    except UserError as error:
+        line, status = error, 2
+    except torch.OutOfMemoryError:
+        line, status = f"out of memory; {memory or 'a smaller size, or --device cpu'}", 2
+    except KeyboardInterrupt:
+        line, status = "stopped; the same command goes on, or starts again", 130
+    print(f"{script}: {line}", file=sys.stderr)
+    return status
 
 
 def pick_device(asked: str, usual: str) -> str:

@@ -11,6 +11,7 @@ diffusers its columns stay empty.
 
 import contextlib
 import ctypes
+import math
 import statistics
 import sys
 import time
@@ -23,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
 
 from models.files import UserError
-from models.flags import Parser, pick_device
+from models.flags import Parser, exit_status, pick_device
 from models.qwen_image import QwenImage, pack
 from models.wan import Wan
 from models.weights import published, random_network, row_of
@@ -255,32 +256,27 @@ def main(argv=None) -> int:
     add("--device", default="cpu", choices=("cpu", "cuda", "mps"), help="(default %(default)s)")
     add("--rounds", type=int, default=30, help="calls of each (default %(default)s: 5 minutes)")
     add("--threads", type=int, default=1, help="of the CPU (default %(default)s)")
-    try:
-        args = parser.parse_args(argv)
-        device = pick_device(args.device, "auto")
-        if args.rounds < 1 or args.threads < 1:
-            raise UserError("--rounds and --threads are at least 1")
-        work = rows_of(args.teacher, args.grid)
-        torch.set_num_threads(args.threads)
-        keep_memory()
-        dtype = getattr(torch, args.dtype if args.teacher else "float32")
-        peak = rate(dtype, device)
-        where = (
-            torch.cuda.get_device_name() if device == "cuda" else f"{args.threads} CPU thread(s)"
-        )
-        print(
-            f"{where}, torch {torch.__version__}, {dtype}, matmul {peak / 1e12:.2f} Tflop/s\n{HEAD}"
-        )
-        for title, network, settings, grids in work:
-            net = random_network(network, settings, dtype, device)
-            for grid in grids:
-                found = measure(net, settings, grid, 512, not args.teacher, args.rounds, device)
-                tokens = grid[0] * grid[1] * grid[2]
-                print(line(f"{title}, {tokens:,} tokens", found, peak), flush=True)
-        return 0
-    except UserError as error:
-        print(f"speed.py: {error}", file=sys.stderr)
-        return 2
+    return exit_status("speed.py", lambda: table(parser.parse_args(argv)), "a smaller --grid")
+
+
+def table(args) -> None:
+    """The command's work. Raises UserError."""
+    if args.rounds < 1 or args.threads < 1:
+        raise UserError("--rounds and --threads are at least 1")
+    device = pick_device(args.device, "auto")
+    work = rows_of(args.teacher, args.grid)
+    torch.set_num_threads(args.threads)
+    keep_memory()
+    dtype = getattr(torch, args.dtype if args.teacher else "float32")
+    peak = rate(dtype, device)
+    where = torch.cuda.get_device_name() if device == "cuda" else f"{args.threads} thread(s)"
+    print(f"{where}, torch {torch.__version__}, {dtype}, matmul {peak / 1e12:.2f} Tflop/s")
+    print(HEAD)
+    for title, network, settings, grids in work:
+        net = random_network(network, settings, dtype, device)
+        for grid in grids:
+            found = measure(net, settings, grid, 512, not args.teacher, args.rounds, device)
+            print(line(f"{title}, {math.prod(grid):,} tokens", found, peak), flush=True)
 
 
 def rows_of(teacher: str | None, grids: list[str] | None):

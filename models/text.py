@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from models.files import Part, UserError, cannot_write, first_line, read_json
-from models.flags import Parser, pick_device
+from models.files import Part, UserError, check_out, first_line, read_json
+from models.flags import Parser, exit_status, pick_device
 from models.weights import TEACHERS, component, how_to_get, needs_extras, published
 from models.wan import Wan
 
@@ -228,40 +228,23 @@ def main(argv=None) -> int:
     add("--batch", type=int, default=16, help="prompts at a time (default %(default)s)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     add("--overwrite", action="store_true", help="replace --out if it is there")
-    try:
-        args = parser.parse_args(argv)
-        prompts = read_prompts(args.prompts)
-        check_out(args)
-        encoder = load_encoder(args.teacher, args.weights, pick_device(args.device, "auto"))
-        usual = WAN_NEGATIVE if encoder.wan else QWEN_NEGATIVE
-        negative = usual if args.negative is None else args.negative
-        folder = str(component(args.teacher, args.weights, "text_encoder").resolve())
-        about = {"kind": "embeddings", "teacher": args.teacher, "encoder": folder}
-        write(args.out, encoder, prompts, negative, about, args.batch, args.overwrite)
-        print(f"{args.out}: {len(prompts)} prompts")
-        return 0
-    except UserError as error:
-        print(f"text.py: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"text.py: {cannot_write(args.out, error)}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:
-        print("text.py: out of memory; a smaller --batch, or --device cpu", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("text.py: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    memory = "a smaller --batch, or --device cpu"
+    return exit_status("text.py", lambda: embed(parser.parse_args(argv)), memory)
 
 
-def check_out(args) -> None:
-    """Raise UserError before an encoder is loaded for nothing."""
-    if args.out.is_dir():
-        raise UserError(f"--out {args.out} is a folder; name a file")
-    if args.out.exists() and not args.overwrite:
-        raise UserError(f"{args.out} is there already; give --overwrite, or another --out")
+def embed(args) -> None:
+    """The command's work. Raises UserError."""
+    prompts = read_prompts(args.prompts)
+    check_out(args.out, args.overwrite)
     if args.batch < 1:
         raise UserError(f"--batch {args.batch} is below 1")
+    encoder = load_encoder(args.teacher, args.weights, pick_device(args.device, "auto"))
+    usual = WAN_NEGATIVE if encoder.wan else QWEN_NEGATIVE
+    negative = usual if args.negative is None else args.negative
+    folder = str(component(args.teacher, args.weights, "text_encoder").resolve())
+    about = {"kind": "embeddings", "teacher": args.teacher, "encoder": folder}
+    write(args.out, encoder, prompts, negative, about, args.batch, args.overwrite)
+    print(f"{args.out}: {len(prompts)} prompts")
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from models.files import Part, UserError, cannot_write, first_line
-from models.flags import Parser, pick_device
+from models.files import Part, UserError, check_out, first_line
+from models.flags import Parser, exit_status, pick_device
 from models.text import whole
 from models.wan import Wan
 from models.weights import TEACHERS, component, needs_extras
@@ -203,33 +203,23 @@ def main(argv=None) -> int:
     add("--tiles", action="store_true", help="encode in tiles: less memory, slightly other edges")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     add("--overwrite", action="store_true", help="replace --out if it is there")
-    try:
-        args = parser.parse_args(argv)
-        sizes = [size_of(text) for text in args.size]
-        if args.frames < 1 or args.frames % 4 != 1:
-            raise UserError(f"--frames {args.frames} is not 4n + 1, as 81")
-        if args.out.is_dir() or args.out.exists() and not args.overwrite:
-            raise UserError(f"{args.out} is there already; give --overwrite, or another --out")
-        paths, captions = read_captions(args.images, args.captions or args.images / "captions.csv")
-        device = pick_device(args.device, "auto")
-        vae = load_vae(args.teacher, args.weights, device, args.tiles)
-        folder = str(component(args.teacher, args.weights, "vae").resolve())
-        about = {"kind": "images", "teacher": args.teacher, "vae": folder, "tiles": args.tiles}
-        write(args.out, vae, paths, captions, sizes, args.frames, about, args.overwrite)
-        print(f"{args.out}: {len(paths)} pictures")
-        return 0
-    except UserError as error:
-        print(f"vae.py: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"vae.py: {cannot_write(args.out, error)}", file=sys.stderr)
-        return 2
-    except torch.OutOfMemoryError:
-        print("vae.py: out of memory; --tiles, a smaller --size, or --device cpu", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("vae.py: stopped; the same command goes on from here", file=sys.stderr)
-        return 130
+    memory = "--tiles, a smaller --size, or --device cpu"
+    return exit_status("vae.py", lambda: condition(parser.parse_args(argv)), memory)
+
+
+def condition(args) -> None:
+    """The command's work. Raises UserError."""
+    sizes = [size_of(text) for text in args.size]
+    if args.frames < 1 or args.frames % 4 != 1:
+        raise UserError(f"--frames {args.frames} is not 4n + 1, as 81")
+    check_out(args.out, args.overwrite)
+    paths, captions = read_captions(args.images, args.captions or args.images / "captions.csv")
+    device = pick_device(args.device, "auto")
+    vae = load_vae(args.teacher, args.weights, device, args.tiles)
+    folder = str(component(args.teacher, args.weights, "vae").resolve())
+    about = {"kind": "images", "teacher": args.teacher, "vae": folder, "tiles": args.tiles}
+    write(args.out, vae, paths, captions, sizes, args.frames, about, args.overwrite)
+    print(f"{args.out}: {len(paths)} pictures")
 
 
 if __name__ == "__main__":

@@ -150,7 +150,9 @@ class Wan(nn.Module):
         return name.startswith("blocks.")
 
     def forward(self, x_t: Tensor, t: Tensor, c: dict, adapter: str | None = None) -> Tensor:
-        x = torch.cat([x_t, c["image"].to(x_t)], 1) if "image" in c else x_t  # noise, mask, image
+        x = (
+            torch.cat([x_t, c["image"].to(x_t.dtype)], 1) if "image" in c else x_t
+        )  # noise, mask, image
         takes = self.patch_embedding.in_channels
         if x.shape[1] != takes:
             raise ValueError(f"{x.shape[1]} channels, not {takes}; image to video needs c['image']")

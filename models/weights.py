@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from models import lora
 from models.files import UserError, first_line, read_json
-from models.flags import Parser
+from models.flags import Parser, exit_status
 from models.qwen_image import QwenImage
 from models.wan import Wan
 
@@ -343,11 +343,9 @@ def load_teacher(name: str, *folders, teacher_lora=(), **how) -> Teacher:
     return Teacher(experts, boundary)
 
 
-# folders of the experts inside a published one: original, diffusers
-LAYOUTS = {
-    1: (("transformer",),),
-    2: (("high_noise_model", "low_noise_model"), ("transformer", "transformer_2")),
-}
+# folders of the experts inside a published one: original, diffusers; or diffusers' only one
+PAIRS = (("high_noise_model", "low_noise_model"), ("transformer", "transformer_2"))
+LAYOUTS = (*PAIRS, ("transformer",))
 
 
 def locate(name: str, *folders) -> tuple[list[Path], float | None]:
@@ -360,10 +358,10 @@ def locate(name: str, *folders) -> tuple[list[Path], float | None]:
     experts, boundary = 2 if row.boundary else 1, row.boundary
     if len(paths) == 1 and paths[0].is_dir():
         root = paths[0]
-        pairs = [[root / folder for folder in pair] for pair in LAYOUTS[2] + LAYOUTS[1]]
+        pairs = [[root / folder for folder in pair] for pair in LAYOUTS]
         held = next((pair for pair in pairs if all(path.is_dir() for path in pair)), [root])
         if held == [root] and not any(root.glob("*.safetensors*")) and experts == 2:
-            pairs = " or ".join(" and ".join(pair) for pair in LAYOUTS[2])
+            pairs = " or ".join(" and ".join(pair) for pair in PAIRS)
             raise UserError(f"{root} holds no two transformers; {name} needs {pairs} in it")
         if len(held) != experts:
             raise UserError(f"{root} holds {words(len(held))}, {name} has {words(experts)}")
@@ -475,20 +473,19 @@ def main(argv=None) -> int:
     add = parser.add_argument
     add("--teacher", default="wan22", help=f"one of {', '.join(published())}")
     add("--weights", nargs="+", default=[], help="folder, or one path an expert")
-    try:
-        args = parser.parse_args(argv)
-        paths, boundary = locate(args.teacher, *args.weights)
-        for path in paths:
-            net, stored = plan(path, torch.bfloat16, args.teacher)
-            number = sum(p.numel() for p in net.parameters())
-            files = len({there.file for there in stored.values()})
-            held = ", ".join(sorted({there.dtype for there in stored.values()}))
-            print(f"{path}: {number:,} parameters, {len(stored)} tensors, {files} files, {held}")
-        print(f"boundary {boundary}" if boundary else "one expert")
-        return 0
-    except UserError as error:
-        print(f"weights.py: {error}", file=sys.stderr)
-        return 2
+    return exit_status("weights.py", lambda: check_download(parser.parse_args(argv)))
+
+
+def check_download(args) -> None:
+    """The command's work. Raises UserError."""
+    paths, boundary = locate(args.teacher, *args.weights)
+    for path in paths:
+        net, stored = plan(path, torch.bfloat16, args.teacher)
+        number = sum(p.numel() for p in net.parameters())
+        files = len({there.file for there in stored.values()})
+        held = ", ".join(sorted({there.dtype for there in stored.values()}))
+        print(f"{path}: {number:,} parameters, {len(stored)} tensors, {files} files, {held}")
+    print(f"boundary {boundary}" if boundary else "one expert")
 
 
 def published() -> list[str]:
