@@ -3,7 +3,7 @@
 Score matching teaches a fake what the student's samples look like; the distribution-matching
 loss moves the samples from where the fake says they are to where the teacher says they should be.
 Inside a phase that ends at s > 0 no clean sample exists: everything is said of x_s.
-Means go over the elements of a sample first, then over the batch.
+Every loss is one number a sample, (B,): the mean over its elements. The loop takes their mean.
 """
 
 import torch
@@ -13,8 +13,8 @@ from sde import Process, coefficients, flow, kernel, like, v_to_x0
 
 
 def mean(x: Tensor) -> Tensor:
-    """Mean over the elements of each sample, then over the batch: (B, ...) -> ()."""
-    return x.flatten(1).mean(1).mean()
+    """Mean over the elements of each sample: (B, ...) -> (B,)."""
+    return x.flatten(1).mean(1)
 
 
 # -- score matching ------------------------------------------------------------------------------

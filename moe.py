@@ -2,10 +2,11 @@
 
 A student is a list of experts, one for each phase, routed by the *index* of a step: routing by t
 disagrees with it at large shifts. A teacher or a fake may be several networks, routed by t.
-A role ("teacher", "student1", "fake1") is an argument of a call and never a state of a network:
+A role ("teacher1", "student1", "fake1") is an argument of a call and never a state of a network:
 a state would be read again when activation checkpointing recomputes, and be wrong by then.
 """
 
+import re
 from functools import partial
 from typing import Callable, NamedTuple
 
@@ -21,11 +22,18 @@ class Roles(NamedTuple):
     velocity(role, x_t, t, c)  v (B, ...) float32 at x_t (B, ...), t (B,), conditions c
     parameters_of(role)        {name: parameter} of what training the role changes
     reset(role)                start the role from the teacher again, in place
+
+    The number in a role is its phase if it is a student, else its expert of the teacher.
     """
 
     velocity: Callable[..., Tensor]
     parameters_of: Callable[[str], dict[str, nn.Parameter]]
     reset: Callable[[str], None]
+
+
+def teacher_role(expert: int) -> str:
+    """The teacher's expert, guidance included."""
+    return f"teacher{expert}"
 
 
 def student_role(k: int) -> str:
@@ -35,7 +43,7 @@ def student_role(k: int) -> str:
 
 def fake_role(expert: int, depth: int | None = None) -> str:
     """The fake beside the teacher's expert; with a fake for each truncation depth, that one."""
-    return f"fake{expert}" + (f".depth{depth}" if depth else "")
+    return f"fake{expert}" + (f"-depth{depth}" if depth else "")
 
 
 def fake_roles(phase: Phase, per_depth: bool) -> list[str]:
@@ -50,21 +58,78 @@ def run_roles(phases: list[Phase], per_depth: bool) -> list[str]:
     return [student_role(phase.k) for phase in phases] + list(dict.fromkeys(fakes))
 
 
+def expert_at(t: float, boundary_t: float | None) -> int:
+    """The teacher's expert that owns the time t: 1 down to the boundary, which is its own."""
+    return 1 if boundary_t is None or t >= boundary_t else 2
+
+
+def expert_of(role: str, phases: list[Phase], boundary_t: float | None) -> int:
+    """The teacher's expert that a role is, is trained beside, or starts from.
+
+    A student starts from the one that owns the last step of its phase.
+    """
+    kind, number = re.match(r"([a-z]+)(\d+)", role).groups()
+    is_student = kind == "student"
+    return expert_at(phases[int(number) - 1].t[-2], boundary_t) if is_student else int(number)
+
+
 def separate_networks(
-    names: list[str], make: Callable[[], nn.Module], start: dict, teacher
+    names: list[str], make: Callable[[], nn.Module], start: dict | None, teacher
 ) -> Roles:
     """Roles with a network each, all from the tensors `start`; the teacher is a function."""
     networks = {name: make() for name in names}
 
     def velocity(role, x_t, t, c=None):
-        return teacher(x_t, t, c) if role == "teacher" else networks[role](x_t, t, c)
+        return networks[role](x_t, t, c) if role in networks else teacher(x_t, t, c)
 
     def reset(role):
         networks[role].load_state_dict(start)
 
-    for name in names:
+    for name in names if start else ():
         reset(name)
     return Roles(velocity, lambda role: dict(networks[role].named_parameters()), reset)
+
+
+def shared_networks(
+    network: Callable[[int], nn.Module],
+    expert: Callable[[str], int],
+    adapt: Callable[[nn.Module, str], dict | None],
+    copy: Callable[[nn.Module, nn.Module | None], nn.Module],
+    guided: Callable,
+) -> Roles:
+    """Roles on the frozen networks of a teacher, each of which is in memory once.
+
+    network(e)        the teacher's expert e, ready to be called
+    expert(role)      expert_of, whose network the role is on
+    adapt(net, role)  start an adapter of that name, return its parameters; None for a role that
+                      has parameters of its own, which
+    copy(net, old)    makes from the network's, in the place of old ones
+    guided(e)         v = f(net, x_t, t, c) of the teacher's expert e
+    """
+    adapters, own = {}, {}  # parameters, networks, of the roles that have been asked for
+
+    def velocity(role, x_t, t, c=None):
+        if role in own:
+            return own[role](x_t, t, c)
+        net = network(expert(role))
+        if role.startswith("teacher"):
+            return guided(expert(role))(net, x_t, t, c)
+        return net(x_t, t, c, adapter=role)
+
+    def reset(role):
+        net = network(expert(role))
+        parameters = adapt(net, role)
+        if parameters is None:
+            own[role] = copy(net, own.get(role))
+        else:
+            adapters[role] = parameters
+
+    def parameters_of(role):
+        if role not in adapters and role not in own:
+            reset(role)
+        return dict(own[role].named_parameters()) if role in own else adapters[role]
+
+    return Roles(velocity, parameters_of, reset)
 
 
 def by_step(velocity: Callable, phases: list[Phase]) -> list[Callable]:
@@ -100,6 +165,16 @@ def by_depth(nets: list[Callable], depth: Tensor) -> Callable:
         return v
 
     return net
+
+
+def in_passes(net: Callable, size: int) -> Callable:
+    """The same network, asked for `size` samples at a time: memory is that of one pass."""
+
+    def sliced(x_t, t, c=None):
+        rows = [slice(i, i + size) for i in range(0, len(x_t), size)]
+        return torch.cat([net(x_t[row], t[row], select(c, row)) for row in rows])
+
+    return sliced
 
 
 def select(c: dict | None, rows) -> dict | None:

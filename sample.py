@@ -4,7 +4,6 @@ python sample.py --student out/toy2d                     a picture, an array and
 python sample.py --student out/toy2d --trajectory        with x at every step
 """
 
-import hashlib
 import sys
 import time
 from pathlib import Path
@@ -14,31 +13,12 @@ import torch
 from torch import Tensor
 
 import moe
+from models.draws import normal
 from models.flags import Parser, pick_device
 from models.folder import check_files, config_of, contents
 from models.files import UserError, read_json, read_tensors, write
-from phases import Phase, step_times
+from phases import Phase
 from sde import step
-
-
-def stream(*where) -> torch.Generator:
-    """A random stream that is a function of `where` alone: (seed, phase, iteration, update, ...).
-
-    No global state, so none is saved: a resumed run needs its counters only. On the CPU, so that
-    a seed means the same numbers on every device.
-    """
-    digest = hashlib.blake2b(repr(where).encode(), digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
-
-
-def normal(shape, *where) -> Tensor:
-    """Standard normal numbers of the stream `where`, float32 on the CPU."""
-    return torch.randn(shape, generator=stream(*where))
-
-
-def uniform(shape, *where) -> Tensor:
-    """Numbers of U(0, 1) of the stream `where`, float32 on the CPU."""
-    return torch.rand(shape, generator=stream(*where))
 
 
 def times_of(t: float, x: Tensor) -> Tensor:
@@ -61,40 +41,48 @@ def trajectory(nets: list[Callable], times, z: Tensor, c=None) -> Iterator[Tenso
 
 def rollout(
     nets: list[Callable], times, phase: Phase, z: Tensor, c, depth: Tensor, truncate: bool = True
-) -> Tensor:
-    """x_{t_k} from z as the student will make it: backward simulation with truncation (SGTS).
+) -> tuple[Tensor, Tensor | None]:
+    """Backward simulation (SGTS) from z to where `recorded` begins: x (B, ...) and its t (B,).
 
-    Earlier experts, and the phase's steps before the last of each sample's `depth` (B,), run
-    without gradient. The last one is recorded and jumps to the end of the phase. Without
-    truncation every step of the phase is recorded and memory grows with their number.
+    As the student will do it: earlier experts, then the phase's own steps before the last of each
+    sample's `depth` (B,). No gradient. Without truncation: to the start of the phase, no t.
     """
     with torch.no_grad():
         for x in trajectory(nets[: phase.first], times[: phase.first + 1], z, c):
             pass
-    if not truncate:
-        for x in trajectory(nets[phase.first : phase.last], phase.t, x, c):
-            pass
-        return x
-    with torch.no_grad():
+        if not truncate:
+            return x, None
         for i in range(phase.depths - 1):
             rows = (depth > i + 1).nonzero()[:, 0].to(x.device)  # depth is on the CPU: no wait
             if len(rows):
                 t, head = phase.t[i], x[rows]
                 v = nets[phase.first](head, times_of(t, head), moe.select(c, rows))
                 x = x.index_copy(0, rows, step(head, t, phase.t[i + 1], v))
-    t = torch.tensor(phase.t)[depth - 1].to(x.device)  # (B,) where each recorded step begins
-    return step(x, t, phase.s, nets[phase.first](x, t, c))
+    return x, torch.tensor(phase.t)[depth - 1].to(x.device)
+
+
+def recorded(nets: list[Callable], phase: Phase, x: Tensor, t: Tensor | None, c) -> Tensor:
+    """x_{t_k}: from each sample's t (B,) one step to the end of the phase; without t every step.
+
+    What the generator learns through. Memory is that of one step, or grows with their number.
+    """
+    if t is not None:
+        return step(x, t, phase.s, nets[phase.first](x, t, c))
+    for x in trajectory(nets[phase.first : phase.last], phase.t, x, c):
+        pass
+    return x
 
 
 # -- the command ---------------------------------------------------------------------------------
 
 
-def load_student(folder: Path, device: torch.device):
-    """Settings, phases and the step networks of a finished run. Raises UserError."""
+def load_student(path: Path, device: torch.device):
+    """The run of a finished folder, or of one of its looks/*.safetensors. Raises UserError."""
     import train  # knows the presets; it imports this file for the sampler
 
+    folder, file = (path.parent.parent, path) if path.is_file() else (path, path / "student.safetensors")
     advice = f"train it again with: python train.py --out {folder} --overwrite"
-    if "student.safetensors" not in contents(folder):
+    if not file.is_file():
         raise UserError(
             f"{folder} holds no student.safetensors; give --student the folder of a finished run"
         )
@@ -102,18 +90,16 @@ def load_student(folder: Path, device: torch.device):
     cfg = config_of(train.Config, config, folder)
     train.validate(cfg)
     check_files(config["files"])
-    tensors, _ = read_tensors(folder / "student.safetensors", "student", config["settings"], advice)
-    phases, preset, experts = train.phases_of(cfg), train.PRESETS[cfg.teacher], {}
-    for phase in phases:
+    tensors, about = read_tensors(file, "student", config["settings"], advice)
+    run = train.new_run(cfg, {}, device, folder)
+    if about["phase"] < len(run.phases):
+        raise UserError(f"{file} is of phase {about['phase']} of {len(run.phases)}: not a whole student")
+    run.k = len(run.phases)
+    for phase in run.phases:
         role = moe.student_role(phase.k)
-        experts[role] = preset.network(cfg).to(device)
-        mine = {
-            name.removeprefix(role + "/"): x
-            for name, x in tensors.items()
-            if name.startswith(role + "/")
-        }
-        experts[role].load_state_dict(mine)
-    return cfg, phases, moe.by_step(lambda role, x_t, t, c=None: experts[role](x_t, t, c), phases)
+        for name, p in run.roles.parameters_of(role).items():
+            p.data.copy_(tensors[f"{role}/{name}"])
+    return run
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -121,39 +107,34 @@ def main(argv: list[str] | None = None) -> int:
     import train
 
     parser = Parser(__doc__)
-    parser.add_argument(
-        "--student", type=Path, required=True, help="folder of a finished run, such as out/toy2d"
-    )
-    parser.add_argument("--n", type=int, default=10_000, help="number of samples (default 10000)")
-    parser.add_argument("--seed", type=int, default=0, help="of the noise (default 0)")
-    parser.add_argument("--out", type=Path, help="folder to write to (default STUDENT/samples)")
-    parser.add_argument(
-        "--trajectory", action="store_true", help="keep x at every step, noise first"
-    )
-    parser.add_argument(
-        "--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="toys: cpu"
-    )
+    add = parser.add_argument
+    add("--student", type=Path, required=True,
+        help="folder of a finished run, such as out/toy2d, or a file of its folder looks")  # fmt: skip
+    add("--n", type=int, help="number of samples (default: toys 10000, large teachers 4)")
+    add("--seed", type=int, default=0, help="of the noise (default 0)")
+    add("--out", type=Path, help="folder to write to (default STUDENT/samples)")
+    add("--trajectory", action="store_true", help="keep x at every step, noise first")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="toys: cpu")
     try:
         args = parser.parse_args(argv)
-        if not 2 <= args.n <= 10**6 or args.seed < 0:
+        if not 2 <= (args.n or 2) <= 10**6 or args.seed < 0:
             raise UserError("--n must be from 2 to a million, and --seed at least 0")
-        out = args.out or args.student / "samples"
+        home = args.student.parent.parent if args.student.is_file() else args.student
+        out = args.out or home / "samples"
         if "config.json" in contents(out):
             raise UserError(f"{out} holds a run; choose another --out")
-        device = torch.device(pick_device(args.device, "cpu"))
-        cfg, phases, nets = load_student(args.student, device)
-        preset, began = train.PRESETS[cfg.teacher], time.time()
-        c, _, shape = preset.data(cfg)(args.n, args.seed, "sample")
-        z = normal((args.n, *shape), args.seed, "sample", "z").to(device)
+        teacher = read_json(home / "config.json", NO_RUN).get("settings", {}).get("teacher")
+        usual = train.PRESETS[teacher].device if teacher in train.PRESETS else "cpu"
+        run = load_student(args.student, torch.device(pick_device(args.device, usual)))
+        preset, began = train.PRESETS[run.cfg.teacher], time.time()
+        n = preset.samples if args.n is None else args.n
+        c, shape = run.batch(n, args.seed, "sample")
+        z = normal((n, *shape), args.seed, "sample", "z").to(run.device)
+        nets = [moe.in_passes(net, run.cfg.micro_batch or n) for net in run.student]
         with torch.no_grad():
-            xs = [
-                x.cpu()
-                for x in trajectory(nets, step_times(cfg.steps, cfg.shift), z, moe.move(c, device))
-            ]
-        print(
-            f"{args.n} samples, {cfg.steps} network evaluations each, {time.time() - began:.2f} s"
-        )
-        found, files = preset.present(cfg, c, xs, args.trajectory)
+            xs = [x.cpu() for x in trajectory(nets, run.times, z, moe.move(c, run.device))]
+        print(f"{n} samples, {len(nets)} network evaluations each, {time.time() - began:.2f} s")
+        found, files = preset.present(run.cfg, c, xs, args.trajectory)
         for name, content in files.items():
             write(out / name, content)
         train.show(found, out)
@@ -162,6 +143,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"sample.py: {error}", file=sys.stderr)
         return 2
 
+
+NO_RUN = "give --student the folder of a finished run"
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -3,6 +3,8 @@
 python train.py                                    the toy: a ring of 8 modes, 40 s on a CPU
 python train.py --phases 1 --out out/one-phase     the same steps as one phase, DMD2
 python train.py --points FILE.csv                  your own points as the data
+python train.py --teacher wan22-tiny               all that wan22 does, with random small networks
+python train.py --teacher wan22 --dry-run          gigabytes and days of the real one
 python train.py --resume                           go on with what is in the output folder
 """
 
@@ -12,7 +14,7 @@ import math
 import shlex
 import sys
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Callable, Iterator
@@ -24,8 +26,10 @@ from tqdm import tqdm
 import losses
 import moe
 import phases as ph
+from models import large, plan
 from models.adamw import AdamW
-from models.flags import Parser, add_flags, check, given, pick_device, setting
+from models.draws import normal, uniform
+from models.flags import Parser, add_flags, check, given, pick_device, plain, setting
 from models.folder import (
     Interrupted,
     Log,
@@ -33,16 +37,19 @@ from models.folder import (
     contents,
     environment,
     hashes,
+    keep_newest,
     settle,
     watch,
 )
 from models.files import UserError, read_json, read_tensors, write, write_json, write_tensors
-from sample import normal, rollout, uniform
-from sde import diffuse
+from models.meter import Meter, peak_memory
+from models.pictures import curves
+from sample import recorded, rollout, times_of, trajectory
+from sde import diffuse, v_to_x0
 from toy import toy2d
 
 
-ON_OFF = ("on", "off")
+ON_OFF, KINDS = ("on", "off"), ("lora", "full")
 
 
 # fmt: off
@@ -55,9 +62,16 @@ class Config:
     points: str = setting("", "csv or npy, n x d, n <= 2000: your own data in place of --toy")
     bandwidth: float = setting(0.0, "sd around each point, in sd of the data; 0: automatic",
                                low=0, high=10)
-    classes: str = setting("off", "condition on the class", choices=ON_OFF)
-    guidance: float = setting(1.0, "guidance scale of the teacher, with --classes on",
-                              low=0, high=100)
+    classes: str = setting("off", "toys: condition on the class", choices=ON_OFF)
+    guidance: tuple = setting((1.0,), "guidance scale of the teacher: of all its experts, or two "
+                              "numbers, high-noise low-noise", kind=float, low=0, high=100)
+    weights: tuple = setting((), "folder of published weights, or a path an expert (high noise "
+                             "first), or `random`; none: weights/NAME", kind=str)
+    teacher_lora: tuple = setting((), "LoRA to merge into the teacher, one an expert", kind=str)
+    prompts: str = setting("", "embeddings of models.text, or a text file, one prompt a line")
+    images: str = setting("", "image to video: first frames of models.vae")
+    size: tuple = setting((), "pixels, [FRAMESx]HEIGHTxWIDTH[:PROBABILITY], one or more", kind=str)
+    frames: int = setting(1, "of a video, 4n + 1", low=1, high=10_001)
 
     phases: int = setting(2, "K, must divide --steps; 1 is DMD2", low=1, high=1000)
     steps: int = setting(4, "N, network evaluations of a sample", low=1, high=1000)
@@ -87,68 +101,144 @@ class Config:
                           low=0, high=10**9)
     batch: int = setting(64, "samples of an update", low=1, high=10**6)
     micro_batch: int = setting(0, "samples of one pass; 0: the whole batch", low=0, high=10**6)
-    lr: float = setting(5e-5, "of the generator (AdamW)", above=0, high=1)
-    fake_lr: float = setting(4e-7, "of the fake (AdamW)", above=0, high=1)
+    generator: str = setting("lora", "the student's experts: adapters, or all parameters",
+                             choices=KINDS)
+    fake: str = setting("full", "the fakes: adapters, or all parameters", choices=KINDS)
+    rank: int = setting(64, "of adapters", low=1, high=4096)
+    alpha: float = setting(8.0, "of adapters, which add alpha / rank up down x", above=0, high=4096)
+    lr: float = setting(5e-5, "of the generator (AdamW); 2e-6 where it is full", above=0, high=1)
+    fake_lr: float = setting(4e-7, "of the fake (AdamW); 5e-5 where it is lora", above=0, high=1)
     lr_decay: float = setting(0.0, "last part of a phase, in which rates fall to 0", low=0, high=1)
+
+    dtype: str = setting("bf16", "inside large networks; all else is float32",
+                         choices=("bf16", "float32"))
+    checkpointing: str = setting("on", "compute blocks again in backward: less memory",
+                                 choices=ON_OFF)
+    record: str = setting("auto", "the generator's recorded step: first, kept while teacher and fake "
+                          "are asked, or last, once more: least memory", choices=("auto", "first", "last"))
+    offload: str = setting("none", "to pinned host memory: the expert that is not at work, or all "
+                           "blocks but two", choices=("none", "expert", "blocks"))
+    compile: bool = setting(False, "torch.compile the blocks")
 
     seed: int = setting(0, "of all that is drawn", low=0, high=2**63)
     save_every: int = setting(200, "iterations between two states for --resume", low=1, high=10**9)
+    sample_every: int = setting(0, "iterations between two looks: a picture, numbers, curves.png; 0: none",
+                                low=0, high=10**9)
+    keep: int = setting(0, "students kept of those looks, the newest", low=0, high=10**6)
     max_skips: int = setting(20, "non-finite updates in a row to skip before stopping",
                              low=0, high=10**9)
-    eval_samples: int = setting(10_000, "samples behind each number of metrics.json",
-                                low=2, high=10**6)
+    eval_samples: int = setting(10_000, "samples behind each number of metrics.json; of large "
+                                "teachers: noises for one prompt", low=2, high=10**6)
 # fmt: on
 
 
 @dataclass(frozen=True)
 class Preset:
-    """A teacher: what Config starts from, and the functions that know what its samples are."""
+    """A teacher: what Config starts from, and the functions that know what its samples are.
+
+    All of them raise UserError where settings or files are wrong.
+    """
 
     settings: dict
-    boundary_t: float | None  # where the teacher's low-noise expert begins, if it has two
-    network: Callable  # network(cfg) -> the network that student and fake are
-    teacher: Callable  # teacher(cfg, device) -> v_real = teacher(x_t, t, c), guidance included
-    start: Callable  # start(cfg, bar) -> tensors that student and fake start from
-    data: Callable  # data(cfg) -> batch(n, *where) -> (c, c_null, shape); UserError if it has none
-    evaluate: Callable  # evaluate(cfg, student, phases, device) -> numbers
-    picture: Callable  # picture(cfg, student, phases, device) -> png
+    check: Callable  # check(cfg), without a look at files
+    files: Callable  # files(cfg) -> every file that a run reads, each looked at
+    boundary: Callable  # boundary(cfg) -> t where the low-noise expert begins, None if there is one
+    start: Callable  # start(cfg, out, watch, device) -> tensors that roles start from, {} if none
+    roles: Callable  # roles(cfg, phases, device, out, start) -> moe.Roles
+    data: Callable  # data(cfg, out) -> batch(n, *where) -> (c, shape)
+    report: Callable  # report(run, look) -> numbers, png
     present: Callable  # present(cfg, c, xs, keep_all) -> numbers, {file name: bytes}
+    record: Callable  # record(cfg, phases, device) -> first or last
+    plan: Callable  # plan(cfg, phases, device, rate) -> text for --dry-run
+    speed: Callable  # speed(cfg, calls of Meter, seconds, device) -> numbers for the log
     device: str = "auto"  # that --device auto means
     threads: int = 0  # of the CPU while training; 0 leaves torch's own choice
+    lag: int = 0  # batches behind the line that says how far the fake lags; 0: no line
+    samples: int = 4  # of sample.py
 
 
-TOY_SETTINGS = dict(  # what a mixture in the plane needs in place of the paper's settings
-    shift=1.0,
-    weight="xs",
-    depths="mixed",
-    warmup=200,
-    batch=256,
-    lr=1e-3,
-    fake_lr=2e-3,
-    lr_decay=0.5,
-    max_skips=0,
-)
+def base_roles(cfg: Config, phases: list[ph.Phase], device, out: Path, start: dict) -> moe.Roles:
+    """Roles on the frozen networks of a large teacher."""
+    expert = partial(moe.expert_of, phases=phases, boundary_t=large.boundary(cfg))
+    return moe.shared_networks(*large.parts(cfg, device, out, expert))
 
+
+def holds(cfg: Config, phases: list[ph.Phase]) -> list[plan.Held]:
+    """Which experts of the teacher, and which roles, each phase has in memory."""
+    boundary_t, found = large.boundary(cfg), []
+    for phase in phases:
+        earlier = [moe.student_role(k) for k in range(1, phase.k)]
+        trained = [moe.student_role(phase.k), *moe.fake_roles(phase, cfg.fake_per_depth)]
+        experts = {moe.expert_of(role, phases, boundary_t) for role in (*earlier, *trained)}
+        found.append(plan.Held(phase.k, sorted(experts), earlier, trained))
+    return found
+
+
+def base_plan(cfg: Config, phases: list[ph.Phase], device: str, rate: float) -> str:
+    """Memory and time of a large run."""
+    return plan.report(cfg, phases, holds(cfg, phases), large.buckets(cfg), device, rate)
+
+
+def base_record(cfg: Config, phases: list[ph.Phase], device: torch.device) -> str:
+    """Which of the two ways to spend memory."""
+    return plan.record_of(cfg, holds(cfg, phases), large.buckets(cfg), device)
+
+
+TOY = dict(  # what a mixture in the plane needs in place of the paper's settings
+    shift=1.0, weight="xs", depths="mixed", warmup=200, batch=256, generator="full", lr=1e-3,
+    fake_lr=2e-3, lr_decay=0.5, max_skips=0,
+)  # fmt: skip
+LARGE = dict(fake="lora", micro_batch=1, sample_every=50, save_every=50, keep=2, eval_samples=4)
+VIDEO = dict(frames=81, size=("480x832:0.4", "832x480:0.4", "720x1280:0.1", "1280x720:0.1"))
+PICTURE = dict(size=("720x1280",))
+QWEN = dict(shift=3.0, guidance=(4.0,), size=(
+    "1328x1328", "1664x928", "928x1664", "1472x1104", "1104x1472", "1584x1056", "1056x1584",
+))  # fmt: skip
+TINY = dict(iters=4, batch=4, micro_batch=2, sample_every=2, save_every=2, rank=4, fake_updates=2)
+CLIP = dict(frames=9, size=("48x64", "64x48"))
+
+
+def toy(**settings) -> Preset:
+    """A row of an exact distribution. One thread: at this size a second one only waits."""
+    return Preset(
+        settings, toy2d.check, toy2d.files, lambda cfg: None, toy2d.start, toy2d.roles,
+        toy2d.data, toy2d.report, toy2d.present, toy2d.record, toy2d.plan, lambda *_: {}, "cpu",
+        threads=1, lag=16, samples=10_000,
+    )  # fmt: skip
+
+
+def base(**settings) -> Preset:
+    """A row of a large teacher, or of a small one of its architecture."""
+    return Preset(
+        settings, large.check, large.files, large.boundary, large.start, base_roles,
+        large.data, large.report, large.present, base_record, base_plan, large.speed,
+    )  # fmt: skip
+
+
+# fmt: off
 PRESETS = {
-    "toy2d": Preset(
-        TOY_SETTINGS,
-        None,
-        toy2d.network,
-        toy2d.teacher,
-        toy2d.start,
-        toy2d.data,
-        toy2d.evaluate,
-        toy2d.picture,
-        toy2d.present,
-        device="cpu",
-        threads=1,
-    ),  # one thread: at this size a second one only waits
+    "toy2d":           toy(**TOY),
+    "wan21-1.3b":      base(**LARGE, **VIDEO, guidance=(6.0,)),
+    "wan21":           base(**LARGE, **PICTURE, guidance=(5.0,)),
+    "wan22":           base(**LARGE, **VIDEO, guidance=(4.0, 3.0)),
+    "wan22-i2v":       base(**LARGE, **VIDEO, guidance=(3.5, 3.5)),
+    "wan22-5b":        base(**LARGE, frames=81, size=("704x1280",), guidance=(5.0,)),
+    "qwen-image":      base(**LARGE, **QWEN),
+    "wan21-tiny":      base(**LARGE | TINY, **CLIP, guidance=(5.0,)),
+    "wan22-tiny":      base(**LARGE | TINY, **CLIP, guidance=(4.0, 3.0)),
+    "wan22-i2v-tiny":  base(**LARGE | TINY, **CLIP, guidance=(3.5, 3.5)),
+    "qwen-image-tiny": base(**LARGE | TINY | QWEN | dict(size=("64x96", "96x64"))),
 }
+# fmt: on
+RATES = {"lora": (5e-5, 5e-5), "full": (2e-6, 4e-7)}  # of generator and fake, by kind
 
 
 def config(teacher: str = "toy2d", **given) -> Config:
     """The settings of a preset, changed where given."""
-    return Config(**(PRESETS[teacher].settings | {"teacher": teacher} | given))
+    settings = PRESETS[teacher].settings | {"teacher": teacher} | given
+    cfg = Config(**settings)
+    rates = {"lr": RATES[cfg.generator][0], "fake_lr": RATES[cfg.fake][1]}
+    return replace(cfg, **{name: x for name, x in rates.items() if name not in settings})
 
 
 # -- the loop ------------------------------------------------------------------------------------
@@ -164,6 +254,8 @@ class Run:
     batch: Callable  # of the preset's data
     device: torch.device
     out: Path  # the run's folder
+    meter: Meter  # of what the networks are asked
+    record_last: bool  # which of the two ways to spend memory
     k: int = 1  # phase
     i: int = 0  # next iteration of it; negative while the fake warms up
     optimizers: dict = field(default_factory=dict)
@@ -181,7 +273,12 @@ class Run:
 
     @property
     def student(self) -> list[Callable]:
-        return moe.by_step(self.roles.velocity, self.phases)
+        """The networks of the student's steps so far, those of phases 1 to k."""
+        return moe.by_step(self.roles.velocity, self.phases[: self.k])
+
+    @property
+    def finished(self) -> bool:
+        return self.k == len(self.phases) and self.i == self.cfg.iters
 
     @property
     def times(self) -> tuple[float, ...]:
@@ -235,57 +332,84 @@ def fake_rollouts(run: Run, updates: int) -> Iterator[tuple]:
 
 def fake_update(run: Run, update: int, rollouts: Iterator[tuple]) -> dict:
     """One step of the fake on samples of the present generator: Eq. 8, inside (s, 1) Eq. 13."""
-    part, total = draw_part(run, update), 0.0
+    part, total, by_t = draw_part(run, update), 0.0, 0.0
     for m, n in micro_batches(run.cfg):
-        loss = fake_loss(run, part, update, m, *next(rollouts)) * (n / run.cfg.batch)
+        each, t = fake_loss(run, part, update, m, *next(rollouts))
+        loss = each.mean() * (n / run.cfg.batch)
         loss.backward()
         total += loss.detach()
-    return apply(run, moe.fake_role(part.expert), loss=total)
+        by_t += t_bins(each.detach(), t)
+    sums, counts = by_t
+    return apply(run, moe.fake_role(part.expert), {"loss": total}, {"loss_by_t": sums / counts})
 
 
-def fake_loss(run: Run, part: ph.Part, update, m: int, x_s: Tensor, c, depth: Tensor) -> Tensor:
-    """Score matching of the fake inside (s, 1), at the times of the phase."""
+def fake_loss(run: Run, part: ph.Part, update, m: int, x_s: Tensor, c, depth: Tensor) -> tuple:
+    """Score matching of the fake inside (s, 1): a loss (B,), and the times t (B,) of the phase."""
     t, eps = renoise(run, part, update, m, x_s)
     v_fake = fake_of(run, part, depth)(diffuse(x_s, run.phase.s, t, eps), t, c)
     match = losses.subinterval_matching if run.cfg.target == "unbiased" else losses.biased_matching
-    return match(v_fake, x_s, run.phase.s, t, eps)
+    return match(v_fake, x_s, run.phase.s, t, eps), t
+
+
+def t_bins(each: Tensor, t: Tensor, bins: int = 5) -> Tensor:
+    """Sums of (B,) numbers and their counts, by t in equal parts of [0, 1]: (2, bins)."""
+    inside = (t[:, None] * bins).clamp(max=bins - 1).floor() == torch.arange(bins, device=t.device)
+    return torch.stack([each, torch.ones_like(each)]) @ inside.float()
 
 
 def generator_update(run: Run, update: int) -> dict:
     """One step of the generator down the reverse KL at a random t, Eq. 10."""
-    part, total, square = draw_part(run, update), 0.0, 0.0
+    part, total, square, moments = draw_part(run, update), 0.0, 0.0, 0.0
     for m, n in micro_batches(run.cfg):
-        [(x_s, c, depth)] = simulate(run, [(update, m, n)])
+        x, t_j, c, depth = approach(run, [(update, m, n)])
+        with torch.set_grad_enabled(not run.record_last):
+            x_s = recorded(run.student, run.phase, x, t_j, c)
         with torch.no_grad():
             t, eps = renoise(run, part, update, m, x_s)
             x_t = diffuse(x_s, run.phase.s, t, eps)
-            v_real = run.roles.velocity("teacher", x_t, t, c)
+            v_real = run.roles.velocity(moe.teacher_role(part.expert), x_t, t, c)
             v_fake = fake_of(run, part, depth)(x_t, t, c)
             gradient = losses.dmd_gradient(x_s, x_t, run.phase.s, t, v_real, v_fake, run.cfg.weight)
-            square += losses.mean((v_real - v_fake) ** 2) * (n / run.cfg.batch)
-        loss = losses.distribution_matching(x_s, gradient) * (n / run.cfg.batch)
+            square += losses.mean((v_real - v_fake) ** 2).mean() * (n / run.cfg.batch)
+            moments += torch.stack([x_s.mean(), x_s.square().mean()]) * (n / run.cfg.batch)
+        if run.record_last:  # the gradient is known: no other network while this graph lives
+            x_s = recorded(run.student, run.phase, x, t_j, c)
+        loss = losses.distribution_matching(x_s, gradient).mean() * (n / run.cfg.batch)
         loss.backward()
         total += loss.detach()
-    return apply(run, moe.student_role(run.k), loss=total, distance=square.sqrt())
+    mean, second = moments
+    about = {"x_mean": mean, "x_std": (second - mean**2).clamp(min=0).sqrt()}
+    return apply(run, moe.student_role(run.k), {"loss": total, "distance": square.sqrt()}, about)
 
 
 def simulate(run: Run, passes: list[tuple]) -> list[tuple]:
     """For each pass (update, m, n): n samples x_{t_k}, their conditions and truncation depths."""
+    x, t_j, c, depth = approach(run, passes)
+    x_s = recorded(run.student, run.phase, x, t_j, c)
+    sizes, start = [n for *_, n in passes], 0
+    cs = []
+    for n in sizes:
+        cs.append(moe.select(c, slice(start, start + n)))
+        start += n
+    return list(zip(x_s.split(sizes), cs, depth.split(sizes)))
+
+
+def approach(run: Run, passes: list[tuple]) -> tuple:
+    """All passes' samples before their recorded step: x, its times, conditions, depths."""
     zs, cs, depths = [], [], []
     for update, m, n in passes:
         where = run.cfg.seed, run.k, run.i, update
-        c, _, shape = run.batch(n, *where, m)
+        c, shape = run.batch(n, *where, m)
         cs.append(moe.move(c, run.device))
         r = uniform((), *where, "depth").item()  # without m: all processes agree
         zs.append(normal((n, *shape), *where, m, "z").to(run.device))
         rows = range(m * run.cfg.micro_batch, m * run.cfg.micro_batch + n)
         mixed = run.cfg.depths == "mixed"
         depths.append(ph.truncation_depths(run.phase, rows, r, mixed, run.cfg.batch))
-    c, depth = moe.concatenate(cs), torch.cat(depths)
-    x_s = rollout(
-        run.student, run.times, run.phase, torch.cat(zs), c, depth, run.cfg.truncate == "on"
-    )
-    return list(zip(x_s.split([n for *_, n in passes]), cs, depths))
+    z, c, depth = torch.cat(zs), moe.concatenate(cs), torch.cat(depths)
+    truncate = run.cfg.truncate == "on"
+    x, t_j = rollout(run.student, run.times, run.phase, z, c, depth, truncate)
+    return x, t_j, c, depth
 
 
 def draw_part(run: Run, update) -> ph.Part:
@@ -315,14 +439,18 @@ def micro_batches(cfg: Config) -> list[tuple[int, int]]:
     return [(m, min(size, cfg.batch - start)) for m, start in enumerate(range(0, cfg.batch, size))]
 
 
-def apply(run: Run, name: str, **values: Tensor) -> dict:
-    """Step the optimizers of a role that have gradients, unless something is not finite."""
-    mine = [opt for role, opt in run.optimizers.items() if role.split(".")[0] == name]
-    mine = [opt for opt in mine if all(p.grad is not None for p in opt.parameters.values())]
-    grads = [p.grad for opt in mine for p in opt.parameters.values()]
+def apply(run: Run, name: str, values: dict[str, Tensor], about: dict[str, Tensor]) -> dict:
+    """Step the optimizers of a role that have gradients, unless one of values is not finite.
+
+    Returns the log's row: values, and what else is worth knowing (empty bins are None there).
+    """
+    mine = [opt for role, opt in run.optimizers.items() if role.split("-")[0] == name]
+    mine = [opt for opt in mine if any(p.grad is not None for p in opt.parameters.values())]
+    grads = [p.grad for opt in mine for p in opt.parameters.values() if p.grad is not None]
     values["grad_norm"] = torch.nn.utils.get_total_norm(grads)
-    numbers = torch.stack(list(values.values())).tolist()  # the one wait for the device
-    finite = all(map(math.isfinite, numbers))
+    all_of = [x.flatten() for x in (*values.values(), *about.values())]
+    numbers = torch.cat(all_of).tolist()  # the one wait for the device
+    finite = all(map(math.isfinite, numbers[: len(values)]))
     run.skips[name] = 0 if finite else run.skips.get(name, 0) + 1
     if run.skips[name] > run.cfg.max_skips:
         raise UserError(
@@ -335,7 +463,10 @@ def apply(run: Run, name: str, **values: Tensor) -> dict:
         for p in optimizer.parameters.values():
             p.grad = None
     row = {"phase": run.k, "iteration": run.i, "role": name, "skipped": not finite}
-    return row | {key: x if math.isfinite(x) else None for key, x in zip(values, numbers)}
+    shown = iter(x if math.isfinite(x) else None for x in numbers)
+    for key, x in (values | about).items():
+        row[key] = [next(shown) for _ in x] if x.ndim else next(shown)
+    return row
 
 
 def rate(cfg: Config, i: int) -> float:
@@ -343,7 +474,7 @@ def rate(cfg: Config, i: int) -> float:
     return min(1.0, (cfg.iters - i) / max(1.0, cfg.iters * cfg.lr_decay))
 
 
-def fake_lag(run: Run, updates: int = 20, batches: int = 16) -> tuple[float, float]:
+def fake_lag(run: Run, batches: int = 16, updates: int = 20) -> tuple[float, float]:
     """The fake's loss on fresh samples now, and after 20 more updates of a copy: is A1 true?
 
     At the fake's full rate, so that a lagging fake can catch up; one that has arrived only jitters.
@@ -357,7 +488,7 @@ def fake_lag(run: Run, updates: int = 20, batches: int = 16) -> tuple[float, flo
         passes = [(f"lag{j}", 0, run.cfg.batch) for j in range(batches)]
         with torch.no_grad():
             found = [
-                fake_loss(run, draw_part(run, update), update, m, *sample)
+                fake_loss(run, draw_part(run, update), update, m, *sample)[0].mean()
                 for (update, m, _), sample in zip(passes, simulate(run, passes))
             ]
         return torch.stack(found).mean().item()
@@ -370,6 +501,38 @@ def fake_lag(run: Run, updates: int = 20, batches: int = 16) -> tuple[float, flo
     later = loss()
     restore(run, tensors, counters)
     return now, later
+
+
+@torch.no_grad()
+def look(run: Run) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """One condition, eval_samples noises: what the student so far makes of them, and is told.
+
+    Rows by name: x at the end of each phase, and the x_0 that its last step, and, of the x_{t_k}
+    re-noised, teacher and fake believe in; when all is done the teacher's own few steps too. And
+    x at every step. Networks get micro_batch samples at a time.
+    """
+    n, where, phase = run.cfg.eval_samples, (run.cfg.seed, "look"), run.phase
+    c, shape = run.batch(1, *where, 0)
+    c = moe.move(moe.select(c, torch.zeros(n, dtype=torch.long)), run.device)
+    z, eps = (normal((n, *shape), *where, name).to(run.device) for name in ("z", "eps"))
+    few = lambda nets: [moe.in_passes(net, run.cfg.micro_batch or n) for net in nets]
+    *_, before, x_s = xs = list(trajectory(few(run.student), run.times[: phase.last + 1], z, c))
+    rows = {f"student, t = {p.s:.3g}": xs[p.last] for p in run.phases[: run.k]}
+    last = times_of(phase.t[-2], x_s)
+    rows["student x_0"] = v_to_x0(before, last, few(run.student)[-1](before, last, c))
+    part = ph.pick_part(phase, 0.5)
+    t = ph.renoise_times(part, torch.full((n,), 0.5), run.cfg.shift).to(run.device)
+    x_t = diffuse(x_s, phase.s, t, eps)
+    fake = fake_of(run, part, torch.full((n,), phase.depths))
+    teacher = partial(run.roles.velocity, moe.teacher_role(part.expert))
+    for name, net in zip(("teacher x_0", "fake x_0"), few([teacher, fake])):
+        rows[f"{name} at t = {t[0]:.2f}"] = v_to_x0(x_t, t, net(x_t, t, c))
+    if run.finished:
+        boundary_t = PRESETS[run.cfg.teacher].boundary(run.cfg)
+        experts = [moe.expert_at(t, boundary_t) for t in run.times[:-1]]
+        nets = few([partial(run.roles.velocity, moe.teacher_role(e)) for e in experts])
+        *_, rows[f"teacher, {len(nets)} steps"] = trajectory(nets, run.times, z, c)
+    return rows, xs
 
 
 # -- state ---------------------------------------------------------------------------------------
@@ -415,7 +578,7 @@ def save_state(run: Run, log_bytes: int, seconds: float) -> None:
     about = counters_of(run) | {
         "log_bytes": log_bytes,
         "seconds": seconds,
-        "settings": asdict(run.cfg),
+        "settings": plain(run.cfg),
         "kind": "state",
     }
     write_tensors(run.out / "state" / "state.safetensors", tensors_of(run), about)
@@ -426,7 +589,7 @@ def load_state(run: Run) -> tuple[int, float]:
     path, advice = run.out / "state" / "state.safetensors", "start over with --overwrite"
     if not path.exists():
         return 0, 0.0
-    tensors, about = read_tensors(path, "state", asdict(run.cfg), advice)
+    tensors, about = read_tensors(path, "state", plain(run.cfg), advice)
     restore(run, tensors, about)
     return about["log_bytes"], about["seconds"]
 
@@ -435,34 +598,30 @@ def load_state(run: Run) -> tuple[int, float]:
 
 
 def prepare(args, cfg: Config, stop: Stop) -> Run:
-    """A run as its folder has it, or a new one: networks, starting tensors, state."""
-    preset, out = PRESETS[cfg.teacher], args.out
+    """A run as its folder has it, or a new one: config, starting tensors, networks."""
+    preset, out, device = PRESETS[cfg.teacher], args.out, torch.device(args.device)
     if args.overwrite or "config.json" not in contents(out):
         config = {
-            "settings": asdict(cfg),
+            "settings": plain(cfg),
             "environment": environment(args.device),
-            "files": hashes([cfg.points] if cfg.points else []),
+            "files": hashes(preset.files(cfg)),
         }
         write_json(out / "config.json", config)
-    path = out / "start.safetensors"
-    if not path.exists():
-        start = preset.start(
-            cfg, lambda steps: watch(steps, "start: fitting the teacher's velocity", stop)
-        )
-        write_tensors(path, start, {"settings": asdict(cfg), "kind": "start"})
-    start, _ = read_tensors(path, "start", asdict(cfg), "delete it, and run again with --resume")
-    return new_run(cfg, start, torch.device(args.device), out)
+    start = preset.start(cfg, out, lambda steps, text: watch(steps, text, stop), device)
+    stop.check()
+    run = new_run(cfg, start, device, out)
+    begin_phase(run, 1)
+    return run
 
 
 def new_run(cfg: Config, start: dict[str, Tensor], device: torch.device, out: Path) -> Run:
-    """A run before its first iteration, all roles at `start`."""
+    """A run whose networks are there, all roles at `start`, before its first phase begins."""
     preset, phases = PRESETS[cfg.teacher], phases_of(cfg)
-    names = moe.run_roles(phases, cfg.fake_per_depth)
-    make = lambda: preset.network(cfg).to(device)
-    roles = moe.separate_networks(names, make, start, preset.teacher(cfg, device))
-    run = Run(cfg, phases, roles, preset.data(cfg), device, out)
-    begin_phase(run, 1)
-    return run
+    roles = preset.roles(cfg, phases, device, out, start)
+    meter = Meter(roles.velocity)
+    roles = roles._replace(velocity=meter)
+    last = preset.record(cfg, phases, device) == "last"
+    return Run(cfg, phases, roles, preset.data(cfg, out), device, out, meter, last)
 
 
 def phases_of(cfg: Config) -> list[ph.Phase]:
@@ -474,7 +633,7 @@ def phases_of(cfg: Config) -> list[ph.Phase]:
             cfg.shift,
             cfg.interval,
             cfg.t_margin,
-            PRESETS[cfg.teacher].boundary_t,
+            PRESETS[cfg.teacher].boundary(cfg),
             cfg.boundary,
             cfg.fix_t,
         )
@@ -483,26 +642,61 @@ def phases_of(cfg: Config) -> list[ph.Phase]:
 
 
 def drive(run: Run, began: float, stop: Stop) -> float:
-    """Train to the end with bars, log and states. Returns its begin, breaks left out."""
+    """Train to the end with bars, log, looks and states. Returns its begin, breaks left out."""
     size, before = load_state(run)
     began -= before
     log, bar = Log(run.out / "log.jsonl", size), None
+    lap = time.time()
     for rows in train(run):
         if bar is None or rows[0]["iteration"] == -run.cfg.warmup:
             bar = new_bar(run)
-        seconds = time.time() - began
+        seconds, lap = time.time() - began, timed(run, rows, lap)
         log.write([row | {"seconds": round(seconds, 3)} for row in rows])
         bar.update()
         bar.set_postfix(short(rows), refresh=False)
         last, stopping = run.i == run.cfg.iters, stop.signal
-        if last or stopping or run.i % run.cfg.save_every == 0:
-            save_state(run, log.sync(), seconds)
+        if due(run, run.cfg.sample_every):
+            take_look(run, log)
+        if last or stopping or due(run, run.cfg.save_every):
+            save_state(run, log.sync(), time.time() - began)
         if stopping:
             raise Interrupted(stopping)
         if last:
             bar.close()
             report_lag(run)
+        lap = time.time()
     return began
+
+
+def due(run: Run, every: int) -> bool:
+    """Whether something that is done at every so many iterations, and at the last, is due."""
+    return every > 0 and run.i > 0 and (run.i % every == 0 or run.i == run.cfg.iters)
+
+
+def timed(run: Run, rows: list[dict], lap: float) -> float:
+    """Adds to an iteration's last row how fast it was. Returns the time of now."""
+    now = time.time()
+    calls, seconds = run.meter.take(), now - lap
+    speed = {
+        "seconds_iteration": round(seconds, 4),
+        "samples_per_second": round(len(rows) * run.cfg.batch / seconds, 3),
+        "memory_gb": round(peak_memory(run.device) / 1e9, 3),
+    }
+    rows[-1] |= speed | PRESETS[run.cfg.teacher].speed(run.cfg, calls, seconds, run.device)
+    return now
+
+
+def take_look(run: Run, log: Log) -> None:
+    """Picture, numbers, curves and the student of now, so that there is something to choose from."""
+    numbers, picture = PRESETS[run.cfg.teacher].report(run, look)
+    log.write([{"phase": run.k, "iteration": run.i, "role": "look"} | numbers])
+    file = run.out / "looks" / f"phase{run.k}-{run.i:06}.png"
+    write(file, picture)
+    write(run.out / "curves.png", curves(run.out / "log.jsonl"))
+    if run.cfg.keep:
+        save_student(run, file.with_suffix(".safetensors"))
+        keep_newest(file.parent, run.cfg.keep)
+    run.meter.take()  # not of the next iteration
 
 
 def new_bar(run: Run) -> tqdm:
@@ -523,26 +717,32 @@ def short(rows: list[dict]) -> dict:
 
 
 def report_lag(run: Run) -> None:
-    """Say how far the fake lags behind the generator."""
-    now, later = fake_lag(run)
-    print(
-        f"phase {run.k}: the fake's loss on fresh samples is {now:.4f}, after 20 more updates "
-        f"{later:.4f} ({100 * (later / now - 1):+.1f} %; a clear fall means that it lags)"
-    )
+    """Say how far the fake lags behind the generator, where that costs seconds."""
+    batches = PRESETS[run.cfg.teacher].lag
+    if batches:
+        now, later = fake_lag(run, batches)
+        print(
+            f"phase {run.k}: the fake's loss on fresh samples is {now:.4f}, after 20 more updates "
+            f"{later:.4f} ({100 * (later / now - 1):+.1f} %; a clear fall means that it lags)"
+        )
+
+
+def save_student(run: Run, path: Path) -> None:
+    """The experts that are trained so far, in one file."""
+    experts = [moe.student_role(phase.k) for phase in run.phases[: run.k]]
+    tensors = {
+        f"{role}/{name}": p for role in experts for name, p in run.roles.parameters_of(role).items()
+    }
+    write_tensors(path, tensors, {"settings": plain(run.cfg), "kind": "student", "phase": run.k})
 
 
 def finish(run: Run, began: float, stop: Stop) -> dict:
     """Student, picture and numbers; metrics.json comes last and says that the run is finished."""
-    preset, settings = PRESETS[run.cfg.teacher], {"settings": asdict(run.cfg), "kind": "student"}
-    experts = [moe.student_role(phase.k) for phase in run.phases]
-    tensors = {
-        f"{role}/{name}": p for role in experts for name, p in run.roles.parameters_of(role).items()
-    }
-    write_tensors(run.out / "student.safetensors", tensors, settings)
-    write(run.out / "samples.png", preset.picture(run.cfg, run.student, run.phases, run.device))
+    save_student(run, run.out / "student.safetensors")
     stop.check()
     trained = time.time()
-    metrics = preset.evaluate(run.cfg, run.student, run.phases, run.device)
+    metrics, picture = PRESETS[run.cfg.teacher].report(run, look)
+    write(run.out / "samples.png", picture)
     metrics |= {
         "seconds": round(trained - began, 1),
         "seconds_metrics": round(time.time() - trained, 1),
@@ -560,15 +760,11 @@ def show(metrics: dict, out: Path) -> None:
     print(f"folder: {out}")
 
 
-def dry_run(cfg: Config) -> None:
-    """What a run would be: the phases, and every role's parameters, on the meta device."""
+def dry_run(cfg: Config, device: str, tflops: float) -> None:
+    """What a run would be: the phases, memory and time, on the meta device."""
     phases = phases_of(cfg)
     print(ph.table(phases, cfg.shift))
-    with torch.device("meta"):
-        network = PRESETS[cfg.teacher].network(cfg)
-    count = sum(p.numel() for p in network.parameters())
-    for role in moe.run_roles(phases, cfg.fake_per_depth):
-        print(f"{role:16}{count:16,} parameters")
+    print(PRESETS[cfg.teacher].plan(cfg, phases, device, 1e12 * tflops))
 
 
 def parser() -> Parser:
@@ -589,8 +785,11 @@ def parser() -> Parser:
     )
     made.add_argument("--overwrite", action="store_true", help="replace the run in --out")
     made.add_argument(
-        "--dry-run", action="store_true", help="print phases and parameter counts, write nothing"
+        "--dry-run", action="store_true", help="print phases, memory and time, write nothing"
     )
+    made.add_argument("--tflops", type=float, default=0.0,
+                      help="of --dry-run: Tflop/s of your device (default: measured here)")  # fmt: skip
+    made.add_argument("--adapter", choices=KINDS, help="sets both --generator and --fake")
     return made
 
 
@@ -598,9 +797,11 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     """Command line -> options (with the settings that were given) and the checked Config."""
     args = parser().parse_args(argv)
     args.given = given(args, Config)
-    if args.given.get("points"):
-        # in full, since a run may go on from elsewhere
-        args.given["points"] = str(Path(args.given["points"]).resolve())
+    if args.adapter:
+        args.given = {"generator": args.adapter, "fake": args.adapter} | args.given
+    for name in ("points", "prompts", "images", "weights", "teacher_lora"):
+        if name in args.given:  # in full, since a run may go on from elsewhere
+            args.given[name] = in_full(args.given[name])
     args.asked, args.out = args.device, args.out or Path("out") / args.given.get("teacher", "toy2d")
     if args.resume and args.overwrite:
         raise UserError("--resume keeps a run and --overwrite removes it; give one of them")
@@ -610,6 +811,13 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     return args, config(**args.given)
 
 
+def in_full(paths):
+    """One path, or several, from the root; `random` is none."""
+    if isinstance(paths, tuple):
+        return tuple(map(in_full, paths))
+    return paths if paths in ("", "random") else str(Path(paths).resolve())
+
+
 def check_teacher(cfg: Config) -> None:
     """Raise UserError for a teacher that there is not."""
     if cfg.teacher not in PRESETS:
@@ -617,14 +825,19 @@ def check_teacher(cfg: Config) -> None:
         raise UserError(f"unknown --teacher {cfg.teacher}; nearest: {', '.join(near)}")
 
 
-def validate(cfg: Config) -> None:
-    """Raise UserError for settings that cannot make a run."""
+def validate(cfg: Config, files: bool = True) -> None:
+    """Raise UserError for settings, and for files, that cannot make a run."""
     check_teacher(cfg)
     check(cfg)
+    PRESETS[cfg.teacher].check(cfg)
+    if files:
+        PRESETS[cfg.teacher].files(cfg)
     phases_of(cfg)
     if cfg.fake_per_depth and cfg.truncate == "off":
         raise UserError("--fake-per-depth needs truncation: without it there are no depths")
-    PRESETS[cfg.teacher].data(cfg)  # for what it raises: files that cannot be read, and the like
+
+
+MEMORY = "--dry-run says what would fit: --micro-batch 1, --record last, --offload expert or blocks"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -632,9 +845,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args, cfg = parse(argv)
         if not args.resume:
-            validate(cfg)
+            validate(cfg, files=not args.dry_run)
         if args.dry_run:
-            dry_run(cfg)
+            dry_run(cfg, args.device, args.tflops)
             return 0
         usual = torch.get_num_threads()
         torch.set_num_threads(PRESETS[cfg.teacher].threads or usual)
@@ -654,6 +867,9 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    except torch.OutOfMemoryError:
+        print(f"train.py: out of memory; {MEMORY}", file=sys.stderr)
         return 2
     except Interrupted as interrupted:
         device = "" if args.asked == "auto" else f" --device {args.asked}"

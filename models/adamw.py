@@ -17,9 +17,11 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, factor: float, beta: float = 0.999, eps: float = 1e-8) -> None:
-        """Move every parameter by about lr * factor, against its gradient."""
+        """Move every parameter that has a gradient by about lr * factor, against it."""
         self.steps += 1
         unbias = math.sqrt(1 - beta**self.steps)
         for name, p in self.parameters.items():
+            if p.grad is None:  # of a layer whose output nobody reads: Qwen-Image's last text branch
+                continue
             v = self.second[name].mul_(beta).addcmul_(p.grad, p.grad, value=1 - beta)
             p.addcdiv_(p.grad, v.sqrt().add_(eps * unbias), value=-self.lr * factor * unbias)

@@ -4,18 +4,20 @@ import argparse
 import math
 import sys
 from collections.abc import Callable
-from dataclasses import field, fields
+from dataclasses import asdict, field, fields
 
 import torch
 
 from models.files import UserError
 
 
-def setting(default, help: str, choices=None, low=None, above=None, high=None):
-    """A field of Config, with all that the command line needs to know of it."""
-    return field(
-        default=default, metadata=dict(help=help, choices=choices, low=low, above=above, high=high)
-    )
+def setting(default, help: str, choices=None, low=None, above=None, high=None, kind=None):
+    """A field of Config, with all that the command line needs to know of it.
+
+    A tuple as default: the flag takes several values, each of this `kind`.
+    """
+    about = dict(help=help, choices=choices, low=low, above=above, high=high)
+    return field(default=default, metadata=about | {"kind": kind or type(default)})
 
 
 class Parser(argparse.ArgumentParser):
@@ -35,17 +37,27 @@ class Parser(argparse.ArgumentParser):
 def add_flags(parser: Parser, settings, presets: dict[str, dict]) -> None:
     """A flag for every field; the help says the default, and which presets have another."""
     for f in fields(settings):
-        flag, about, kind = flag_of(f.name), f.metadata, type(f.default)
+        flag, about, kind = flag_of(f.name), f.metadata, f.metadata["kind"]
         if kind is bool:
             parser.add_argument(flag, action="store_true", default=None, help=about["help"])
             continue
-        others = [
-            f"{name}: {preset[f.name]}" for name, preset in presets.items() if f.name in preset
-        ]
-        default = f.default or None if kind is str else f.default
-        help = f"{about['help']} ({'; '.join([f'default {default}', *others])})"
+        help = f"{about['help']} (default {defaults(f, presets)})"
         metavar = None if about["choices"] else kind.__name__.upper()
-        parser.add_argument(flag, type=kind, choices=about["choices"], help=help, metavar=metavar)
+        many = "+" if isinstance(f.default, tuple) else None
+        parser.add_argument(
+            flag, type=kind, choices=about["choices"], help=help, metavar=metavar, nargs=many
+        )
+
+
+def defaults(f, presets: dict[str, dict]) -> str:
+    """A field's default, then those of presets that have another: each value once."""
+    shown = lambda v: " ".join(map(str, v)) or "none" if isinstance(v, tuple) else f"{v}" or "none"
+    names: dict[str, list[str]] = {shown(f.default): []}
+    for name, preset in presets.items():
+        if f.name in preset:
+            names.setdefault(shown(preset[f.name]), []).append(name)
+    usual, *others = names
+    return "; ".join([usual, *(f"{', '.join(names[value])}: {value}" for value in others)])
 
 
 def flag_of(name: str) -> str:
@@ -56,24 +68,43 @@ def flag_of(name: str) -> str:
 def given(args, settings) -> dict:
     """The fields that the command line named, with their values."""
     values = {f.name: getattr(args, f.name) for f in fields(settings)}
-    return {name: value for name, value in values.items() if value is not None}
+    return tuples({name: value for name, value in values.items() if value is not None})
+
+
+def tuples(settings: dict) -> dict:
+    """Settings as argparse or JSON has them -> as Config has them: tuples, not lists."""
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items()}
+
+
+def plain(cfg) -> dict:
+    """Settings as JSON will give them back."""
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(cfg).items()}
 
 
 def check(cfg) -> None:
     """Raise UserError for a value of the wrong type, or outside the limits of its field."""
     for f in fields(cfg):
-        value, about, flag = getattr(cfg, f.name), f.metadata, flag_of(f.name)
-        numbers = (int, float) if type(f.default) is float else type(f.default)
-        if not isinstance(value, numbers) or (about["choices"] and value not in about["choices"]):
-            raise UserError(f"{flag} {value!r} is none of {about['choices'] or f.type}")
-        if about["high"] is not None and value > about["high"]:
-            raise UserError(f"{flag} {value} is above {about['high']}")
-        if about["low"] is not None and value < about["low"]:
-            raise UserError(f"{flag} {value} is below {about['low']}")
-        if about["above"] is not None and value <= about["above"]:
-            raise UserError(f"{flag} {value} must be above {about['above']}")
-        if isinstance(value, float) and not math.isfinite(value):
-            raise UserError(f"{flag} {value} is not a finite number")
+        values, flag = getattr(cfg, f.name), flag_of(f.name)
+        if isinstance(values, tuple) != isinstance(f.default, tuple):
+            raise UserError(f"{flag} {values!r} is none of {f.type}")
+        for value in values if isinstance(values, tuple) else (values,):
+            check_value(flag, value, f)
+
+
+def check_value(flag: str, value, f) -> None:
+    """One value of a field."""
+    about, kind = f.metadata, f.metadata["kind"]
+    numbers = (int, float) if kind is float else kind
+    if not isinstance(value, numbers) or (about["choices"] and value not in about["choices"]):
+        raise UserError(f"{flag} {value!r} is none of {about['choices'] or kind.__name__}")
+    if about["high"] is not None and value > about["high"]:
+        raise UserError(f"{flag} {value} is above {about['high']}")
+    if about["low"] is not None and value < about["low"]:
+        raise UserError(f"{flag} {value} is below {about['low']}")
+    if about["above"] is not None and value <= about["above"]:
+        raise UserError(f"{flag} {value} must be above {about['above']}")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{flag} {value} is not a finite number")
 
 
 def exit_status(script: str, work: Callable[[], None], memory: str = "") -> int:

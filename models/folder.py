@@ -13,13 +13,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from models.flags import check, flag_of
+from models.flags import check, flag_of, tuples
 from models.files import UserError, cannot_write, read_json
 
 OURS = {
     "config.json",
+    "curves.png",
     "log.jsonl",
+    "looks",
     "metrics.json",
+    "prompts.safetensors",
     "samples.png",
     "start.safetensors",
     "student.safetensors",
@@ -89,7 +92,7 @@ def settle(args, cfg) -> tuple:
 def config_of(settings, config: dict, out: Path):
     """The settings in a config.json. Raises UserError if it is not one of this version."""
     try:
-        cfg = settings(**config["settings"])
+        cfg = settings(**tuples(config["settings"]))
         check(cfg)
         if not all(isinstance(config[name], dict) for name in ("environment", "files")):
             raise TypeError
@@ -103,7 +106,8 @@ def config_of(settings, config: dict, out: Path):
 def clear(out: Path) -> None:
     """Remove a run but for its config.json, which the new run replaces at once. Nothing else."""
     inside = [out / "state" / "state.safetensors", out / "samples" / "samples.png"]
-    inside += [out / "samples" / "samples.npy", *(out / name for name in OURS)]
+    inside += [out / "samples" / "samples.npy", out / "samples" / "latents.safetensors"]
+    inside += [*(out / name for name in OURS), *(out / "looks").glob("phase*-*")]
     try:
         for path in inside:
             if path.is_file() and path.name != "config.json":
@@ -139,22 +143,39 @@ def compare(then: dict, now: dict) -> None:
             )
 
 
-def hashes(names: list[str]) -> dict[str, str]:
-    """sha256 of each file that a run reads."""
-    return {name: hashlib.sha256(Path(name).read_bytes()).hexdigest() for name in names}
+def hashes(files: list[Path]) -> dict[str, str]:
+    """A digest of each file that a run reads."""
+    return {str(file): fingerprint(file) for file in files}
+
+
+def fingerprint(file: Path, piece: int = 2**20, pieces: int = 64) -> str:
+    """sha256 of a file's size and contents; of weights, which take minutes to read, of 64 pieces."""
+    total, size = hashlib.sha256(), file.stat().st_size
+    with open(file, "rb") as opened:
+        if size <= piece * pieces:
+            total.update(opened.read())
+        else:
+            total.update(str(size).encode())
+            for i in range(pieces):
+                opened.seek(i * (size - piece) // (pieces - 1))
+                total.update(opened.read(piece))
+    return total.hexdigest()
 
 
 def check_files(files: dict[str, str]) -> None:
     """Raise UserError where a file that the run was made from has changed."""
     for name, digest in files.items():
-        if (
-            not Path(name).is_file()
-            or hashlib.sha256(Path(name).read_bytes()).hexdigest() != digest
-        ):
+        if not Path(name).is_file() or fingerprint(Path(name)) != digest:
             raise UserError(
                 f"{name} is gone or has changed since the run began; "
                 "bring it back, or use --overwrite"
             )
+
+
+def keep_newest(folder: Path, count: int) -> None:
+    """Remove all safetensors of a folder but the newest, by their numbered names."""
+    for path in sorted(folder.glob("*.safetensors"))[:-count]:
+        path.unlink()
 
 
 class Interrupted(Exception):

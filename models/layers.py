@@ -73,7 +73,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tenso
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, L, d)
     mask = None if mask is None else mask[:, None, None]  # (B, 1, 1, M)
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    if q.is_meta:  # models/plan.py counts bytes: as a GPU's kernel, with no scores in memory
+        out = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return out.transpose(1, 2).flatten(2)  # (B, L, H d)
 
 
@@ -85,6 +88,11 @@ def run(block: nn.Module, checkpointing: bool, *inputs):
     if checkpointing and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=False)
     return block(*inputs)
+
+
+def blocks_of(net: nn.Module) -> nn.ModuleList:
+    """The blocks of either transformer."""
+    return net.blocks if hasattr(net, "blocks") else net.transformer_blocks
 
 
 # -- the same in fewer passes over memory, for CPUs; GPUs have kernels for both --------------------

@@ -4,12 +4,14 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from models.draws import stream
 from models.files import UserError, first_line
 
 
@@ -26,27 +28,39 @@ class Linear(nn.Linear):
 
 
 class Adapter(nn.Module):
-    """alpha / rank up down x, float32 weights; up starts at zero, so that it starts as nothing."""
+    """alpha / rank up down x, float32 weights."""
 
-    def __init__(self, linear: nn.Linear, rank: int, alpha: float, generator: torch.Generator):
+    def __init__(self, linear: nn.Linear, rank: int, alpha: float, device=None):
         super().__init__()
-        down = torch.randn(rank, linear.in_features, generator=generator) / rank  # on the CPU
-        device = linear.weight.device
+        device = device or linear.weight.device
         self.scale = alpha / rank
-        self.down = nn.Parameter(down.to(device))
-        self.up = nn.Parameter(torch.zeros(linear.out_features, rank, device=device))
+        self.down = nn.Parameter(torch.empty(rank, linear.in_features, device=device))
+        self.up = nn.Parameter(torch.empty(linear.out_features, rank, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         return F.linear(F.linear(x, self.down.to(x.dtype)), self.scale * self.up.to(x.dtype))
 
 
-def add_adapter(
-    net: nn.Module, name: str, generator: torch.Generator, rank: int = 64, alpha: float = 8
-) -> None:
-    """Give every adapted linear layer of a port an adapter of this name."""
+def start_adapter(
+    net: nn.Module, name: str, where: tuple, rank: int = 64, alpha: float = 8, device=None
+) -> dict[str, nn.Parameter]:
+    """Give every adapted linear layer of a port an adapter of this name, or start it anew in place.
+
+    down is a function of `where`, up is 0: the adapter changes nothing yet. Returns its parameters.
+    """
+    found, draws = {}, stream(*where)
     for key, module in net.named_modules():
-        if isinstance(module, Linear) and net.adapted(key):
-            module.adapters[name] = Adapter(module, rank, alpha, generator)
+        if not (isinstance(module, Linear) and net.adapted(key)):
+            continue
+        down = torch.randn(rank, module.in_features, generator=draws) / rank  # on the CPU
+        if name not in module.adapters:
+            module.adapters[name] = Adapter(module, rank, alpha, device)
+        adapter = module.adapters[name]
+        with torch.no_grad():
+            adapter.down.copy_(down)
+            adapter.up.zero_()
+        found |= {f"{key}.down": adapter.down, f"{key}.up": adapter.up}
+    return found
 
 
 # -- files of others -----------------------------------------------------------------------------
@@ -65,8 +79,15 @@ def high_first(files) -> list:
     return list(files)[::-1] if swapped else list(files)
 
 
-def read(path: Path, aliases: dict[str, str]) -> dict[str, Callable[[Tensor], Tensor]]:
-    """name of a parameter -> what merges the file's change into it, W + alpha / rank up down.
+class Change(NamedTuple):
+    """What a file does to one parameter."""
+
+    shape: tuple  # that the parameter must have
+    merge: Callable[[Tensor], Tensor]  # W -> W + alpha / rank up down
+
+
+def read(path: Path, aliases: dict[str, str]) -> dict[str, Change]:
+    """name of a parameter -> the file's change of it.
 
     aliases: every name of a layer -> ours. Without alpha the scale is 1, or what the metadata
     of diffusers says; .diff, .diff_b, .diff_m are whole changes of weight, bias, modulation.
@@ -134,9 +155,10 @@ def changes_of(module: str, parts: dict[str, Tensor], alpha: float | None, path:
     rank = len(down)
     own = parts["alpha"].item() if "alpha" in parts else alpha
     scale = 1.0 if own is None else own / rank
-    return changes | {module + ".weight": lambda w: w.addmm(up, down, alpha=scale)}
+    merge = lambda w: w.addmm(up, down, alpha=scale)
+    return changes | {module + ".weight": Change((len(up), down.shape[1]), merge)}
 
 
-def adder(change: Tensor) -> Callable[[Tensor], Tensor]:
+def adder(change: Tensor) -> Change:
     """w -> w + change."""
-    return lambda w: w + change
+    return Change(tuple(change.shape), lambda w: w + change)

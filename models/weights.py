@@ -9,7 +9,7 @@ import inspect
 import itertools
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -246,11 +246,34 @@ def plan(path: Path, dtype: torch.dtype, teacher: str = "") -> tuple[nn.Module, 
     network, settings = architecture(path, found)
     check_kind(teacher, network, settings, path)
     try:
-        with torch.device("meta"):
-            net = network(**settings, dtype=dtype)
+        net = build(network, settings, dtype)
     except (TypeError, ValueError, RuntimeError, ZeroDivisionError) as error:
         raise UserError(f"{path}: its config makes no network ({first_line(error)})") from error
     return net, match(net, found, path)
+
+
+def build(network: type, settings: dict, dtype: torch.dtype) -> nn.Module:
+    """A network on the meta device that knows its settings; its parameters want their tensors."""
+    with torch.device("meta"):
+        net = network(**settings, dtype=dtype)
+    net.settings = settings
+    return net
+
+
+def copy(net: nn.Module, old: nn.Module | None, device) -> nn.Module:
+    """The same network with float32 parameters of its own, which learn; old ones are written over.
+
+    Inside it computes in net's dtype, so that at first it computes exactly what net does.
+    """
+    mine = {name: p for name, p in net.named_parameters() if not p.requires_grad}
+    if old is not None:
+        for name, p in old.named_parameters():
+            p.data.copy_(mine[name])
+        return old
+    new = build(type(net), net.settings, net.dtype)
+    tensors = {name: p.to(device, torch.float32, copy=True) for name, p in mine.items()}
+    new.load_state_dict(tensors, assign=True)
+    return new.eval()
 
 
 def load(folder, dtype=torch.bfloat16, device="cpu", teacher_lora=None, teacher="") -> nn.Module:
@@ -262,16 +285,13 @@ def load(folder, dtype=torch.bfloat16, device="cpu", teacher_lora=None, teacher=
     UserError for all that is not a whole network.
     """
     net, stored = plan(Path(folder), dtype, teacher)
-    changes = lora.read(Path(teacher_lora), aliases(net)) if teacher_lora else {}
-    if set(changes) - set(stored):
-        strange = min(set(changes) - set(stored))
-        raise UserError(f"{teacher_lora}: {strange} is no weight of this network")
+    changes = read_lora(net, Path(teacher_lora)) if teacher_lora else {}
     tensors = {}
     total = sum(p.numel() for p in net.parameters())
     with tqdm(total=total, desc=str(folder), unit=" weights", unit_scale=True, disable=None) as bar:
         for name, tensor in stream(stored):
             if name in changes:
-                tensor = merged(tensor.float(), changes[name], name, teacher_lora)
+                tensor = changes[name].merge(tensor.float())
             target = dtype_of(name, net)
             tensors[name] = torch.empty(tensor.shape, dtype=target, device=device).copy_(tensor)
             check_values(tensors[name], stored[name])
@@ -295,12 +315,16 @@ def dtype_of(name: str, net: nn.Module) -> torch.dtype:
     return torch.float32 if any(part in name for part in net.float32) else net.dtype
 
 
-def merged(weight: Tensor, change: Callable[[Tensor], Tensor], name: str, file) -> Tensor:
-    """The weight with a LoRA's change, float32."""
-    with contextlib.suppress(RuntimeError):  # of shapes that do not even broadcast
-        if (changed := change(weight)).shape == weight.shape:
-            return changed
-    raise UserError(f"{file}: its change of {name} has not the shape {tuple(weight.shape)}")
+def read_lora(net: nn.Module, path: Path) -> dict[str, lora.Change]:
+    """A LoRA's changes of the network, parameter by parameter. Raises UserError."""
+    changes = lora.read(path, aliases(net))
+    expected = {name: tuple(p.shape) for name, p in net.named_parameters()}
+    for name, change in changes.items():
+        if name not in expected:
+            raise UserError(f"{path}: {name} is no weight of this network")
+        if change.shape != expected[name]:
+            raise UserError(f"{path}: its change of {name} has not the shape {expected[name]}")
+    return changes
 
 
 def stream(stored: dict[str, Stored]) -> Iterator[tuple[str, Tensor]]:
@@ -450,9 +474,7 @@ def random(name: str, dtype=torch.bfloat16, device="cpu", seed: int = 0) -> nn.M
 def random_network(network: type, settings: dict, dtype, device="cpu", seed: int = 0) -> nn.Module:
     """A network in eval mode, frozen: linear layers keep the scale of their input."""
     generator = torch.Generator(device).manual_seed(seed)
-    with torch.device("meta"):
-        net = network(**settings, dtype=dtype)
-    tensors = {}
+    net, tensors = build(network, settings, dtype), {}
     for key, p in net.named_parameters():
         tensor = torch.empty(p.shape, dtype=dtype_of(key, net), device=device)
         if "norm" in key and p.ndim == 1:

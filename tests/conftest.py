@@ -19,7 +19,7 @@ def start():
     def of(cfg):
         key = cfg.toy, cfg.classes
         if key not in made:
-            made[key] = toy2d.start(cfg, lambda steps: steps, steps=500)
+            made[key] = toy2d.fit(cfg, lambda steps: steps, steps=500)
         return made[key]
 
     return of
@@ -31,6 +31,8 @@ def new_run(start):
 
     def of(**settings):
         cfg = train.config(**settings)
-        return train.new_run(cfg, start(cfg), torch.device("cpu"), Path("nowhere"))
+        run = train.new_run(cfg, start(cfg), torch.device("cpu"), Path("nowhere"))
+        train.begin_phase(run, 1)
+        return run
 
     return of

@@ -307,7 +307,7 @@ def test_checkpointing_changes_no_gradient(name, adapter):
     for checkpointing in (False, True):
         net = weights.random(name, torch.float32)
         for role in ("student", "fake"):
-            lora.add_adapter(net, role, torch.Generator().manual_seed(1), rank=4)
+            lora.start_adapter(net, role, (1,), rank=4)
         g = torch.Generator().manual_seed(2)
         for p in net.parameters():
             p.requires_grad_(True)
@@ -343,7 +343,7 @@ def test_a_role_kept_as_an_attribute_would_give_wrong_gradients(monkeypatch):
     for checkpointing in (False, True):
         net = weights.random("wan21-tiny", torch.float32)
         for role in ("student", "fake"):
-            lora.add_adapter(net, role, torch.Generator().manual_seed(1), rank=4)
+            lora.start_adapter(net, role, (1,), rank=4)
         g = torch.Generator().manual_seed(2)
         for key, p in net.named_parameters():
             if key.endswith((".down", ".up")):
@@ -365,7 +365,7 @@ def test_an_adapter_sits_on_the_published_layers_and_starts_as_nothing(name, num
     net = weights.random(name, torch.float32)
     x, t, c = inputs_for(net)
     before = net(x, t, c)
-    lora.add_adapter(net, "student", torch.Generator().manual_seed(1), rank=4)
+    lora.start_adapter(net, "student", (1,), rank=4)
     held = [key for key, module in net.named_modules() if isinstance(module, lora.Adapter)]
     assert len(held) == 2 * number  # of two blocks
     assert torch.equal(net(x, t, c, "student"), before)
@@ -418,7 +418,7 @@ def test_a_text_that_is_too_long_is_refused_and_not_cut(name, length):
 
 def test_a_mistyped_role_is_an_error_and_not_the_teacher():
     net = weights.random("wan21-tiny", torch.float32)
-    lora.add_adapter(net, "student", torch.Generator().manual_seed(1), rank=4)
+    lora.start_adapter(net, "student", (1,), rank=4)
     with pytest.raises(KeyError):
         net(*inputs_for(net), "studnet")
 

@@ -10,7 +10,8 @@ import losses
 import train
 from models.adamw import AdamW
 from models.files import UserError
-from sample import normal, stream, trajectory
+from models.draws import normal, stream
+from sample import trajectory
 from sde import diffuse, step
 from toy import toy2d
 from toy.mixtures import energy

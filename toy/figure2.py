@@ -20,7 +20,8 @@ from models.mlp import MLP
 from models.flags import Parser
 from models.folder import make
 from models.files import UserError, write
-from sample import normal, stream, trajectory
+from models.draws import normal, stream
+from sample import trajectory
 from sde import diffuse
 from toy.mixtures import Mixture
 from toy.plot import plt, png
@@ -51,7 +52,7 @@ def fit(name: str, steps: int, batch: int = 512, lr: float = 1e-3) -> MLP:
         x_s = POINTS.sample_at(s, batch, stream("figure2", i, "x_s"))
         t = 1 - (1 - s) * torch.rand(batch, generator=stream("figure2", i, "t"))  # (s, 1]
         eps = normal(x_s.shape, "figure2", i, "eps")
-        loss = objective(net(diffuse(x_s, s, t, eps), t), x_s, s, t, eps)
+        loss = objective(net(diffuse(x_s, s, t, eps), t), x_s, s, t, eps).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -1,12 +1,8 @@
 """What the toys' pictures share."""
 
-import io
-
-import matplotlib
-
-matplotlib.use("Agg")  # no screen needed
-import matplotlib.pyplot as plt
 from torch import Tensor
+
+from models.pictures import plt, png  # noqa: F401, also of the toys' pictures
 
 
 def panel(ax, x: Tensor, colour: Tensor | None, colours: int, reach: float) -> None:
@@ -26,11 +22,3 @@ def panel(ax, x: Tensor, colour: Tensor | None, colours: int, reach: float) -> N
 def reach_of(x: Tensor) -> float:
     """Half the width of a panel that shows nearly all of x."""
     return 1.2 * x.abs().max(1).values.quantile(0.99).item()
-
-
-def png(figure) -> bytes:
-    """The figure as the bytes of a png, without dates or versions: equal runs give equal files."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
-    plt.close(figure)
-    return buffer.getvalue()

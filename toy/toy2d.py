@@ -1,16 +1,19 @@
 """The preset toy2d: an exact mixture is the teacher, and every number has an exact reference."""
 
 import io
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from models.mlp import MLP
-from models.files import UserError
-from moe import move
+from models.files import UserError, read_tensors, write_tensors
+from models.flags import plain
+from moe import Roles, move, run_roles, separate_networks
 from phases import step_times
-from sample import normal, stream, trajectory, uniform
+from models.draws import integers, normal, stream, uniform
+from sample import trajectory
 from sde import diffuse
 from toy.mixtures import TOYS, Mixture, energy, from_points, modes
 from toy.plot import panel, plt, png, reach_of
@@ -31,37 +34,81 @@ def network(cfg) -> MLP:
 def teacher(cfg, device="cpu"):
     """v_real = teacher(x_t, t, c): exact, guided where classes and a scale are given."""
     target = mixture(cfg).to(device)
-    if cfg.guidance == 1 or cfg.classes == "off":
+    [scale] = cfg.guidance
+    if scale == 1 or cfg.classes == "off":
         return target.velocity
-    return lambda x_t, t, c=None: target.guided(x_t, t, c, cfg.guidance)
+    return lambda x_t, t, c=None: target.guided(x_t, t, c, scale)
 
 
-def data(cfg):
-    """batch(n, *where) -> conditions, null conditions, shape of one sample. Raises UserError."""
-    if cfg.guidance != 1 and cfg.classes == "off":
+def check(cfg) -> None:
+    """Raise UserError for settings that do not go together."""
+    if len(cfg.guidance) != 1:
+        raise UserError("--guidance takes one number; toys have one expert")
+    if cfg.guidance != (1.0,) and cfg.classes == "off":
         raise UserError("--guidance needs --classes on: without classes there is no direction")
     if cfg.classes == "on" and cfg.points:
         raise UserError("--points have no classes; drop --classes on")
     if cfg.bandwidth and not cfg.points:
         raise UserError("--bandwidth belongs to --points; the toys have a width of their own")
+    for name in ("weights", "teacher_lora", "prompts", "images", "size"):
+        if getattr(cfg, name):
+            raise UserError(f"--{name.replace('_', '-')} is for large teachers, not for toy2d")
+    if (cfg.generator, cfg.fake, cfg.offload, cfg.compile) != ("full", "full", "none", False):
+        raise UserError("adapters, --offload and --compile are for large teachers, not for toy2d")
+
+
+def files(cfg) -> list[Path]:
+    """What a run reads: the user's points, if there are any. Raises UserError."""
+    mixture(cfg)
+    return [Path(cfg.points)] if cfg.points else []
+
+
+def data(cfg, out=None):
+    """batch(n, *where) -> conditions, shape of one sample."""
     target = mixture(cfg)
 
     def batch(n: int, *where):
-        return (
-            classes_of(target, n, *where) if cfg.classes == "on" else None,
-            None,
-            target.means.shape[1:],
-        )
+        c = classes_of(target, n, *where) if cfg.classes == "on" else None
+        return c, target.means.shape[1:]
 
     return batch
 
 
+def roles(cfg, phases, device, out, start: dict[str, Tensor]) -> Roles:
+    """A network each, and the exact teacher."""
+    names = run_roles(phases, cfg.fake_per_depth)
+    return separate_networks(names, lambda: network(cfg).to(device), start, teacher(cfg, device))
+
+
+def record(cfg, phases, device) -> str:
+    """Memory is no matter: the recorded step first, unless asked for."""
+    return "last" if cfg.record == "last" else "first"
+
+
+def plan(cfg, phases, device, rate) -> str:
+    """Every role's parameters, counted on the meta device."""
+    with torch.device("meta"):
+        count = sum(p.numel() for p in network(cfg).parameters())
+    return "\n".join(
+        f"{role:16}{count:16,} parameters" for role in run_roles(phases, cfg.fake_per_depth)
+    )
+
+
 def classes_of(target: Mixture, n: int, *where) -> dict:
     """Uniformly drawn classes of n samples."""
-    return {"class": torch.randint(target.classes, (n,), generator=stream(*where, "class"))}
+    return {"class": integers(n, target.classes, *where, "class")}
 
 
-def start(cfg, bar, steps: int = 1500, batch: int = 1024) -> dict[str, Tensor]:
+def start(cfg, out: Path, watch, device) -> dict[str, Tensor]:
+    """What student and fake start from, start.safetensors: fitted once, then read."""
+    path = out / "start.safetensors"
+    if not path.exists():
+        made = fit(cfg, lambda steps: watch(steps, "start: fitting the teacher's velocity"))
+        write_tensors(path, made, {"settings": plain(cfg), "kind": "start"})
+    return read_tensors(path, "start", plain(cfg), "delete it, and run again with --resume")[0]
+
+
+def fit(cfg, bar, steps: int = 1500, batch: int = 1024) -> dict[str, Tensor]:
     """The network fitted to the exact velocity: what a pretrained teacher's weights are at scale.
 
     From a fixed seed of its own: every run on the same mixture starts from the same network.
@@ -89,11 +136,12 @@ def start(cfg, bar, steps: int = 1500, batch: int = 1024) -> dict[str, Tensor]:
 
 
 def draw(cfg, nets, times, n: int, device) -> tuple[list[Tensor], dict | None]:
-    """n samples at each of the times, on the CPU, from noise of their own, and their conditions."""
-    c, _, shape = data(cfg)(n, cfg.seed, "evaluate")
+    """n samples at the times of the nets, on the CPU, from noise of their own, and conditions."""
+    c, shape = data(cfg)(n, cfg.seed, "evaluate")
     z = normal((n, *shape), cfg.seed, "evaluate", "z").to(device)
     with torch.no_grad():
-        return [x.cpu() for x in trajectory(nets, times, z, move(c, device))], c
+        xs = trajectory(nets, times[: len(nets) + 1], z, move(c, device))
+        return [x.cpu() for x in xs], c
 
 
 def numbers(cfg, x: Tensor, c, y: Tensor) -> dict:
@@ -110,6 +158,22 @@ def numbers(cfg, x: Tensor, c, y: Tensor) -> dict:
     return found
 
 
+def report(run, look) -> tuple[dict, bytes]:
+    """Numbers and picture of the student so far: in early phases how far x is at their ends."""
+    about = run.cfg, run.student, run.phases[: run.k], run.device
+    if run.k == len(run.phases):
+        return evaluate(*about), picture(*about)
+    xs, _ = draw(run.cfg, run.student, run.times, run.cfg.eval_samples, run.device)
+    return {"energy_phases": phase_energies(run.cfg, xs, run.phases[: run.k])}, picture(*about)
+
+
+def phase_energies(cfg, xs: list[Tensor], phases) -> list[float]:
+    """Energy of x at the end of each phase, beside exact x_t."""
+    target, n = mixture(cfg), len(xs[0])
+    at = lambda p: target.sample_at(p.s, n, stream("exact at", cfg.seed, p.k))
+    return [energy(xs[phase.last], at(phase)) for phase in phases]
+
+
 def evaluate(cfg, student, phases, device) -> dict:
     """The student beside exact samples, and beside the exact teacher with as many Euler steps.
 
@@ -122,10 +186,9 @@ def evaluate(cfg, student, phases, device) -> dict:
     (*_, x_teacher), _ = draw(cfg, [teacher(cfg, device)] * cfg.steps, times, n, device)
     exact = [target.sample(n, stream("exact", cfg.seed, j)) for j in range(10)]
     floor = torch.tensor([energy(x, y) for x, y in zip(exact[:5], exact[5:])])
-    ends = [target.sample_at(phase.s, n, stream("exact at", cfg.seed, phase.k)) for phase in phases]
     metrics = numbers(cfg, xs[-1], c, exact[0])
     metrics["energy_floor"] = [floor.mean().item(), floor.std().item()]
-    metrics["energy_phases"] = [energy(xs[phase.last], y) for phase, y in zip(phases, ends)]
+    metrics["energy_phases"] = phase_energies(cfg, xs, phases)
     same_steps = numbers(cfg, x_teacher, c, exact[0])
     metrics |= {f"{key}_teacher_same_steps": value for key, value in same_steps.items()}
     metrics["modes_exact"], metrics["precision_exact"] = modes(exact[0], target)

@@ -1,0 +1,434 @@
+"""What train.py's table of presets asks of a large teacher: files, networks, data, pictures."""
+
+import json
+import math
+import re
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from models import lora, pictures, plan, qwen_image, text, vae, wan, weights
+from models.bases import Bases
+from models.draws import integers, normal, uniform
+from models.files import UserError, first_line
+from models.layers import blocks_of
+from models.qwen_image import QwenImage
+
+PROMPTS = Path(__file__).parent.parent / "prompts.txt"  # to try with
+
+
+# -- sizes ---------------------------------------------------------------------------------------
+
+
+def buckets(cfg) -> dict[tuple, float]:
+    """Shape of a sample (C, F, h, w), of a picture (C, h, w) -> its probability. Raises UserError.
+
+    --size is [FRAMESx]HEIGHTxWIDTH[:PROBABILITY], in pixels; without probabilities all are equal.
+    """
+    found, row = {}, weights.row_of(cfg.teacher)
+    channels = row.settings.get("out_dim", 16)
+    scale = 16 if channels == 48 else 8  # pixels a latent, of Wan 2.2's own VAE and of the other
+    for given in cfg.size:
+        size, _, share = given.partition(":")
+        numbers = size.split("x")
+        if len(numbers) not in (2, 3) or not all(n.isdecimal() and int(n) for n in numbers):
+            raise UserError(f"--size {given} is not [FRAMESx]HEIGHTxWIDTH[:PROBABILITY]")
+        *frames, height, width = map(int, numbers)
+        frames = frames[0] if frames else cfg.frames
+        near = [max(1, round(n / (2 * scale))) * 2 * scale for n in (height, width)]
+        if near != [height, width]:
+            raise UserError(f"--size {given}: nearest that fits is {near[0]}x{near[1]}")
+        if frames % 4 != 1:
+            raise UserError(f"{frames} frames are not 4n + 1; nearest: {max(1, 4 * round((frames - 1) / 4) + 1)}")
+        if frames > 1 and row.network is QwenImage:
+            raise UserError(f"{cfg.teacher} makes pictures; --frames 1")
+        shape = (channels, (frames - 1) // 4 + 1, height // scale, width // scale)
+        shape = (channels, *shape[2:]) if row.network is QwenImage else shape
+        found[shape] = found.get(shape, 0) + probability(share, given)
+    total = sum(found.values())
+    return {shape: share / total for shape, share in found.items()}
+
+
+def probability(share: str, given: str) -> float:
+    """What follows the colon of a size, or 1. Raises UserError."""
+    try:
+        value = float(share or 1)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise UserError(f"--size {given}: {share} is no probability")
+    return value
+
+
+def bucket(shapes: dict[tuple, float], r: float) -> tuple:
+    """The shape that one draw r ~ U(0, 1) chooses."""
+    for shape, share in shapes.items():
+        r -= share
+        if r < 0:
+            return shape
+    return shape
+
+
+# -- what can be wrong ---------------------------------------------------------------------------
+
+
+def check(cfg) -> None:
+    """Raise UserError for settings that do not go together; reads no file."""
+    row = weights.row_of(cfg.teacher)
+    experts = 2 if row.boundary else 1
+    if len(cfg.guidance) not in (1, experts):
+        raise UserError(
+            f"--guidance takes {'one number, or two: high low' if experts == 2 else 'one number'}; "
+            f"{cfg.teacher} has {weights.words(experts)}"
+        )
+    if not cfg.size:
+        raise UserError("--size names no size, as 480x832")
+    buckets(cfg)
+    if cfg.offload != "none" and cfg.record == "first":
+        raise UserError("--record first keeps two networks at work; with --offload use --record last")
+    if cfg.offload == "blocks" and cfg.checkpointing == "off":
+        raise UserError("--offload blocks gives a block away when it is done: --checkpointing on")
+    if cfg.toy != "ring" or cfg.points or cfg.bandwidth or cfg.classes == "on":
+        raise UserError("--toy, --points, --bandwidth and --classes belong to --teacher toy2d")
+    if cfg.images and row.settings.get("in_dim") != 36:
+        raise UserError(f"--images are for image to video; {cfg.teacher} takes none")
+    if is_random(cfg) and cfg.teacher_lora:
+        raise UserError("--teacher-lora changes published weights; random ones have none")
+
+
+def is_random(cfg) -> bool:
+    """Weights of no use but to size, to time and to test: asked for, or there are no others."""
+    row = weights.row_of(cfg.teacher)
+    return cfg.weights == ("random",) or (not cfg.weights and not row.repository)
+
+
+def is_image(cfg) -> bool:
+    """Whether the teacher goes from an image to a video."""
+    return weights.row_of(cfg.teacher).settings.get("in_dim") == 36
+
+
+def boundary(cfg) -> float | None:
+    """Where the low-noise expert begins: what the weights say, where they are there."""
+    row = weights.row_of(cfg.teacher)
+    folder = Path(cfg.weights[0]) if cfg.weights else weights.default_folder(cfg.teacher)
+    if row.boundary is None or is_random(cfg) or not folder.exists():
+        return row.boundary
+    return weights.locate(cfg.teacher, *cfg.weights)[1]
+
+
+def files(cfg) -> list[Path]:
+    """Every file that a run reads, each looked at: weights by their headers. Raises UserError."""
+    found = []
+    if not is_random(cfg):
+        paths, _ = weights.locate(cfg.teacher, *cfg.weights)
+        if cfg.teacher_lora and len(cfg.teacher_lora) != len(paths):
+            raise UserError(f"{cfg.teacher} takes {len(paths)} --teacher-lora, one an expert")
+        for i, path in enumerate(paths):
+            net, stored = weights.plan(path, torch.bfloat16, cfg.teacher)
+            found += sorted({there.file for there in stored.values()})
+            if cfg.teacher_lora:
+                one = Path(lora.high_first(cfg.teacher_lora)[i])
+                weights.read_lora(net, one)
+                found.append(one)
+    prompts, images = prompts_of(cfg), Path(cfg.images) if cfg.images else None
+    if prompts and prompts.suffix == ".safetensors":
+        open_prompts(cfg, prompts)
+    elif prompts:
+        text.read_prompts(prompts)
+        if not weights.row_of(cfg.teacher).repository:
+            raise UserError(f"{cfg.teacher} has no text encoder; --prompts takes embeddings for it")
+        for part in ("text_encoder", "tokenizer"):
+            weights.component(cfg.teacher, folder_of(cfg), part)
+    if images:
+        open_images(cfg, images)
+    if is_image(cfg) and not images and not is_random(cfg):
+        raise UserError("image to video needs --images, first frames made by: python -m models.vae")
+    return found + [path for path in (prompts, images) if path]
+
+
+def prompts_of(cfg) -> Path | None:
+    """Embeddings, or a text file to be embedded; None: random ones."""
+    if cfg.prompts:
+        return Path(cfg.prompts)
+    return None if is_random(cfg) else PROMPTS
+
+
+def folder_of(cfg) -> Path | None:
+    """The folder of the published weights, where text encoder and VAE are."""
+    return Path(cfg.weights[0]) if cfg.weights else None
+
+
+def open_prompts(cfg, path: Path) -> text.Embeddings:
+    """Embeddings that this teacher understands. Raises UserError."""
+    found, row = text.open_embeddings(path), weights.row_of(cfg.teacher)
+    other = found.about.get("teacher")
+    theirs = weights.TEACHERS[other].network if other in weights.TEACHERS else None
+    if theirs is not row.network:
+        raise UserError(f"{path} was made for {other}, another encoder than {cfg.teacher}'s")
+    wide, wanted = found.negative.shape[1], text_dim(cfg)
+    if wide != wanted:
+        raise UserError(f"{path} has {wide} channels, {cfg.teacher} takes {wanted}; make it anew")
+    return found
+
+
+def text_dim(cfg) -> int:
+    """Channels of an embedding."""
+    row = weights.row_of(cfg.teacher)
+    usual = 3584 if row.network is QwenImage else 4096
+    return row.settings.get("text_dim", row.settings.get("joint_attention_dim", usual))
+
+
+def text_len(cfg) -> int:
+    """Tokens of the longest prompt."""
+    return weights.row_of(cfg.teacher).settings.get("text_len", plan.TEXT)
+
+
+def open_images(cfg, path: Path):
+    """First frames of models/vae.py in every size that is asked for. Raises UserError."""
+    try:
+        file = safe_open(path, framework="pt")
+        captions = json.loads(file.metadata()["about"])["captions"]
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} holds no first frames ({first_line(error)}); make them: "
+                        "python -m models.vae") from error  # fmt: skip
+    held = {shape[2:]: key for key, shape in shapes.items()}
+    for _, *size in buckets(cfg):
+        if tuple(size) not in held:
+            raise UserError(f"{path} has no {size_text(size)}; it has "
+                            f"{', '.join(map(size_text, held))}; make it, or change --size")  # fmt: skip
+    return file, held, captions
+
+
+def size_text(size) -> str:
+    """(21, 60, 104) latents -> 81x480x832 pixels."""
+    return f"{4 * size[0] - 3}x{8 * size[1]}x{8 * size[2]}"
+
+
+# -- before the first iteration ------------------------------------------------------------------
+
+
+def start(cfg, out: Path, watch, device) -> dict:
+    """Embed the prompts of a text file into the run's folder, once. Nobody needs fitting."""
+    path = prompts_of(cfg)
+    if path and path.suffix != ".safetensors" and not embedded(out).exists():
+        if path == PROMPTS:
+            print(f"{path.name}: thirty prompts to try this with; --prompts takes your own")
+        text.embed(
+            SimpleNamespace(
+                teacher=cfg.teacher, weights=folder_of(cfg), prompts=path, negative=None,
+                out=embedded(out), batch=16, device=str(device), overwrite=True,
+            )
+        )  # fmt: skip
+    return {}
+
+
+def embedded(out: Path) -> Path:
+    """The embeddings that a run made for itself."""
+    return out / "prompts.safetensors"
+
+
+def parts(cfg, device: torch.device, out: Path, expert) -> tuple:
+    """The arguments of moe.shared_networks. expert(role): whose network it is on."""
+    adapt = lambda net, role: (
+        None
+        if plan.kind(cfg, role) == "full"
+        else lora.start_adapter(
+            net, role, (cfg.seed, role, "adapter"), cfg.rank, cfg.alpha, device
+        )
+    )
+    copy = lambda net, old: dress(cfg, weights.copy(net, old, device), old is None)
+    bases = Bases(partial(load, cfg, device), device, cfg.offload)
+    return bases, expert, adapt, copy, guided(cfg, null_of(cfg, out))
+
+
+def load(cfg, device: torch.device, e: int) -> nn.Module:
+    """The teacher's expert e, frozen."""
+    where = device if cfg.offload == "none" else "cpu"
+    how = dict(dtype=plan.dtype_named(cfg.dtype), device=where)
+    if is_random(cfg):
+        return dress(cfg, weights.random(cfg.teacher, **how, seed=e))
+    path = weights.locate(cfg.teacher, *cfg.weights)[0][e - 1]
+    one = lora.high_first(cfg.teacher_lora)[e - 1] if cfg.teacher_lora else None
+    return dress(cfg, weights.load(path, teacher_lora=one, teacher=cfg.teacher, **how))
+
+
+def dress(cfg, net: nn.Module, new: bool = True) -> nn.Module:
+    """Checkpointing and compilation as asked for. A block's forward, so that hooks stay outside."""
+    net.checkpointing = cfg.checkpointing == "on"
+    if cfg.compile and new:
+        torch._dynamo.config.recompile_limit = 64  # a graph a role and a shape
+        for block in blocks_of(net):
+            block.forward = torch.compile(block.forward)
+    return net
+
+
+def guided(cfg, null: dict):
+    """guided(e): v = f(net, x_t, t, c) of expert e, with its guidance against the null conditions."""
+    family = qwen_image if weights.row_of(cfg.teacher).network is QwenImage else wan
+
+    def of(e: int):
+        scale = cfg.guidance[min(e, len(cfg.guidance)) - 1]
+
+        def teacher(net, x_t: Tensor, t: Tensor, c: dict) -> Tensor:
+            v = net(x_t, t, c)
+            if scale == 1:
+                return v
+            rest = {name: value for name, value in c.items() if name not in ("text", "mask")}
+            nothing = {name: x.to(x_t.device).expand(len(x_t), *x.shape[1:]) for name, x in null.items()}
+            return family.guide(v, net(x_t, t, rest | nothing), scale)
+
+        return teacher
+
+    return of
+
+
+def null_of(cfg, out: Path) -> dict[str, Tensor]:
+    """The conditions that guidance leads away from: the negative prompt, (1, L, D)."""
+    path = prompts_of(cfg)
+    if path is None:
+        return {"text": random_text(cfg, 1, "negative")["text"]}
+    return {"text": open_prompts(cfg, source(path, out)).negative[None]}
+
+
+def source(path: Path, out: Path) -> Path:
+    """The file of embeddings: the user's, or the one that the run made."""
+    return path if path.suffix == ".safetensors" else embedded(out)
+
+
+# -- data ----------------------------------------------------------------------------------------
+
+
+def data(cfg, out: Path):
+    """batch(n, *where) -> conditions of n samples and the shape of one: no data but prompts.
+
+    The shape is drawn without the last of `where`, so that all micro-batches of an update agree.
+    """
+    shapes, path = buckets(cfg), prompts_of(cfg)
+    prompts = open_prompts(cfg, source(path, out)) if path else None
+    images = open_images(cfg, Path(cfg.images)) if cfg.images else None
+    qwen = weights.row_of(cfg.teacher).network is QwenImage
+    numbers = {prompt: i for i, prompt in enumerate(prompts.about["prompts"])} if prompts else {}
+
+    def batch(n: int, *where):
+        shape = bucket(shapes, uniform((), *where[:-1], "bucket").item())
+        c, captions = {}, None
+        if images:
+            c["image"], captions = draw_images(images, shape, n, *where)
+        elif is_image(cfg):
+            c["image"] = random_image(shape, n, *where)
+        if prompts is None:
+            found = random_text(cfg, n, *where)
+        elif captions:
+            found = text.batch([prompts.row(numbers[caption]) for caption in captions])
+        else:
+            rows = integers(n, len(prompts.offsets) - 1, *where, "prompt").tolist()
+            found = text.batch([prompts.row(i) for i in rows])
+        # Wan attends to padding, and has no mask
+        return c | (found if qwen else {"text": found["text"]}), shape
+
+    if images:
+        lost = [t for _, size in images[2].items() for t in size if prompts and t not in numbers]
+        if lost:
+            raise UserError(f"{path} has no embedding of the caption {lost[0]!r}; embed the captions")
+    return batch
+
+
+def draw_images(images, shape: tuple, n: int, *where) -> tuple[Tensor, list[str]]:
+    """n first frames (n, 20, F, h, w) of this size, and their captions."""
+    file, held, captions = images
+    key = held[shape[1:]]
+    stored = file.get_slice(key)
+    rows = integers(n, stored.get_shape()[0], *where, "image").tolist()
+    named = captions[key.removeprefix("image.")]
+    return torch.cat([stored[i : i + 1] for i in rows]), [named[i] for i in rows]
+
+
+def random_text(cfg, n: int, *where) -> dict[str, Tensor]:
+    """Embeddings of n prompts that nobody wrote, of different lengths."""
+    longest = text_len(cfg)
+    lengths = (1 + integers(n, longest, *where, "length")).tolist()
+    return text.batch(
+        [normal((length, text_dim(cfg)), *where, i, "text") for i, length in enumerate(lengths)]
+    )
+
+
+def random_image(shape: tuple, n: int, *where) -> Tensor:
+    """First frames of nothing: mask 4 (1 on the first latent frame), latents 16."""
+    mask = torch.zeros(n, 4, *shape[1:])
+    mask[:, :, 0] = 1
+    return torch.cat([mask, normal((n, 16, *shape[1:]), *where, "image")], 1)
+
+
+# -- numbers and pictures ------------------------------------------------------------------------
+
+
+def diversity(x: Tensor) -> float:
+    """Mean over pairs of samples of the root mean square of their difference."""
+    x = x.flatten(1).float()
+    return (torch.pdist(x).mean() / x.shape[1] ** 0.5).item()
+
+
+def report(run, look) -> tuple[dict, bytes]:
+    """Numbers and a contact sheet of the student so far. look(run): latents by name, x at steps."""
+    rows, xs = look(run)
+    found = {"diversity": diversity(xs[-1])}
+    teachers = [name for name in rows if name.startswith("teacher,")]
+    if teachers:
+        found["diversity_teacher_same_steps"] = diversity(rows[teachers[0]])
+    found["x_means"] = [x.mean().item() for x in xs]
+    found["x_stds"] = [x.std().item() for x in xs]
+    return found, pictures.sheet(rows, decoder(run.cfg, run.device))
+
+
+def decoder(cfg, device):
+    """decode(latents) -> RGB (n, h, w, 3) of the first frame, where the VAE is at hand; or None."""
+    if is_random(cfg):
+        return None
+    try:
+        model = vae.load_vae(cfg.teacher, folder_of(cfg), str(device))
+    except UserError:
+        return None
+
+    def decode(x: Tensor) -> Tensor:
+        pixels = [vae.decode(model, one[:, :, :1] if x.ndim == 5 else one) for one in x.split(1)]
+        shown = (torch.cat(pixels).float().cpu() + 1) / 2
+        return (shown[:, :, 0] if x.ndim == 5 else shown).movedim(1, -1)
+
+    return decode
+
+
+def present(cfg, c, xs: list[Tensor], keep_all: bool) -> tuple[dict, dict[str, bytes]]:
+    """Samples xs at each time as numbers, and as files: latents, and a sheet of them."""
+    kept = {f"x{i}": x for i, x in enumerate(xs)} if keep_all else {"x": xs[-1]}
+    files = {"latents.safetensors": save(kept), "samples.png": pictures.sheet(kept, None)}
+    return {"diversity": diversity(xs[-1])}, files
+
+
+def speed(cfg, calls, seconds: float, device: torch.device) -> dict:
+    """How fast an iteration was, of the calls that a Meter counted.
+
+    share: of the rate of a large product, by operations that are wanted; share_recomputed: with
+    those that activation checkpointing repeats.
+    """
+    tokens = wanted = again = 0.0
+    own = {"student": cfg.generator == "full", "fake": cfg.fake == "full", "teacher": False}
+    dtype, guided = plan.dtype_named(cfg.dtype), max(g != 1 for g in cfg.guidance)
+    for (role, shape, recorded), n in calls.items():
+        name = re.match("[a-z]+", role)[0]
+        cost = plan.cost(cfg.teacher, shape, own[name], cfg.rank, dtype, cfg.checkpointing == "on")
+        n *= 1 + (guided and name == "teacher")
+        tokens += n * math.prod(shape[1:]) / 4
+        wanted += n * (cost.training if recorded else cost.forward)
+        again += n * cost.recomputed * recorded
+    rate = plan.rate_of(dtype, str(device)) * seconds
+    return {
+        "tokens_per_second": round(tokens / seconds),
+        "share": round(wanted / rate, 4),
+        "share_recomputed": round((wanted + again) / rate, 4),
+    }

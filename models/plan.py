@@ -1,0 +1,331 @@
+"""Memory and time of a run before it: counted on the meta device, at any size, without weights.
+
+Networks of two and of three blocks run on tensors without contents, and every byte that lives and
+every product is counted; blocks are alike, so that more of them follow. What a GPU's allocator and
+its libraries take on top (about 1 GB) is not in it.
+"""
+
+import gc
+import weakref
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+from models import lora, speed
+from models.bases import frozen
+from models.layers import blocks_of
+from models.qwen_image import QwenImage
+from models.weights import build, dtype_of, row_of
+
+TEXT = 512  # tokens of a long prompt
+SPARE = 1.5e9  # bytes of a GPU that its libraries take
+
+
+class Live(TorchDispatchMode):
+    """Bytes of all tensors that operations made and that still live: now, and at most."""
+
+    def __init__(self, there: list):
+        super().__init__()
+        self.now, self.peak, self.bytes = 0, 0, {}
+        self.there = {x.untyped_storage()._cdata for x in there}  # from before
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor):
+                self.count(x.untyped_storage())
+        gc.collect()  # a mode leaves cycles behind where checkpointing recomputes
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def count(self, storage) -> None:
+        """A storage lives, unless it is known."""
+        key = storage._cdata
+        if key not in self.there and key not in self.bytes:
+            self.bytes[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self.free, key)
+
+    def free(self, key) -> None:
+        """A storage is gone."""
+        self.now -= self.bytes.pop(key)
+
+
+class Cost(NamedTuple):
+    """One sample through one network. Bytes are beyond weights, gradients and moments."""
+
+    forward: float  # operations of a forward
+    training: float  # of forward and backward
+    recomputed: float  # of those, once more with activation checkpointing
+    idle: float  # peak bytes of a forward without gradient
+    kept: float  # bytes that a recorded forward holds
+    learning: float  # peak bytes of a recorded forward and its backward
+
+
+@lru_cache(maxsize=64)
+def cost(teacher: str, shape: tuple, own: bool, rank: int, dtype: torch.dtype, checkpointing: bool):
+    """Cost of a sample of this shape (C, ...); own: of a role with parameters of its own."""
+    row = row_of(teacher)
+    blocks = row.settings["num_layers"]
+    two, three = (
+        Cost(*_count(row, n, shape, own, rank, dtype, checkpointing)) for n in (2, 3)
+    )
+    return Cost(*(a + (b - a) * (blocks - 2) for a, b in zip(two, three)))
+
+
+def _count(row, blocks: int, shape, own: bool, rank: int, dtype, checkpointing: bool):
+    """The Cost of a network of so few blocks, by running it."""
+    net = meta_network(row, dtype, blocks)
+    net.checkpointing = checkpointing
+    with torch.device("meta"):
+        adapter = None if own else "role"
+        if own:
+            net.float().requires_grad_(True)
+        else:
+            lora.start_adapter(net, adapter, ("plan",), rank)
+        x, t, c = torch.empty(1, *shape), torch.empty(1), conditions(net, shape)
+    for p in net.parameters():
+        if p.requires_grad:  # gradients are counted elsewhere: here each goes as it has come
+            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+    there = [x, t, *c.values(), *net.parameters()]
+    gc.collect()
+    gc.freeze()  # what is there already need not be looked at after every operation
+    try:
+        # apart from each other: the counter's hooks keep tensors alive
+        with FlopCounterMode(display=False) as flops:
+            v = net(x, t, c, adapter)
+            forward = flops.get_total_flops()
+            v.backward(torch.empty_like(v))
+        with Live(there) as live, torch.no_grad():
+            net(x, t, c, adapter)
+        idle = live.peak
+        with Live(there) as live:
+            v = net(x, t, c, adapter)
+            kept = live.now
+            v.backward(torch.empty_like(v))
+        recomputed = forward if checkpointing else 0
+        return forward, flops.get_total_flops() - recomputed, recomputed, idle, kept, live.peak
+    finally:
+        gc.unfreeze()
+
+
+def meta_network(row, dtype: torch.dtype, blocks: int | None = None) -> nn.Module:
+    """A teacher's network on the meta device, frozen, each parameter in the dtype it is kept in."""
+    settings = row.settings | ({"num_layers": blocks} if blocks else {})
+    net = build(row.network, settings, dtype)
+    for name, p in net.named_parameters():
+        p.data = p.data.to(dtype_of(name, net))
+    return net.requires_grad_(False)
+
+
+def conditions(net: nn.Module, shape: tuple) -> dict:
+    """Conditions of one sample, of the longest text."""
+    if isinstance(net, QwenImage):
+        return {"text": torch.empty(1, TEXT, net.txt_in.in_features)}
+    c = {"text": torch.empty(1, net.text_len, net.text_embedding[0].in_features)}
+    image = net.patch_embedding.in_channels - shape[0]
+    return c | ({"image": torch.empty(1, image, *shape[1:])} if image else {})
+
+
+# -- a run ---------------------------------------------------------------------------------------
+
+
+class Sizes(NamedTuple):
+    """Bytes of what one expert of a teacher brings."""
+
+    base: int  # the frozen network
+    block: int  # one of its blocks
+    outside: int  # what is not in blocks
+    lora: int  # an adapter, float32
+    own: int  # parameters of a role's own, float32
+
+
+def sizes(teacher: str, rank: int, dtype: torch.dtype) -> Sizes:
+    """The Sizes of a teacher."""
+    net = meta_network(row_of(teacher), dtype)
+    count = lambda ps: sum(p.numel() * p.element_size() for p in ps)
+    base, block = count(net.parameters()), count(blocks_of(net)[0].parameters())
+    own = 4 * sum(p.numel() for p in net.parameters())
+    adapter = count(lora.start_adapter(net, "role", ("plan",), rank, device="meta").values())
+    return Sizes(base, block, base - block * len(blocks_of(net)), adapter, own)
+
+
+class Held(NamedTuple):
+    """What one phase holds: which experts, and the trained roles by name."""
+
+    k: int
+    experts: list[int]  # of the teacher, whose networks are needed
+    frozen: list[str]  # roles that are only asked
+    trained: list[str]
+
+
+class Memory(NamedTuple):
+    """Peak bytes of a phase: device, pinned host memory, and the parts of the former."""
+
+    peak: float
+    host: float
+    bases: float
+    roles: float  # parameters and moments
+    gradients: float  # of the one role that learns
+    activations: float
+
+
+def memory(cfg, held: Held, shape: tuple, offload: str, record: str) -> Memory:
+    """The peak of a phase, with micro-batches of cfg.micro_batch samples of this shape."""
+    dtype, rank = dtype_named(cfg.dtype), cfg.rank
+    size = sizes(cfg.teacher, rank, dtype)
+    bases = len(held.experts) * size.base
+    on_device = {
+        "none": bases,
+        "expert": size.base,
+        "blocks": len(held.experts) * (size.outside + 2 * size.block),
+    }[offload]
+    host = {"none": 0, "expert": bases, "blocks": bases - len(held.experts) * size.outside}[offload]
+    weight = lambda role: size.own if kind(cfg, role) == "full" else size.lora
+    roles = sum(map(weight, held.frozen)) + 2 * sum(map(weight, held.trained))
+    of = lambda role: cost(
+        cfg.teacher, shape, kind(cfg, role) == "full", rank, dtype, cfg.checkpointing == "on"
+    )
+    student, *fakes = held.trained
+    asked = max(of(role).idle for role in held.trained)
+    waiting = of(student).kept + asked if record == "first" else asked
+    updates = {student: max(waiting, of(student).learning)}
+    updates |= {fake: max(asked, of(fake).learning) for fake in fakes}
+    worst = max(updates, key=lambda role: weight(role) + cfg.micro_batch * updates[role])
+    activations = cfg.micro_batch * updates[worst]
+    peak = on_device + roles + weight(worst) + activations
+    return Memory(peak, host, on_device, roles, weight(worst), activations)
+
+
+def kind(cfg, role: str) -> str:
+    """lora or full: what a role is."""
+    return cfg.generator if role.startswith("student") else cfg.fake
+
+
+def dtype_named(name: str) -> torch.dtype:
+    """bf16 or float32."""
+    return {"bf16": torch.bfloat16, "float32": torch.float32}[name]
+
+
+class Work(NamedTuple):
+    """Operations of an iteration of a phase, all samples: wanted, and recomputed."""
+
+    wanted: float
+    again: float
+
+
+def work(cfg, phase, shapes: dict[tuple, float], record: str) -> Work:
+    """The expectation over truncation depths and over shapes (shape -> probability)."""
+    wanted = again = 0.0
+    guided = max(g != 1 for g in cfg.guidance)  # twice the forwards
+    steps = phase.depths if cfg.truncate == "off" else (1 + phase.depths) / 2  # of the phase
+    learned = phase.depths if cfg.truncate == "off" else 1
+    rollouts = 1 if cfg.reuse_rollouts else cfg.fake_updates
+    for shape, share in shapes.items():
+        args = shape, cfg.rank, dtype_named(cfg.dtype), cfg.checkpointing == "on"
+        student, fake = (
+            cost(cfg.teacher, args[0], k == "full", *args[1:]) for k in (cfg.generator, cfg.fake)
+        )
+        asked = rollouts * (phase.first + steps) + phase.first + steps - learned
+        wanted += share * (asked * student.forward + cfg.fake_updates * fake.training)
+        wanted += share * ((1 + guided) * student.forward + fake.forward)
+        wanted += share * learned * student.training
+        again += share * (cfg.fake_updates * fake.recomputed + learned * student.recomputed)
+        again += share * learned * student.forward * (record == "last")
+    return Work(cfg.batch * wanted, cfg.batch * again)
+
+
+def room_of(device) -> float:
+    """Bytes of a GPU; 0 where there is none."""
+    cuda = torch.device(device).type == "cuda"
+    return torch.cuda.get_device_properties(device).total_memory if cuda else 0.0
+
+
+def record_of(cfg, held: list[Held], shapes: dict[tuple, float], device) -> str:
+    """`first` unless asked for `last`, offloading, or without the memory for it."""
+    if cfg.record != "auto" or cfg.offload != "none" or not room_of(device):
+        usual = "first" if cfg.offload == "none" else "last"
+        return usual if cfg.record == "auto" else cfg.record
+    worst = max(memory(cfg, here, biggest(shapes), "none", "first").peak for here in held)
+    return "first" if worst < room_of(device) - SPARE else "last"
+
+
+@lru_cache
+def rate_of(dtype: torch.dtype, device: str) -> float:
+    """Operations a second of a large product here, measured once."""
+    return speed.rate(dtype, device)
+
+
+def report(cfg, phases, held: list[Held], shapes: dict, device: str, rate: float) -> str:
+    """The plan as text. rate: operations a second; 0 to measure it here."""
+    rate = rate or rate_of(dtype_named(cfg.dtype), device)
+    record, room = record_of(cfg, held, shapes, device), room_of(device)
+    size, largest = sizes(cfg.teacher, cfg.rank, dtype_named(cfg.dtype)), biggest(shapes)
+    weight = lambda role: size.own if kind(cfg, role) == "full" else size.lora
+    lines, days = [], 0.0
+    for phase, here in zip(phases, held):
+        m = memory(cfg, here, largest, cfg.offload, record)
+        lines.append(f"\nphase {phase.k}{'':22}weights  gradients  moments   GB")
+        lines += [f"  expert {e}, frozen{'':10}{gb(size.base)}" for e in here.experts]
+        lines += [f"  {r + ', frozen':27}{gb(weight(r))}" for r in here.frozen]
+        lines += [
+            f"  {r + ', ' + kind(cfg, r):27}{gb(weight(r))}{gb(weight(r), 11)}{gb(weight(r), 9)}"
+            for r in here.trained
+        ]
+        lines.append(f"  activations{'':16}{gb(m.activations)}   {cfg.micro_batch} x {text(largest)}")
+        where = "" if cfg.offload == "none" else f", {m.host / 1e9:.1f} in pinned host memory"
+        lines.append(f"  peak{'':23}{gb(m.peak)}   one role has gradients at a time{where}")
+        w = work(cfg, phase, shapes, record)
+        seconds = (w.wanted + w.again) / rate
+        days += seconds * cfg.iters / 86400
+        lines.append(
+            f"  an iteration of {cfg.batch} samples: {w.wanted / 1e12:,.4g} Tflop and "
+            f"{w.again / 1e12:,.4g} recomputed; {seconds:,.3g} s at {rate / 1e12:,.4g} Tflop/s"
+        )
+    last = held[-1]
+    students = sum(map(weight, [r for r in last.frozen + last.trained if r[0] == "s"]))
+    state = sum(map(weight, last.frozen)) + 2 * sum(map(weight, last.trained))
+    disk = state + (1 + cfg.keep) * students
+    lines.append(
+        f"\n{len(phases)} x {cfg.iters} iterations: {days:,.3g} days at that rate, which products "
+        f"alone may reach; disk: {disk / 1e9:,.3g} GB (state {state / 1e9:.3g}, "
+        f"1 + {cfg.keep} students of {students / 1e9:.3g})"
+    )
+    return "\n".join(lines + options(cfg, held, largest, record, room))
+
+
+def options(cfg, held: list[Held], shape: tuple, record: str, room: float) -> list[str]:
+    """What would need how much: a line for each way to spend memory."""
+    lines = ["\nways to hold it (GB on the device at the worst phase):"]
+    for offload, way in (("none", "first"), ("none", "last"), ("expert", "last"), ("blocks", "last")):
+        ms = [memory(cfg, here, shape, offload, way) for here in held]
+        peak, host = max(m.peak for m in ms), max(m.host for m in ms)
+        fits = "" if not room else "   fits" if peak < room - SPARE else "   does not fit"
+        asked = "   <- this one" if (offload, way) == (cfg.offload, record) else ""
+        lines.append(
+            f"  --offload {offload:6} --record {way:5}{gb(peak)}   host {host / 1e9:5.1f}{fits}{asked}"
+        )
+    if room:
+        lines[0] += f" of {room / 1e9:.1f}"
+    return lines
+
+
+def biggest(shapes) -> tuple:
+    """The shape of the most latents."""
+    return max(shapes, key=lambda shape: torch.Size(shape).numel())
+
+
+def gb(count: float, width: int = 8) -> str:
+    """Bytes as GB; small networks get the digits they need."""
+    value = count / 1e9
+    return f"{value:{width}.1f}" if value >= 10 else f"{value:{width}.3g}"
+
+
+def text(shape: tuple) -> str:
+    """(16, 21, 60, 104) -> 16 x 21 x 60 x 104 latents."""
+    return " x ".join(map(str, shape)) + " latents"
