@@ -117,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="toys: cpu")
     try:
         args = parser.parse_args(argv)
-        if not 2 <= (args.n or 2) <= 10**6 or args.seed < 0:
+        if not 2 <= (2 if args.n is None else args.n) <= 10**6 or args.seed < 0:
             raise UserError("--n must be from 2 to a million, and --seed at least 0")
         home = args.student.parent.parent if args.student.is_file() else args.student
         out = args.out or home / "samples"
@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
         run = load_student(args.student, torch.device(pick_device(args.device, usual)))
         preset, began = train.PRESETS[run.cfg.teacher], time.time()
         n = preset.samples if args.n is None else args.n
-        c, shape = run.batch(n, args.seed, "sample")
+        c, shape = run.batch(n, args.seed, "sample", 0)
         z = normal((n, *shape), args.seed, "sample", "z").to(run.device)
         nets = [moe.in_passes(net, run.cfg.micro_batch or n) for net in run.student]
         with torch.no_grad():

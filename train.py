@@ -318,7 +318,7 @@ def iteration(run: Run) -> list[dict]:
 def fake_rollouts(run: Run, updates: int) -> Iterator[tuple]:
     """The samples of every pass of an iteration's fake updates, without gradient."""
     own = 1 if run.cfg.reuse_rollouts else updates  # updates with a rollout of their own
-    passes = [(update, m, n) for update in range(own) for m, n in micro_batches(run.cfg)]
+    passes = [(update, first, n) for update in range(own) for first, n in micro_batches(run.cfg)]
     # small networks take all in one go: the generator does not change between these updates
     made = []
     for group in [[one] for one in passes] if run.cfg.micro_batch else [passes]:
@@ -333,8 +333,8 @@ def fake_rollouts(run: Run, updates: int) -> Iterator[tuple]:
 def fake_update(run: Run, update: int, rollouts: Iterator[tuple]) -> dict:
     """One step of the fake on samples of the present generator: Eq. 8, inside (s, 1) Eq. 13."""
     part, total, by_t = draw_part(run, update), 0.0, 0.0
-    for m, n in micro_batches(run.cfg):
-        each, t = fake_loss(run, part, update, m, *next(rollouts))
+    for first, n in micro_batches(run.cfg):
+        each, t = fake_loss(run, part, update, first, *next(rollouts))
         loss = each.mean() * (n / run.cfg.batch)
         loss.backward()
         total += loss.detach()
@@ -343,9 +343,9 @@ def fake_update(run: Run, update: int, rollouts: Iterator[tuple]) -> dict:
     return apply(run, moe.fake_role(part.expert), {"loss": total}, {"loss_by_t": sums / counts})
 
 
-def fake_loss(run: Run, part: ph.Part, update, m: int, x_s: Tensor, c, depth: Tensor) -> tuple:
+def fake_loss(run: Run, part: ph.Part, update, first: int, x_s: Tensor, c, depth) -> tuple:
     """Score matching of the fake inside (s, 1): a loss (B,), and the times t (B,) of the phase."""
-    t, eps = renoise(run, part, update, m, x_s)
+    t, eps = renoise(run, part, update, first, x_s)
     v_fake = fake_of(run, part, depth)(diffuse(x_s, run.phase.s, t, eps), t, c)
     match = losses.subinterval_matching if run.cfg.target == "unbiased" else losses.biased_matching
     return match(v_fake, x_s, run.phase.s, t, eps), t
@@ -360,12 +360,12 @@ def t_bins(each: Tensor, t: Tensor, bins: int = 5) -> Tensor:
 def generator_update(run: Run, update: int) -> dict:
     """One step of the generator down the reverse KL at a random t, Eq. 10."""
     part, total, square, moments = draw_part(run, update), 0.0, 0.0, 0.0
-    for m, n in micro_batches(run.cfg):
-        x, t_j, c, depth = approach(run, [(update, m, n)])
+    for first, n in micro_batches(run.cfg):
+        x, t_j, c, depth = approach(run, [(update, first, n)])
         with torch.set_grad_enabled(not run.record_last):
             x_s = recorded(run.student, run.phase, x, t_j, c)
         with torch.no_grad():
-            t, eps = renoise(run, part, update, m, x_s)
+            t, eps = renoise(run, part, update, first, x_s)
             x_t = diffuse(x_s, run.phase.s, t, eps)
             v_real = run.roles.velocity(moe.teacher_role(part.expert), x_t, t, c)
             v_fake = fake_of(run, part, depth)(x_t, t, c)
@@ -383,28 +383,24 @@ def generator_update(run: Run, update: int) -> dict:
 
 
 def simulate(run: Run, passes: list[tuple]) -> list[tuple]:
-    """For each pass (update, m, n): n samples x_{t_k}, their conditions and truncation depths."""
+    """For each pass (update, first, n): n samples x_{t_k}, their conditions, truncation depths."""
     x, t_j, c, depth = approach(run, passes)
     x_s = recorded(run.student, run.phase, x, t_j, c)
-    sizes, start = [n for *_, n in passes], 0
-    cs = []
-    for n in sizes:
-        cs.append(moe.select(c, slice(start, start + n)))
-        start += n
-    return list(zip(x_s.split(sizes), cs, depth.split(sizes)))
+    ends = torch.tensor([n for *_, n in passes]).cumsum(0).tolist()
+    rows = [slice(end - n, end) for end, (*_, n) in zip(ends, passes)]
+    return [(x_s[row], moe.select(c, row), depth[row]) for row in rows]
 
 
 def approach(run: Run, passes: list[tuple]) -> tuple:
     """All passes' samples before their recorded step: x, its times, conditions, depths."""
     zs, cs, depths = [], [], []
-    for update, m, n in passes:
+    for update, first, n in passes:
         where = run.cfg.seed, run.k, run.i, update
-        c, shape = run.batch(n, *where, m)
+        c, shape = run.batch(n, *where, first)
         cs.append(moe.move(c, run.device))
-        r = uniform((), *where, "depth").item()  # without m: all processes agree
-        zs.append(normal((n, *shape), *where, m, "z").to(run.device))
-        rows = range(m * run.cfg.micro_batch, m * run.cfg.micro_batch + n)
-        mixed = run.cfg.depths == "mixed"
+        zs.append(draw(run, normal, shape, update, first, n, "z").to(run.device))
+        r = uniform((), *where, "depth").item()  # without `first`: all processes agree
+        rows, mixed = range(first, first + n), run.cfg.depths == "mixed"
         depths.append(ph.truncation_depths(run.phase, rows, r, mixed, run.cfg.batch))
     z, c, depth = torch.cat(zs), moe.concatenate(cs), torch.cat(depths)
     truncate = run.cfg.truncate == "on"
@@ -412,16 +408,27 @@ def approach(run: Run, passes: list[tuple]) -> tuple:
     return x, t_j, c, depth
 
 
+def draw(run: Run, numbers: Callable, shape, update, first: int, n: int, purpose: str) -> Tensor:
+    """`numbers` (n, *shape) of the samples from `first` on: passes of any size see the same.
+
+    Each sample has a stream of its own, but for a batch in one pass: toys would only make streams.
+    """
+    where = run.cfg.seed, run.k, run.i, update
+    if not run.cfg.micro_batch:
+        return numbers((n, *shape), *where, first, purpose)
+    return torch.stack([numbers(shape, *where, first + j, purpose) for j in range(n)])
+
+
 def draw_part(run: Run, update) -> ph.Part:
     """The teacher's expert of an update; without m, so that all processes agree."""
     return ph.pick_part(run.phase, uniform((), run.cfg.seed, run.k, run.i, update, "expert").item())
 
 
-def renoise(run: Run, part: ph.Part, update, m: int, x_s: Tensor) -> tuple[Tensor, Tensor]:
+def renoise(run: Run, part: ph.Part, update, first: int, x_s: Tensor) -> tuple[Tensor, Tensor]:
     """The times t (B,) and the noise eps (B, ...) of one pass."""
-    where = run.cfg.seed, run.k, run.i, update, m
-    t = ph.renoise_times(part, uniform(len(x_s), *where, "t"), run.cfg.shift)
-    return t.to(x_s.device), normal(x_s.shape, *where, "eps").to(x_s.device)
+    numbers = lambda kind, shape, why: draw(run, kind, shape, update, first, len(x_s), why)
+    t = ph.renoise_times(part, numbers(uniform, (), "t"), run.cfg.shift)
+    return t.to(x_s.device), numbers(normal, x_s.shape[1:], "eps").to(x_s.device)
 
 
 def fake_of(run: Run, part: ph.Part, depth: Tensor) -> Callable:
@@ -434,9 +441,9 @@ def fake_of(run: Run, part: ph.Part, depth: Tensor) -> Callable:
 
 
 def micro_batches(cfg: Config) -> list[tuple[int, int]]:
-    """(index, size) of the passes that make up one batch."""
+    """(first sample, size) of the passes that make up one batch."""
     size = cfg.micro_batch or cfg.batch
-    return [(m, min(size, cfg.batch - start)) for m, start in enumerate(range(0, cfg.batch, size))]
+    return [(start, min(size, cfg.batch - start)) for start in range(0, cfg.batch, size)]
 
 
 def apply(run: Run, name: str, values: dict[str, Tensor], about: dict[str, Tensor]) -> dict:
@@ -488,15 +495,15 @@ def fake_lag(run: Run, batches: int = 16, updates: int = 20) -> tuple[float, flo
         passes = [(f"lag{j}", 0, run.cfg.batch) for j in range(batches)]
         with torch.no_grad():
             found = [
-                fake_loss(run, draw_part(run, update), update, m, *sample)[0].mean()
-                for (update, m, _), sample in zip(passes, simulate(run, passes))
+                fake_loss(run, draw_part(run, update), update, first, *sample)[0].mean()
+                for (update, first, _), sample in zip(passes, simulate(run, passes))
             ]
         return torch.stack(found).mean().item()
 
     now = loss()
     for j in range(updates):
         with torch.no_grad():
-            more = simulate(run, [(f"lag more {j}", m, n) for m, n in micro_batches(run.cfg)])
+            more = simulate(run, [(f"lag more {j}", first, n) for first, n in micro_batches(run.cfg)])
         fake_update(run, f"lag more {j}", iter(more))
     later = loss()
     restore(run, tensors, counters)

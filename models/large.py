@@ -292,7 +292,7 @@ def null_of(cfg, out: Path) -> dict[str, Tensor]:
     """The conditions that guidance leads away from: the negative prompt, (1, L, D)."""
     path = prompts_of(cfg)
     if path is None:
-        return {"text": random_text(cfg, 1, "negative")["text"]}
+        return {"text": random_text(cfg, "negative")[None]}
     return {"text": open_prompts(cfg, source(path, out)).negative[None]}
 
 
@@ -305,9 +305,9 @@ def source(path: Path, out: Path) -> Path:
 
 
 def data(cfg, out: Path):
-    """batch(n, *where) -> conditions of n samples and the shape of one: no data but prompts.
+    """batch(n, *where, first) -> conditions of n samples, and the shape of one. No data but prompts.
 
-    The shape is drawn without the last of `where`, so that all micro-batches of an update agree.
+    The shape is drawn without `first`, so that all samples of an update agree; the rest by sample.
     """
     shapes, path = buckets(cfg), prompts_of(cfg)
     prompts = open_prompts(cfg, source(path, out)) if path else None
@@ -316,19 +316,20 @@ def data(cfg, out: Path):
     numbers = {prompt: i for i, prompt in enumerate(prompts.about["prompts"])} if prompts else {}
 
     def batch(n: int, *where):
-        shape = bucket(shapes, uniform((), *where[:-1], "bucket").item())
-        c, captions = {}, None
+        *update, first = where
+        shape = bucket(shapes, uniform((), *update, "bucket").item())
+        samples = [(*update, first + j) for j in range(n)]
+        c, rows, texts = {}, [], prompts.about["prompts"] if prompts else []
         if images:
-            c["image"], captions = draw_images(images, shape, n, *where)
+            c["image"], captions = draw_images(images, shape, samples)
+            rows = [numbers[caption] for caption in captions]
         elif is_image(cfg):
-            c["image"] = random_image(shape, n, *where)
-        if prompts is None:
-            found = random_text(cfg, n, *where)
-        elif captions:
-            found = text.batch([prompts.row(numbers[caption]) for caption in captions])
-        else:
-            rows = integers(n, len(prompts.offsets) - 1, *where, "prompt").tolist()
+            c["image"] = torch.stack([random_image(shape, *sample) for sample in samples])
+        if prompts:
+            rows = rows or [integers(1, len(texts), *one, "prompt").item() for one in samples]
             found = text.batch([prompts.row(i) for i in rows])
+        else:
+            found = text.batch([random_text(cfg, *sample) for sample in samples])
         # Wan attends to padding, and has no mask
         return c | (found if qwen else {"text": found["text"]}), shape
 
@@ -339,30 +340,26 @@ def data(cfg, out: Path):
     return batch
 
 
-def draw_images(images, shape: tuple, n: int, *where) -> tuple[Tensor, list[str]]:
-    """n first frames (n, 20, F, h, w) of this size, and their captions."""
+def draw_images(images, shape: tuple, samples: list[tuple]) -> tuple[Tensor, list[str]]:
+    """A first frame (20, F, h, w) of this size for each sample, and their captions."""
     file, held, captions = images
     key = held[shape[1:]]
-    stored = file.get_slice(key)
-    rows = integers(n, stored.get_shape()[0], *where, "image").tolist()
-    named = captions[key.removeprefix("image.")]
+    stored, named = file.get_slice(key), captions[key.removeprefix("image.")]
+    rows = [integers(1, len(named), *sample, "image").item() for sample in samples]
     return torch.cat([stored[i : i + 1] for i in rows]), [named[i] for i in rows]
 
 
-def random_text(cfg, n: int, *where) -> dict[str, Tensor]:
-    """Embeddings of n prompts that nobody wrote, of different lengths."""
-    longest = text_len(cfg)
-    lengths = (1 + integers(n, longest, *where, "length")).tolist()
-    return text.batch(
-        [normal((length, text_dim(cfg)), *where, i, "text") for i, length in enumerate(lengths)]
-    )
+def random_text(cfg, *where) -> Tensor:
+    """The embedding (L, D) of a prompt that nobody wrote."""
+    length = 1 + integers(1, text_len(cfg), *where, "length").item()
+    return normal((length, text_dim(cfg)), *where, "text")
 
 
-def random_image(shape: tuple, n: int, *where) -> Tensor:
-    """First frames of nothing: mask 4 (1 on the first latent frame), latents 16."""
-    mask = torch.zeros(n, 4, *shape[1:])
-    mask[:, :, 0] = 1
-    return torch.cat([mask, normal((n, 16, *shape[1:]), *where, "image")], 1)
+def random_image(shape: tuple, *where) -> Tensor:
+    """A first frame of nothing, (20, F, h, w): mask 4, 1 on the first latent frame, latents 16."""
+    mask = torch.zeros(4, *shape[1:])
+    mask[:, 0] = 1
+    return torch.cat([mask, normal((16, *shape[1:]), *where, "image")])
 
 
 # -- numbers and pictures ------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import train
 from toy import toy2d
 
 torch.set_num_threads(1)  # tests of small networks: a second thread only waits
+FIT = toy2d.fit  # tests that need none replace it
 
 
 @pytest.fixture(scope="session")
@@ -19,7 +20,7 @@ def start():
     def of(cfg):
         key = cfg.toy, cfg.classes
         if key not in made:
-            made[key] = toy2d.fit(cfg, lambda steps: steps, steps=500)
+            made[key] = FIT(cfg, lambda steps: steps, steps=500)
         return made[key]
 
     return of

@@ -5,7 +5,7 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 
 import numpy as np
@@ -14,16 +14,17 @@ import torch
 
 import sample
 import train
+from toy import toy2d
 
 ROOT = Path(__file__).parent.parent
+FIT = toy2d.fit
 QUICK = "--iters 2 --warmup 1 --batch 8 --fake-updates 1 --eval-samples 50".split()
 
 
 @pytest.fixture(autouse=True)
 def fitted(monkeypatch, start):
     """The short fit of conftest: commands are what is tested here."""
-    fast = replace(train.PRESETS["toy2d"], start=lambda cfg, bar: start(cfg))
-    monkeypatch.setitem(train.PRESETS, "toy2d", fast)
+    monkeypatch.setattr(toy2d, "fit", lambda cfg, bar: start(cfg))
 
 
 @pytest.fixture
@@ -321,14 +322,12 @@ def test_a_conditional_student_is_asked_for_its_class(tmp_path):
     assert sample.main(["--student", str(tmp_path / "run"), "--n", "100"]) == 0
 
 
-def test_points_of_ones_own_run_and_are_watched_for_changes(tmp_path, capsys):
+def test_points_of_ones_own_run_and_are_watched_for_changes(tmp_path, capsys, monkeypatch):
     """Samples come back in the file's unit; a file that changed since is refused."""
     file, out = tmp_path / "p.csv", tmp_path / "run"
     np.savetxt(file, np.random.default_rng(0).normal(100, 5, (50, 3)), delimiter=",")
     flags = [*QUICK, "--points", str(file), "--out", str(out)]
-    train.PRESETS["toy2d"] = replace(
-        train.PRESETS["toy2d"], start=lambda cfg, bar: train.toy2d.start(cfg, bar, steps=20)
-    )
+    monkeypatch.setattr(toy2d, "fit", lambda cfg, bar: FIT(cfg, bar, steps=20))
     assert train.main(flags) == 0 and sample.main(["--student", str(out), "--n", "500"]) == 0
     assert abs(np.load(out / "samples" / "samples.npy").mean() - 100) < 5
     file.write_text(file.read_text().replace("1", "2"))

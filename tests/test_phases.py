@@ -153,5 +153,5 @@ def test_roles_of_a_phase_are_one_student_and_a_fake_for_each_teacher_expert_in_
         "fake1",
         "fake2",
     ]
-    assert moe.fake_roles(one, True) == ["fake1.depth1", "fake1.depth2"]
+    assert moe.fake_roles(one, True) == ["fake1-depth1", "fake1-depth2"]
     assert moe.run_roles([one, two], False) == ["student1", "student2", "fake1", "fake2"]

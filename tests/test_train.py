@@ -11,7 +11,7 @@ import train
 from models.adamw import AdamW
 from models.files import UserError
 from models.draws import normal, stream
-from sample import trajectory
+from sample import recorded, rollout, trajectory
 from sde import diffuse, step
 from toy import toy2d
 from toy.mixtures import energy
@@ -110,10 +110,10 @@ def test_only_the_active_expert_and_its_fake_get_gradients(new_run, monkeypatch,
     train.begin_phase(run, 2)
     run.i, reached, kept = 0, {}, train.apply
 
-    def watch(run, name, **values):
+    def watch(run, name, values, about):
         gradients = {role: run.roles.parameters_of(role).values() for role in run.trained}
         reached[name] = [r for r, ps in gradients.items() if any(p.grad is not None for p in ps)]
-        return kept(run, name, **values)
+        return kept(run, name, values, about)
 
     monkeypatch.setattr(train, "apply", watch)
     train.iteration(run)
@@ -137,7 +137,7 @@ def test_a_frozen_expert_is_bit_identical_afterwards(new_run):
 
 def test_a_teacher_of_two_experts_has_a_fake_beside_each(new_run, monkeypatch):
     """Phase 1 asks the high-noise one alone; each update of phase 2 trains exactly one of two."""
-    preset = replace(train.PRESETS["toy2d"], boundary_t=0.6)
+    preset = replace(train.PRESETS["toy2d"], boundary=lambda cfg: 0.6)
     monkeypatch.setitem(train.PRESETS, "toy2d", preset)
     run = new_run(**SMALL | dict(fake_updates=1, iters=12))
     trained = {1: set(), 2: set()}
@@ -161,7 +161,7 @@ def test_a_teacher_of_two_experts_has_a_fake_beside_each(new_run, monkeypatch):
         dict(phases=4),
         dict(truncate="off", phases=1),
         dict(reuse_rollouts=True),
-        dict(classes="on", guidance=2.0),
+        dict(classes="on", guidance=(2.0,)),
         dict(interval="disjoint", shift=3.0),
     ],
 )
@@ -176,21 +176,31 @@ def test_two_runs_are_bit_identical_and_another_seed_is_not(new_run, settings):
     assert same(ends[0], ends[1]) and not same(ends[0], ends[2])
 
 
-def test_passes_of_any_size_make_the_same_rollouts(new_run):
-    """Five rollouts in one go, as small networks do, or one after the other."""
-    joined, apart = (new_run(**SMALL | dict(micro_batch=size)) for size in (0, 16))
-    for a, b in zip(train.fake_rollouts(joined, 5), train.fake_rollouts(apart, 5), strict=True):
+def test_rollouts_in_one_go_are_those_of_one_after_the_other(new_run):
+    """Five rollouts together, as small networks do them, or each for itself."""
+    run = new_run(**SMALL)
+    apart = [train.simulate(run, [(update, 0, 16)])[0] for update in range(5)]
+    for a, b in zip(train.fake_rollouts(run, 5), apart, strict=True):
         torch.testing.assert_close(a[0], b[0], rtol=1e-4, atol=1e-5)
         assert torch.equal(a[2], b[2])
     shared = list(train.fake_rollouts(new_run(**SMALL, reuse_rollouts=True), 3))
     assert len(shared) == 3 and torch.equal(shared[0][0], shared[2][0])
 
 
+def test_passes_of_any_size_see_the_same_samples(new_run):
+    """4 x 4 and 1 x 16: every sample has a stream of its own."""
+    small, large = (
+        torch.cat([x for x, *_ in train.fake_rollouts(new_run(**SMALL, micro_batch=size), 2)])
+        for size in (4, 16)
+    )
+    torch.testing.assert_close(small, large, rtol=1e-4, atol=1e-5)
+
+
 def test_accumulated_passes_make_the_gradient_of_their_mean(new_run):
     """Two passes of 8: the gradient is the mean over both, not their sum."""
     found = {}
     kept = train.apply
-    train.apply = lambda run, name, **_: found.update({name: weights_grad(run)})
+    train.apply = lambda run, name, *_: found.update({name: weights_grad(run)})
     try:
         run = new_run(**SMALL | dict(batch=16, micro_batch=8))
         train.generator_update(run, 0)
@@ -198,18 +208,18 @@ def test_accumulated_passes_make_the_gradient_of_their_mean(new_run):
         train.apply = kept
     run = new_run(**SMALL | dict(batch=16, micro_batch=8))
     total = 0
-    for m in (0, 1):
-        [(x_s, c, depth)] = train.simulate(run, [(0, m, 8)])
-        t, eps = train.renoise(run, train.draw_part(run, 0), 0, m, x_s)
+    for first in (0, 8):
+        [(x_s, c, depth)] = train.simulate(run, [(0, first, 8)])
+        t, eps = train.renoise(run, train.draw_part(run, 0), 0, first, x_s)
         x_t = diffuse(x_s.detach(), 0.5, t, eps)
         with torch.no_grad():
             v_real, v_fake = (
-                run.roles.velocity("teacher", x_t, t),
+                run.roles.velocity("teacher1", x_t, t),
                 run.roles.velocity("fake1", x_t, t),
             )
         total = total + 0.5 * losses.distribution_matching(
             x_s, losses.dmd_gradient(x_s, x_t, 0.5, t, v_real, v_fake, "xs")
-        )
+        ).mean()
     total.backward()
     torch.testing.assert_close(found["student1"], weights_grad(run))
 
@@ -233,15 +243,21 @@ def test_truncation_records_one_step_and_its_absence_all(new_run, truncate):
     assert silu == (3 if truncate == "on" else 12)
 
 
+def rolled_out(run, z, depth):
+    """x_{t_2} of these truncation depths."""
+    x, t = rollout(run.student, run.times, run.phases[1], z, None, depth)
+    return recorded(run.student, run.phases[1], x, t, None)
+
+
 def test_the_rollout_is_what_sampling_will_do(new_run):
     """The deepest truncation of the last phase is the sampler's output itself."""
     run = new_run(**SMALL)
     list(train.train(run))
     z, last = normal((8, 2), "z"), torch.full((8,), 2)
-    x_s = train.rollout(run.student, run.times, run.phases[1], z, None, last)
+    x_s = rolled_out(run, z, last)
     *_, x = trajectory(run.student, run.times, z)
     torch.testing.assert_close(x_s, x)
-    first = train.rollout(run.student, run.times, run.phases[1], z, None, torch.ones_like(last))
+    first = rolled_out(run, z, torch.ones_like(last))
     *_, x_half = trajectory(run.student[:2], run.times[:3], z)
     v = run.student[2](x_half, torch.full((8,), 0.5))
     torch.testing.assert_close(first, step(x_half, 0.5, 0.0, v))
@@ -253,7 +269,7 @@ def test_what_is_not_finite_never_reaches_an_optimizer(new_run, max_skips):
     run = new_run(**SMALL, max_skips=max_skips)
     teacher = run.roles.velocity
     run.roles = run.roles._replace(
-        velocity=lambda role, *a: teacher(role, *a) * (float("nan") if role == "teacher" else 1)
+        velocity=lambda role, *a: teacher(role, *a) * (float("nan") if role == "teacher1" else 1)
     )
     run.i, before = 0, weights(run, "student1")
     with pytest.raises(UserError, match=f"phase 1, iteration {max_skips}: .* of student1"):
