@@ -136,19 +136,28 @@ def files(cfg) -> list[Path]:
                 weights.read_lora(net, one)
                 found.append(one)
     prompts, images = prompts_of(cfg), Path(cfg.images) if cfg.images else None
-    if prompts and prompts.suffix == ".safetensors":
-        open_prompts(cfg, prompts)
-    elif prompts:
-        text.read_prompts(prompts)
-        if not weights.row_of(cfg.teacher).repository:
-            raise UserError(f"{cfg.teacher} has no text encoder; --prompts takes embeddings for it")
-        for part in ("text_encoder", "tokenizer"):
-            weights.component(cfg.teacher, folder_of(cfg), part)
+    texts = texts_of(cfg, prompts) if prompts else []
+    if is_image(cfg) and not is_random(cfg) and not (images and cfg.prompts):
+        raise UserError(
+            "image to video needs --images of models.vae, and --prompts, embeddings of its captions"
+        )
     if images:
-        open_images(cfg, images)
-    if is_image(cfg) and not images and not is_random(cfg):
-        raise UserError("image to video needs --images, first frames made by: python -m models.vae")
+        captions = {one for size in open_images(cfg, images)[2].values() for one in size}
+        if prompts and captions - set(texts):
+            raise UserError(f"{prompts} has not the caption {min(captions - set(texts))!r}")
     return found + [path for path in (prompts, images) if path]
+
+
+def texts_of(cfg, path: Path) -> list[str]:
+    """The prompts of embeddings that this teacher understands, or that it can embed. UserError."""
+    if path.suffix == ".safetensors":
+        return open_prompts(cfg, path).about["prompts"]
+    texts = text.read_prompts(path)
+    if not weights.row_of(cfg.teacher).repository:
+        raise UserError(f"{cfg.teacher} has no text encoder; --prompts takes embeddings for it")
+    for part in ("text_encoder", "tokenizer"):
+        weights.component(cfg.teacher, folder_of(cfg), part)
+    return texts
 
 
 def prompts_of(cfg) -> Path | None:
@@ -178,14 +187,22 @@ def open_prompts(cfg, path: Path) -> text.Embeddings:
 
 def text_dim(cfg) -> int:
     """Channels of an embedding."""
-    row = weights.row_of(cfg.teacher)
-    usual = 3584 if row.network is QwenImage else 4096
-    return row.settings.get("text_dim", row.settings.get("joint_attention_dim", usual))
+    settings = settings_of(cfg)
+    usual = 3584 if weights.row_of(cfg.teacher).network is QwenImage else 4096
+    return settings.get("text_dim", settings.get("joint_attention_dim", usual))
 
 
 def text_len(cfg) -> int:
     """Tokens of the longest prompt."""
-    return weights.row_of(cfg.teacher).settings.get("text_len", plan.TEXT)
+    return settings_of(cfg).get("text_len", plan.TEXT)
+
+
+def settings_of(cfg) -> dict:
+    """The settings of the network: a folder's own, where small ones may have any size."""
+    row = weights.row_of(cfg.teacher)
+    if is_random(cfg) or row.repository:
+        return row.settings
+    return weights.plan(weights.locate(cfg.teacher, *cfg.weights)[0][0], torch.bfloat16)[0].settings
 
 
 def open_images(cfg, path: Path):
@@ -333,10 +350,6 @@ def data(cfg, out: Path):
         # Wan attends to padding, and has no mask
         return c | (found if qwen else {"text": found["text"]}), shape
 
-    if images:
-        lost = [t for _, size in images[2].items() for t in size if prompts and t not in numbers]
-        if lost:
-            raise UserError(f"{path} has no embedding of the caption {lost[0]!r}; embed the captions")
     return batch
 
 
