@@ -73,6 +73,25 @@ def expert_of(role: str, phases: list[Phase], boundary_t: float | None) -> int:
     return expert_at(phases[int(number) - 1].t[-2], boundary_t) if is_student else int(number)
 
 
+class Held(NamedTuple):
+    """What a phase has in memory."""
+
+    experts: list[int]  # of the teacher: the networks that its roles are, or start from
+    frozen: list[str]  # students of earlier phases
+    trained: list[str]  # its student, then its fakes
+
+
+def held(phases: list[Phase], per_depth: bool, boundary_t: float | None) -> list[Held]:
+    """The Held of each phase: of Wan2.2's first the high-noise expert alone, of its second both."""
+    found = []
+    for phase in phases:
+        earlier = [student_role(k) for k in range(1, phase.k)]
+        trained = [student_role(phase.k), *fake_roles(phase, per_depth)]
+        experts = {expert_of(role, phases, boundary_t) for role in (*earlier, *trained)}
+        found.append(Held(sorted(experts), earlier, trained))
+    return found
+
+
 def separate_networks(
     names: list[str], make: Callable[[], nn.Module], start: dict | None, teacher
 ) -> Roles:

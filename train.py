@@ -26,7 +26,7 @@ from tqdm import tqdm
 import losses
 import moe
 import phases as ph
-from models import large, plan
+from models import large
 from models.adamw import AdamW
 from models.draws import normal, uniform
 from models.flags import Parser, add_flags, check, given, pick_device, plain, setting
@@ -42,7 +42,7 @@ from models.folder import (
     watch,
 )
 from models.files import UserError, read_json, read_tensors, write, write_json, write_tensors
-from models.meter import Meter, peak_memory
+from models.meter import Meter
 from models.pictures import curves
 from sample import recorded, rollout, times_of, trajectory
 from sde import diffuse, v_to_x0
@@ -148,12 +148,12 @@ class Preset:
     data: Callable  # data(cfg, out) -> batch(n, *where) -> (c, shape)
     report: Callable  # report(run, look) -> numbers, png
     present: Callable  # present(cfg, c, xs, keep_all) -> numbers, {file name: bytes}
-    record: Callable  # record(cfg, phases, device) -> first or last
-    plan: Callable  # plan(cfg, phases, device, rate) -> text for --dry-run
+    record: Callable  # record(cfg, held, device) -> first or last, for --record auto
+    plan: Callable  # plan(cfg, phases, held, device, rate) -> text for --dry-run
     speed: Callable  # speed(cfg, calls of Meter, seconds, device) -> numbers for the log
+    closing: Callable  # closing(run, fake_lag) -> what to say at the end of a phase
     device: str = "auto"  # that --device auto means
     threads: int = 0  # of the CPU while training; 0 leaves torch's own choice
-    lag: int = 0  # batches behind the line that says how far the fake lags; 0: no line
     samples: int = 4  # of sample.py
 
 
@@ -161,27 +161,6 @@ def base_roles(cfg: Config, phases: list[ph.Phase], device, out: Path, start: di
     """Roles on the frozen networks of a large teacher."""
     expert = partial(moe.expert_of, phases=phases, boundary_t=large.boundary(cfg))
     return moe.shared_networks(*large.parts(cfg, device, out, expert))
-
-
-def holds(cfg: Config, phases: list[ph.Phase]) -> list[plan.Held]:
-    """Which experts of the teacher, and which roles, each phase has in memory."""
-    boundary_t, found = large.boundary(cfg), []
-    for phase in phases:
-        earlier = [moe.student_role(k) for k in range(1, phase.k)]
-        trained = [moe.student_role(phase.k), *moe.fake_roles(phase, cfg.fake_per_depth)]
-        experts = {moe.expert_of(role, phases, boundary_t) for role in (*earlier, *trained)}
-        found.append(plan.Held(phase.k, sorted(experts), earlier, trained))
-    return found
-
-
-def base_plan(cfg: Config, phases: list[ph.Phase], device: str, rate: float) -> str:
-    """Memory and time of a large run."""
-    return plan.report(cfg, phases, holds(cfg, phases), large.buckets(cfg), device, rate)
-
-
-def base_record(cfg: Config, phases: list[ph.Phase], device: torch.device) -> str:
-    """Which of the two ways to spend memory."""
-    return plan.record_of(cfg, holds(cfg, phases), large.buckets(cfg), device)
 
 
 TOY = dict(  # what a mixture in the plane needs in place of the paper's settings
@@ -202,8 +181,8 @@ def toy(**settings) -> Preset:
     """A row of an exact distribution. One thread: at this size a second one only waits."""
     return Preset(
         settings, toy2d.check, toy2d.files, lambda cfg: None, toy2d.start, toy2d.roles,
-        toy2d.data, toy2d.report, toy2d.present, toy2d.record, toy2d.plan, lambda *_: {}, "cpu",
-        threads=1, lag=16, samples=10_000,
+        toy2d.data, toy2d.report, toy2d.present, lambda *_: "first", toy2d.plan, lambda *_: {},
+        toy2d.closing, "cpu", threads=1, samples=10_000,
     )  # fmt: skip
 
 
@@ -211,7 +190,8 @@ def base(**settings) -> Preset:
     """A row of a large teacher, or of a small one of its architecture."""
     return Preset(
         settings, large.check, large.files, large.boundary, large.start, base_roles,
-        large.data, large.report, large.present, base_record, base_plan, large.speed,
+        large.data, large.report, large.present, large.record, large.plan_of, large.speed,
+        large.closing,
     )  # fmt: skip
 
 
@@ -250,6 +230,7 @@ class Run:
 
     cfg: Config
     phases: list[ph.Phase]
+    held: list[moe.Held]  # what each phase has in memory
     roles: moe.Roles
     batch: Callable  # of the preset's data
     device: torch.device
@@ -268,8 +249,7 @@ class Run:
     @property
     def trained(self) -> list[str]:
         """What a state has to hold: the student's experts so far, and the fakes of the phase."""
-        experts = [moe.student_role(k) for k in range(1, self.k + 1)]
-        return experts + moe.fake_roles(self.phase, self.cfg.fake_per_depth)
+        return self.held[self.k - 1].frozen + self.held[self.k - 1].trained
 
     @property
     def student(self) -> list[Callable]:
@@ -288,10 +268,10 @@ class Run:
 def begin_phase(run: Run, k: int) -> None:
     """Phase k: its expert and its fakes start from the teacher, not from the phase before."""
     run.k, run.i = k, -run.cfg.warmup
-    fakes = moe.fake_roles(run.phase, run.cfg.fake_per_depth)
-    for role in (moe.student_role(k), *fakes):
+    student, *fakes = run.held[k - 1].trained
+    for role in (student, *fakes):
         run.roles.reset(role)
-    rates = dict.fromkeys(fakes, run.cfg.fake_lr) | {moe.student_role(k): run.cfg.lr}
+    rates = dict.fromkeys(fakes, run.cfg.fake_lr) | {student: run.cfg.lr}
     run.optimizers = {role: AdamW(run.roles.parameters_of(role), lr) for role, lr in rates.items()}
 
 
@@ -470,6 +450,7 @@ def apply(run: Run, name: str, values: dict[str, Tensor], about: dict[str, Tenso
         for p in optimizer.parameters.values():
             p.grad = None
     row = {"phase": run.k, "iteration": run.i, "role": name, "skipped": not finite}
+    row["seconds_update"] = round(run.meter.lap(), 5)  # the device is done: numbers are here
     shown = iter(x if math.isfinite(x) else None for x in numbers)
     for key, x in (values | about).items():
         row[key] = [next(shown) for _ in x] if x.ndim else next(shown)
@@ -627,8 +608,10 @@ def new_run(cfg: Config, start: dict[str, Tensor], device: torch.device, out: Pa
     roles = preset.roles(cfg, phases, device, out, start)
     meter = Meter(roles.velocity)
     roles = roles._replace(velocity=meter)
-    last = preset.record(cfg, phases, device) == "last"
-    return Run(cfg, phases, roles, preset.data(cfg, out), device, out, meter, last)
+    held = moe.held(phases, cfg.fake_per_depth, preset.boundary(cfg))
+    way = preset.record(cfg, held, device) if cfg.record == "auto" else cfg.record
+    batch = preset.data(cfg, out)
+    return Run(cfg, phases, held, roles, batch, device, out, meter, way == "last")
 
 
 def phases_of(cfg: Config) -> list[ph.Phase]:
@@ -657,6 +640,7 @@ def drive(run: Run, began: float, stop: Stop) -> float:
     for rows in train(run):
         if bar is None or rows[0]["iteration"] == -run.cfg.warmup:
             bar = new_bar(run)
+            run.meter.forget_peak(run.device)  # of loading
         seconds, lap = time.time() - began, timed(run, rows, lap)
         log.write([row | {"seconds": round(seconds, 3)} for row in rows])
         bar.update()
@@ -670,8 +654,9 @@ def drive(run: Run, began: float, stop: Stop) -> float:
             raise Interrupted(stopping)
         if last:
             bar.close()
-            report_lag(run)
+            print(PRESETS[run.cfg.teacher].closing(run, fake_lag))
         lap = time.time()
+        run.meter.restart()  # looks and states are of no iteration
     return began
 
 
@@ -687,7 +672,7 @@ def timed(run: Run, rows: list[dict], lap: float) -> float:
     speed = {
         "seconds_iteration": round(seconds, 4),
         "samples_per_second": round(len(rows) * run.cfg.batch / seconds, 3),
-        "memory_gb": round(peak_memory(run.device) / 1e9, 3),
+        "memory_gb": round(run.meter.peak_memory(run.device) / 1e9, 3),
     }
     rows[-1] |= speed | PRESETS[run.cfg.teacher].speed(run.cfg, calls, seconds, run.device)
     return now
@@ -703,7 +688,6 @@ def take_look(run: Run, log: Log) -> None:
     if run.cfg.keep:
         save_student(run, file.with_suffix(".safetensors"))
         keep_newest(file.parent, run.cfg.keep)
-    run.meter.take()  # not of the next iteration
 
 
 def new_bar(run: Run) -> tqdm:
@@ -721,17 +705,6 @@ def short(rows: list[dict]) -> dict:
     """What a bar has room for: loss of the fake, distance of the student from the teacher."""
     shown = {"loss": rows[0]["loss"], "distance": rows[-1].get("distance")}
     return {key: f"{value:.3f}" for key, value in shown.items() if value is not None}
-
-
-def report_lag(run: Run) -> None:
-    """Say how far the fake lags behind the generator, where that costs seconds."""
-    batches = PRESETS[run.cfg.teacher].lag
-    if batches:
-        now, later = fake_lag(run, batches)
-        print(
-            f"phase {run.k}: the fake's loss on fresh samples is {now:.4f}, after 20 more updates "
-            f"{later:.4f} ({100 * (later / now - 1):+.1f} %; a clear fall means that it lags)"
-        )
 
 
 def save_student(run: Run, path: Path) -> None:
@@ -771,7 +744,9 @@ def dry_run(cfg: Config, device: str, tflops: float) -> None:
     """What a run would be: the phases, memory and time, on the meta device."""
     phases = phases_of(cfg)
     print(ph.table(phases, cfg.shift))
-    print(PRESETS[cfg.teacher].plan(cfg, phases, device, 1e12 * tflops))
+    preset = PRESETS[cfg.teacher]
+    held = moe.held(phases, cfg.fake_per_depth, preset.boundary(cfg))
+    print(preset.plan(cfg, phases, held, device, 1e12 * tflops))
 
 
 def parser() -> Parser:

@@ -17,6 +17,7 @@ from models.bases import Bases
 from models.draws import integers, normal, uniform
 from models.files import UserError, first_line
 from models.layers import blocks_of
+from models.meter import summary
 from models.qwen_image import QwenImage
 
 PROMPTS = Path(__file__).parent.parent / "prompts.txt"  # to try with
@@ -86,6 +87,8 @@ def check(cfg) -> None:
             f"--guidance takes {'one number, or two: high low' if experts == 2 else 'one number'}; "
             f"{cfg.teacher} has {weights.words(experts)}"
         )
+    if cfg.micro_batch < 1:
+        raise UserError("--micro-batch of a large teacher is at least 1")
     if not cfg.size:
         raise UserError("--size names no size, as 480x832")
     buckets(cfg)
@@ -194,7 +197,8 @@ def text_dim(cfg) -> int:
 
 def text_len(cfg) -> int:
     """Tokens of the longest prompt."""
-    return settings_of(cfg).get("text_len", plan.TEXT)
+    usual = plan.TEXT if weights.row_of(cfg.teacher).repository else 16
+    return settings_of(cfg).get("text_len", usual)
 
 
 def settings_of(cfg) -> dict:
@@ -418,6 +422,26 @@ def present(cfg, c, xs: list[Tensor], keep_all: bool) -> tuple[dict, dict[str, b
     kept = {f"x{i}": x for i, x in enumerate(xs)} if keep_all else {"x": xs[-1]}
     files = {"latents.safetensors": save(kept), "samples.png": pictures.sheet(kept, None)}
     return {"diversity": diversity(xs[-1])}, files
+
+
+def record(cfg, held, device) -> str:
+    """Which of the two ways to spend memory, by the plan."""
+    return plan.record_of(cfg, held, buckets(cfg), device)
+
+
+def plan_of(cfg, phases, held, device: str, rate: float) -> str:
+    """Memory and time of a run."""
+    return plan.report(cfg, phases, held, buckets(cfg), device, rate)
+
+
+def closing(run, fake_lag) -> str:
+    """What a phase took, beside the plan. The lag of the fakes would cost hours: see loss_by_t."""
+    rows = [json.loads(line) for line in (run.out / "log.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["phase"] == run.k]
+    passes = -(-run.cfg.batch // run.cfg.micro_batch)
+    way = "last" if run.record_last else "first"
+    planned = plan.memory(run.cfg, run.held[run.k - 1], plan.biggest(buckets(run.cfg)), run.cfg.offload, way)
+    return f"phase {run.k}: {summary(rows, passes)} (plan: {planned.peak / 1e9:.4g} GB on the device)"
 
 
 def speed(cfg, calls, seconds: float, device: torch.device) -> dict:

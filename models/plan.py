@@ -93,14 +93,15 @@ def _count(row, blocks: int, shape, own: bool, rank: int, dtype, checkpointing: 
         if p.requires_grad:  # gradients are counted elsewhere: here each goes as it has come
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
     there = [x, t, *c.values(), *net.parameters()]
+    with FlopCounterMode(display=False) as flops:
+        v = net(x, t, c, adapter)
+        forward = flops.get_total_flops()
+        v.backward(torch.empty_like(v))
+    total, recomputed = flops.get_total_flops(), forward if checkpointing else 0
+    del v
     gc.collect()
     gc.freeze()  # what is there already need not be looked at after every operation
-    try:
-        # apart from each other: the counter's hooks keep tensors alive
-        with FlopCounterMode(display=False) as flops:
-            v = net(x, t, c, adapter)
-            forward = flops.get_total_flops()
-            v.backward(torch.empty_like(v))
+    try:  # not together with the counter, whose hooks keep tensors alive
         with Live(there) as live, torch.no_grad():
             net(x, t, c, adapter)
         idle = live.peak
@@ -108,8 +109,7 @@ def _count(row, blocks: int, shape, own: bool, rank: int, dtype, checkpointing: 
             v = net(x, t, c, adapter)
             kept = live.now
             v.backward(torch.empty_like(v))
-        recomputed = forward if checkpointing else 0
-        return forward, flops.get_total_flops() - recomputed, recomputed, idle, kept, live.peak
+        return forward, total - recomputed, recomputed, idle, kept, live.peak
     finally:
         gc.unfreeze()
 
@@ -155,15 +155,6 @@ def sizes(teacher: str, rank: int, dtype: torch.dtype) -> Sizes:
     return Sizes(base, block, base - block * len(blocks_of(net)), adapter, own)
 
 
-class Held(NamedTuple):
-    """What one phase holds: which experts, and the trained roles by name."""
-
-    k: int
-    experts: list[int]  # of the teacher, whose networks are needed
-    frozen: list[str]  # roles that are only asked
-    trained: list[str]
-
-
 class Memory(NamedTuple):
     """Peak bytes of a phase: device, pinned host memory, and the parts of the former."""
 
@@ -175,8 +166,8 @@ class Memory(NamedTuple):
     activations: float
 
 
-def memory(cfg, held: Held, shape: tuple, offload: str, record: str) -> Memory:
-    """The peak of a phase, with micro-batches of cfg.micro_batch samples of this shape."""
+def memory(cfg, held, shape: tuple, offload: str, record: str) -> Memory:
+    """The peak of a phase (moe.Held), in micro-batches of cfg.micro_batch samples of this shape."""
     dtype, rank = dtype_named(cfg.dtype), cfg.rank
     size = sizes(cfg.teacher, rank, dtype)
     bases = len(held.experts) * size.base
@@ -246,11 +237,12 @@ def room_of(device) -> float:
     return torch.cuda.get_device_properties(device).total_memory if cuda else 0.0
 
 
-def record_of(cfg, held: list[Held], shapes: dict[tuple, float], device) -> str:
+def record_of(cfg, held: list, shapes: dict[tuple, float], device) -> str:
     """`first` unless asked for `last`, offloading, or without the memory for it."""
-    if cfg.record != "auto" or cfg.offload != "none" or not room_of(device):
-        usual = "first" if cfg.offload == "none" else "last"
-        return usual if cfg.record == "auto" else cfg.record
+    if cfg.record != "auto":
+        return cfg.record
+    if cfg.offload != "none" or not room_of(device):
+        return "last" if cfg.offload != "none" else "first"
     worst = max(memory(cfg, here, biggest(shapes), "none", "first").peak for here in held)
     return "first" if worst < room_of(device) - SPARE else "last"
 
@@ -261,7 +253,7 @@ def rate_of(dtype: torch.dtype, device: str) -> float:
     return speed.rate(dtype, device)
 
 
-def report(cfg, phases, held: list[Held], shapes: dict, device: str, rate: float) -> str:
+def report(cfg, phases, held: list, shapes: dict, device: str, rate: float) -> str:
     """The plan as text. rate: operations a second; 0 to measure it here."""
     rate = rate or rate_of(dtype_named(cfg.dtype), device)
     record, room = record_of(cfg, held, shapes, device), room_of(device)
@@ -299,7 +291,7 @@ def report(cfg, phases, held: list[Held], shapes: dict, device: str, rate: float
     return "\n".join(lines + options(cfg, held, largest, record, room))
 
 
-def options(cfg, held: list[Held], shape: tuple, record: str, room: float) -> list[str]:
+def options(cfg, held: list, shape: tuple, record: str, room: float) -> list[str]:
     """What would need how much: a line for each way to spend memory."""
     lines = ["\nways to hold it (GB on the device at the worst phase):"]
     for offload, way in (("none", "first"), ("none", "last"), ("expert", "last"), ("blocks", "last")):

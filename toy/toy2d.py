@@ -80,17 +80,20 @@ def roles(cfg, phases, device, out, start: dict[str, Tensor]) -> Roles:
     return separate_networks(names, lambda: network(cfg).to(device), start, teacher(cfg, device))
 
 
-def record(cfg, phases, device) -> str:
-    """Memory is no matter: the recorded step first, unless asked for."""
-    return "last" if cfg.record == "last" else "first"
-
-
-def plan(cfg, phases, device, rate) -> str:
+def plan(cfg, phases, held, device, rate) -> str:
     """Every role's parameters, counted on the meta device."""
     with torch.device("meta"):
         count = sum(p.numel() for p in network(cfg).parameters())
-    return "\n".join(
-        f"{role:16}{count:16,} parameters" for role in run_roles(phases, cfg.fake_per_depth)
+    roles = run_roles(phases, cfg.fake_per_depth)
+    return "\n".join(f"{role:16}{count:16,} parameters" for role in roles)
+
+
+def closing(run, fake_lag) -> str:
+    """How far the fake lags behind the generator, at the end of a phase."""
+    now, later = fake_lag(run)
+    return (
+        f"phase {run.k}: the fake's loss on fresh samples is {now:.4f}, after 20 more updates "
+        f"{later:.4f} ({100 * (later / now - 1):+.1f} %; a clear fall means that it lags)"
     )
 
 
