@@ -19,11 +19,16 @@ import safetensors.torch
 
 import train
 from toy import toy2d
+from models import pictures
 from models.folder import OURS
 from models.files import digest
 
 ROOT = Path(__file__).parent.parent
 SHORT = "--iters 2 --warmup 1 --batch 8 --fake-updates 1 --save-every 1 --eval-samples 50".split()
+TINY = (
+    "--teacher wan22-tiny --iters 1 --batch 2 --fake-updates 1 --save-every 1 --sample-every 1 "
+    "--keep 1 --eval-samples 2"
+).split()
 
 
 @pytest.fixture(autouse=True)
@@ -31,6 +36,8 @@ def quick(monkeypatch, start):
     """A start that costs nothing and a picture of a few points: files are what is tested here."""
     monkeypatch.setattr(toy2d, "fit", lambda cfg, bar: start(cfg))
     monkeypatch.setattr(toy2d, "picture", lambda *_: b"a picture")
+    monkeypatch.setattr(pictures, "sheet", lambda *_: b"a picture")
+    monkeypatch.setattr(train, "curves", lambda log: b"curves of " + log.name.encode())
 
 
 def results(out: Path) -> dict:
@@ -41,6 +48,7 @@ def results(out: Path) -> dict:
         "student": (out / "student.safetensors").read_bytes(),
         "picture": (out / "samples.png").read_bytes(),
         "metrics": drop(json.loads((out / "metrics.json").read_bytes())),
+        "looks": {p.name: p.read_bytes() for p in sorted(out.glob("looks/*"))},
         "log": [drop(json.loads(line)) for line in (out / "log.jsonl").read_text().splitlines()],
     }
 
@@ -75,11 +83,12 @@ class FailingCall:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+@pytest.mark.parametrize("flags", [SHORT, TINY], ids=["toy2d", "wan22-tiny"])
 def test_every_file_system_call_may_fail_and_the_resumed_run_is_bit_identical(
-    tmp_path, monkeypatch, capsys
+    tmp_path, monkeypatch, capsys, flags
 ):
     """n = 1, 2, ... to the last call of the run: one line, status 2, and --resume ends the same."""
-    assert train.main([*SHORT, "--out", str(tmp_path / "whole")]) == 0
+    assert train.main([*flags, "--out", str(tmp_path / "whole")]) == 0
     whole = results(tmp_path / "whole")
     n, failed = 0, True
     while failed:
@@ -87,13 +96,13 @@ def test_every_file_system_call_may_fail_and_the_resumed_run_is_bit_identical(
         with monkeypatch.context() as patch:
             calls = FailingCall(patch, out, n)
             capsys.readouterr()
-            status = train.main([*SHORT, "--out", str(out)])
+            status = train.main([*flags, "--out", str(out)])
             failed = calls.count >= n
         if failed:
             error = capsys.readouterr().err
             assert status == 2 and error.count("\n") == 1 and "No space left" in error, (n, error)
             assert not list(out.rglob("*.tmp"))
-            assert train.main([*SHORT, "--out", str(out), "--resume"]) == 0
+            assert train.main([*flags, "--out", str(out), "--resume"]) == 0
         assert results(out) == whole, n
     assert n > 40  # opens, writes, fsyncs and renames of all files of the run
 
@@ -126,27 +135,34 @@ def in_place(path, tensors, about):
         file.write(content[len(content) // 2 :])
 
 
-COMMAND = [
-    sys.executable,
-    str(ROOT / "train.py"),
-    *"--iters 60 --warmup 20 --batch 32 --save-every 7 --eval-samples 200".split(),
-]
+COMMANDS = {
+    "toy2d": "--iters 60 --warmup 20 --batch 32 --save-every 7 --eval-samples 200".split(),
+    "wan22-tiny": "--teacher wan22-tiny --iters 30 --batch 2 --save-every 7 --sample-every 15".split(),
+}
 
 
-def begin(out: Path, *more) -> subprocess.Popen:
+def begin(name: str, out: Path, *more) -> subprocess.Popen:
     """The command in a process of its own."""
+    command = [sys.executable, str(ROOT / "train.py"), *COMMANDS[name], "--out", str(out), *more]
     pipe = subprocess.PIPE
-    return subprocess.Popen(
-        [*COMMAND, "--out", str(out), *more], stdout=pipe, stderr=pipe, text=True
-    )
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """The run that was not killed, and its folder."""
-    out = tmp_path_factory.mktemp("kill") / "whole"
-    assert begin(out).wait(120) == 0
-    return results(out), out
+    """undisturbed(name): the run that was not killed, and its folder; made once."""
+    made = {}
+
+    def of(name):
+        if name not in made:
+            out = tmp_path_factory.mktemp("kill") / "whole"
+            process = begin(name, out)
+            _, error = process.communicate(timeout=300)
+            assert process.returncode == 0, error
+            made[name] = results(out), out
+        return made[name]
+
+    return of
 
 
 def wait_for_log(process, out: Path, lines: int):
@@ -158,20 +174,22 @@ def wait_for_log(process, out: Path, lines: int):
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_a_run_resumes_bit_identical(tmp_path, undisturbed):
+@pytest.mark.parametrize("name", COMMANDS)
+def test_killed_at_random_moments_a_run_resumes_bit_identical(tmp_path, undisturbed, name):
     """SIGKILL at five moments drawn over the run, the last one while it is being evaluated."""
-    whole, first = undisturbed
+    whole, first = undisturbed(name)
     out, draws = tmp_path / "run", random.Random(0)
     shutil.copytree(first, out, ignore=lambda *_: set(OURS) - {"config.json", "start.safetensors"})
     moments = sorted(draws.sample(range(len(whole["log"])), 4)) + [len(whole["log"])]
     for moment in moments:
-        process = begin(out, "--resume")
+        process = begin(name, out, "--resume")
         wait_for_log(process, out, moment)
         assert process.poll() is None  # it was alive
         process.kill()
         process.communicate()
-    process = begin(out, "--resume")
-    assert process.wait(120) == 0
+    process = begin(name, out, "--resume")
+    process.communicate(timeout=300)
+    assert process.returncode == 0
     assert results(out) == whole
 
 
@@ -180,8 +198,9 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, undisturbed, number, sta
     """SIGTERM and Ctrl-C: exit 143 and 130, the printed command ends bit-identical."""
     out = tmp_path / "a run"
     keep = set(OURS) - {"config.json", "start.safetensors"}
-    shutil.copytree(undisturbed[1], out, ignore=lambda *_: keep)  # as after fitting its start
-    process = begin(out, "--resume")
+    whole, first = undisturbed("toy2d")
+    shutil.copytree(first, out, ignore=lambda *_: keep)  # as after fitting its start
+    process = begin("toy2d", out, "--resume")
     wait_for_log(process, out, 60)
     process.send_signal(number)
     printed, error = process.communicate(timeout=60)
@@ -198,4 +217,4 @@ def test_a_signal_saves_and_says_how_to_go_on(tmp_path, undisturbed, number, sta
         check=True,
         capture_output=True,
     )
-    assert results(out) == undisturbed[0]
+    assert results(out) == whole
