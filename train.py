@@ -785,6 +785,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
         if name in args.given:  # in full, since a run may go on from elsewhere
             args.given[name] = in_full(args.given[name])
     args.asked, args.out = args.device, args.out or Path("out") / args.given.get("teacher", "toy2d")
+    if not 0 <= args.tflops < 1e6:
+        raise UserError(f"--tflops {args.tflops} is no rate in Tflop/s, as 400")
     if args.resume and args.overwrite:
         raise UserError("--resume keeps a run and --overwrite removes it; give one of them")
     cfg = Config(**args.given)

@@ -5,10 +5,11 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy
-import safetensors.torch
+import safetensors
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
@@ -18,13 +19,18 @@ class UserError(Exception):
     """Something the user can mend: shown as one line, exit status 2."""
 
 
-def write(path: Path, content: bytes) -> None:
-    """Write a file so that a crash leaves the old one or the new one, never a part of it."""
+def write(path: Path, *contents: bytes | Iterable) -> None:
+    """Write a file so that a crash leaves the old one or the new one, never a part of it.
+
+    contents: bytes, or things that yield bytes: more than memory holds may go by.
+    """
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            file.write(content)
+            for content in contents:
+                for piece in [content] if isinstance(content, bytes) else content:
+                    file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -68,11 +74,30 @@ def read_json(path: Path, what_to_do: str) -> dict:
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
-    """Safetensors with `about` (plain JSON values) and a digest in the header. Never a pickle."""
-    cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    # one entry: safetensors writes several in an order that changes from process to process
-    header = {"about": json.dumps(about | {"digest": digest(cpu)})}
-    write(path, safetensors.torch.save(cpu, metadata=header))
+    """Safetensors with `about` (plain JSON values) and a digest in the header. Never a pickle.
+
+    From any device, one tensor at a time: no second copy of them all.
+    """
+    shapes = {name: (x.dtype, tuple(x.shape)) for name, x in tensors.items()}
+    header, _ = _header(shapes, about | {"digest": digest(tensors)})
+    write(path, header, pieces(raw(x) for x in tensors.values()))
+
+
+def raw(x: Tensor) -> numpy.ndarray:
+    """A tensor's bytes."""
+    return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+
+
+def pieces(arrays: Iterable, size: int = 2**24) -> Iterator[bytes]:
+    """Many small arrays of bytes as few large ones."""
+    held = bytearray()
+    for array in arrays:
+        held += array.data
+        if len(held) >= size:
+            yield bytes(held)
+            held.clear()
+    if held:
+        yield bytes(held)
 
 
 def digest(tensors: dict[str, Tensor]) -> str:
@@ -80,7 +105,7 @@ def digest(tensors: dict[str, Tensor]) -> str:
     total = hashlib.blake2b(digest_size=16)
     for name in sorted(tensors):
         total.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}".encode())
-        total.update(tensors[name].reshape(-1).view(torch.uint8).numpy())
+        total.update(raw(tensors[name]))
     return total.hexdigest()
 
 

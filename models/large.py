@@ -18,7 +18,7 @@ from models.draws import integers, normal, uniform
 from models.files import UserError, first_line
 from models.layers import blocks_of
 from models.meter import summary
-from models.qwen_image import QwenImage
+from models.qwen_image import TEXT_LEN, QwenImage
 
 PROMPTS = Path(__file__).parent.parent / "prompts.txt"  # to try with
 
@@ -185,6 +185,10 @@ def open_prompts(cfg, path: Path) -> text.Embeddings:
     wide, wanted = found.negative.shape[1], text_dim(cfg)
     if wide != wanted:
         raise UserError(f"{path} has {wide} channels, {cfg.teacher} takes {wanted}; make it anew")
+    lengths = found.offsets.diff().tolist()
+    longest, room = max([*lengths, len(found.negative)]), text_room(cfg)
+    if longest > room:
+        raise UserError(f"{path} has a text of {longest} tokens, {cfg.teacher} takes {room}")
     return found
 
 
@@ -198,6 +202,12 @@ def text_dim(cfg) -> int:
 def text_len(cfg) -> int:
     """Tokens of the longest prompt."""
     usual = plan.TEXT if weights.row_of(cfg.teacher).repository else 16
+    return settings_of(cfg).get("text_len", usual)
+
+
+def text_room(cfg) -> int:
+    """Tokens that the network can take."""
+    usual = TEXT_LEN if weights.row_of(cfg.teacher).network is QwenImage else plan.TEXT
     return settings_of(cfg).get("text_len", usual)
 
 

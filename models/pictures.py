@@ -48,12 +48,13 @@ def sheet(rows: dict[str, Tensor], decode: Callable | None) -> bytes:
     shown = preview([frame(x) for x in latents]) if decode is None else map(decode, latents)
     columns = len(latents[0])
     h, w = latents[0].shape[-2:]
-    size = (2.2 * columns + 1, 2.2 * len(rows) * h / w + 0.4)
+    wide, high = (2 * n / max(h, w) for n in (w, h))  # inches
+    size = (wide * columns + 0.6, high * len(rows) + 0.6)
     figure, axes = plt.subplots(
         len(rows), columns, figsize=size, squeeze=False, layout="constrained"
     )
     for line, name, pictures in zip(axes, rows, shown):
-        line[0].set_ylabel(name, fontsize=8)
+        line[0].set_ylabel(name.replace(" at ", "\nat ").replace(", ", ",\n"), fontsize=7)
         for ax, picture in zip(line, pictures):
             ax.imshow(picture.numpy())
             ax.set(xticks=[], yticks=[])

@@ -303,7 +303,12 @@ def options(cfg, held: list, shape: tuple, record: str, room: float) -> list[str
             f"  --offload {offload:6} --record {way:5}{gb(peak)}   host {host / 1e9:5.1f}{fits}{asked}"
         )
     if room:
-        lines[0] += f" of {room / 1e9:.1f}"
+        lines[0] = lines[0].replace(":", f", of {room / 1e9:.1f}:")
+    share = memory(cfg, held[-1], shape, "none", "last").activations
+    lines.append(
+        f"  of these activations are {gb(share, 0)} GB: they go with the largest --size, --frames "
+        "and --micro-batch"
+    )
     return lines
 
 

@@ -16,7 +16,8 @@ diffusers = pytest.importorskip("diffusers", reason="needs requirements-full.txt
 
 from PIL import Image  # noqa: E402
 
-from models import text, vae  # noqa: E402
+import train  # noqa: E402
+from models import text, vae, weights  # noqa: E402
 from models.files import UserError  # noqa: E402
 
 PROMPTS = [
@@ -411,3 +412,41 @@ def test_pictures_that_are_none_are_refused_in_one_line(tmp_path, wan_folder, ca
 def test_sizes_that_make_no_latents_are_refused(tmp_path, wan_folder, flags):
     pictures(tmp_path / "p")
     assert images(tmp_path, wan_folder, *flags)[0] == 2
+
+
+def test_a_run_embeds_its_prompts_and_decodes_what_it_shows(tmp_path, wan_folder, monkeypatch, capsys):
+    """train.py on a published folder and a text file: encoder, transformers, VAE, in that order.
+
+    The folder is of small networks, so the teacher's row says so too. Embedded once: a run that
+    goes on has no need of the encoder.
+    """
+    folder = tmp_path / "weights"
+    row = weights.TEACHERS["wan22-tiny"]
+    small = row._replace(settings=row.settings | {"text_dim": 32, "text_len": 512}, repository="nobody/small")
+    monkeypatch.setitem(weights.TEACHERS, "wan22-tiny", small)
+    for e, name in ((1, "transformer"), (2, "transformer_2")):
+        net = weights.random("wan22-tiny", torch.float32, seed=e)
+        (folder / name).mkdir(parents=True)
+        config = {"_class_name": "WanModel", "num_heads": 4, "text_len": 512}
+        (folder / name / "config.json").write_text(json.dumps(config))
+        tensors = {n: p.detach() for n, p in net.named_parameters()}
+        save_file(tensors, folder / name / "diffusion_pytorch_model.safetensors")
+    for part in ("text_encoder", "tokenizer", "vae"):
+        shutil.copytree(wan_folder / part, folder / part)
+    (tmp_path / "p.txt").write_text("A fox\nA sign\nSnow\n")
+    decoded, kept = [], vae.decode
+    monkeypatch.setattr(vae, "decode", lambda *a: decoded.append(kept(*a)) or decoded[-1])
+    out = tmp_path / "run"
+    flags = ["--teacher", "wan22-tiny", "--weights", folder, "--prompts", tmp_path / "p.txt", "--out", out,
+             "--iters", "1", "--batch", "2", "--fake-updates", "1", "--eval-samples", "2",
+             "--size", "48x64", "--guidance", "4", "3"]  # fmt: skip
+    assert train.main([str(flag) for flag in flags]) == 0
+    assert text.open_embeddings(out / "prompts.safetensors").about["prompts"] == ["A fox", "A sign", "Snow"]
+    assert decoded and all(x.shape == (1, 3, 1, 48, 64) for x in decoded)
+    monkeypatch.setattr(text, "load_encoder", None)
+    (out / "metrics.json").unlink()
+    assert train.main(["--teacher", "wan22-tiny", "--resume", "--out", str(out)]) == 0
+    (tmp_path / "p.txt").write_text("Another fox\n")
+    capsys.readouterr()
+    assert train.main(["--teacher", "wan22-tiny", "--resume", "--out", str(out)]) == 2
+    assert "p.txt is gone or has changed" in capsys.readouterr().err

@@ -540,6 +540,7 @@ WRONG = {
     "--prompts some.txt": "no text encoder",
     "--prompts of-qwen.safetensors": "another encoder",
     "--prompts wide.safetensors": "has 32 channels",
+    "--prompts long.safetensors": "a text of 21 tokens, wan22-tiny takes 16",
     "--teacher wan22-i2v-tiny --images frames.safetensors --size 64x48": "has no 9x64x48",
     "--teacher wan22-i2v-tiny --images p.safetensors": "no first frames",
     "--teacher wan22": "hf download",
@@ -555,6 +556,7 @@ WRONG = {
     "--teacher toy2d --generator lora": "for large teachers",
     "--teacher toy2d --prompts x": "for large teachers",
     "--rank 0": "below 1",
+    "--micro-batch 0": "at least 1",
     "--adapter none": "invalid choice",
 }  # fmt: skip
 
@@ -569,6 +571,7 @@ def files(tmp_path_factory):
     embeddings(folder / "p.safetensors")
     embeddings(folder / "of-qwen.safetensors", "qwen-image")
     embeddings(folder / "wide.safetensors", dim=32)
+    embeddings(folder / "long.safetensors", prompts=[str(i) for i in range(20)])
     frames(folder / "frames.safetensors")
     published(folder / "weights")
     up, down = torch.ones(64, 2), torch.ones(2, 64)
