@@ -42,10 +42,10 @@ def trajectory(nets: list[Callable], times, z: Tensor, c=None) -> Iterator[Tenso
 def rollout(
     nets: list[Callable], times, phase: Phase, z: Tensor, c, depth: Tensor, truncate: bool = True
 ) -> tuple[Tensor, Tensor | None]:
-    """Backward simulation (SGTS) from z to where `recorded` begins: x (B, ...) and its t (B,).
+    """Backward simulation, Eqs. 9 and 10, from z to where `recorded` begins: x (B, ...), t (B,).
 
     As the student will do it: earlier experts, then the phase's own steps before the last of each
-    sample's `depth` (B,). No gradient. Without truncation: to the start of the phase, no t.
+    sample's `depth` (B,) (SGTS). No gradient. Without truncation: to the start of the phase, no t.
     """
     with torch.no_grad():
         for x in trajectory(nets[: phase.first], times[: phase.first + 1], z, c):
@@ -62,7 +62,7 @@ def rollout(
 
 
 def recorded(nets: list[Callable], phase: Phase, x: Tensor, t: Tensor | None, c) -> Tensor:
-    """x_{t_k}: from each sample's t (B,) one step to the end of the phase; without t every step.
+    """x_{t_k} of Eqs. 9 and 10: from t (B,) one step to the end of the phase; without t all steps.
 
     What the generator learns through. Memory is that of one step, or grows with their number.
     """

@@ -71,7 +71,7 @@ CURVES = {  # key of a log row -> title of its panel
     "grad_norm": "gradient norm",
     "x_std": "sd of x at the phase's end",
     "diversity": "diversity over seeds",
-    "samples_per_second": "samples a second",
+    "energy": "energy (toys)",
 }
 
 
@@ -84,15 +84,16 @@ def curves(log: Path) -> bytes:
             student = row.get("role", "").startswith("student")
             if row.get(key) is not None and not (key == "loss" and student):  # that one says nothing
                 lines[key, f"phase {row['phase']}, {row['role']}"].append((row["iteration"], row[key]))
+    shown = [key for key in CURVES if any(key == of for of, _ in lines)]
     figure, axes = plt.subplots(2, 3, figsize=(11, 5.5), layout="constrained")
-    for ax, (key, title) in zip(axes.flat, CURVES.items()):
-        ax.set_title(title, fontsize=9)
+    for ax in axes.flat[len(shown) :]:
+        ax.set_axis_off()
+    for ax, key in zip(axes.flat, shown):
+        ax.set_title(CURVES[key], fontsize=9)
         for (of, name), points in lines.items():
             if of == key:
-                mark = "o-" if key == "diversity" else "-"
-                ax.plot(*zip(*points), mark, lw=0.8, ms=3, label=name)
-        if ax.lines:
-            ax.legend(fontsize=6)
+                ax.plot(*zip(*points), "o-" if name.endswith("look") else "-", lw=0.8, ms=3, label=name)
+        ax.legend(fontsize=6)
         if key == "grad_norm":
             ax.set_yscale("log")
     return png(figure)

@@ -263,7 +263,7 @@ def report(cfg, phases, held: list, shapes: dict, device: str, rate: float) -> s
     for phase, here in zip(phases, held):
         m = memory(cfg, here, largest, cfg.offload, record)
         lines.append(f"\nphase {phase.k}{'':22}weights  gradients  moments   GB")
-        lines += [f"  expert {e}, frozen{'':10}{gb(size.base)}" for e in here.experts]
+        lines += [f"  base {e}, frozen{'':12}{gb(size.base)}" for e in here.experts]
         lines += [f"  {r + ', frozen':27}{gb(weight(r))}" for r in here.frozen]
         lines += [
             f"  {r + ', ' + kind(cfg, r):27}{gb(weight(r))}{gb(weight(r), 11)}{gb(weight(r), 9)}"

@@ -102,10 +102,10 @@ def test_a_dry_run_of_28_billion_parameters_needs_no_weights(tmp_path, monkeypat
     flags = ["--teacher", "wan22", "--size", "1x720x1280", "--dry-run", "--tflops", "400"]
     assert train.main(flags) == 0
     said = capsys.readouterr().out
-    for word in ("expert 1, frozen", "student2, lora", "fake2, lora", "days", "disk", "--offload blocks"):
+    for word in ("base 1, frozen", "student2, lora", "fake2, lora", "days", "disk", "--offload blocks"):
         assert word in said
     one, two = said.split("phase 2   ")
-    assert "expert 2, frozen" in two and "expert 2, frozen" not in one
+    assert "base 2, frozen" in two and "base 2, frozen" not in one
     assert not list(tmp_path.iterdir())
 
 
