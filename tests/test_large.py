@@ -21,7 +21,7 @@ from models.layers import blocks_of
 from sde import shift
 
 CPU = torch.device("cpu")
-TINY = [name for name in train.PRESETS if name.endswith("-tiny")]
+TINY = ["wan21-tiny", "wan22-tiny", "wan22-i2v-tiny", "qwen-image-tiny"]
 MIX = [("lora", "lora"), ("lora", "full"), ("full", "full")]
 
 
@@ -275,6 +275,23 @@ def test_a_student_across_the_boundary_starts_from_the_expert_of_its_last_step()
     [one] = ph.make_phases(4, 1, 5.0, boundary_t=0.875)
     assert moe.expert_of("student1", [one], 0.875) == 2
     assert moe.expert_of("fake1-depth2", phases, 0.875) == 1
+    assert moe.expert_at(0.875, 0.875) == 1 and moe.expert_at(0.8749, 0.875) == 2
+
+
+@pytest.mark.parametrize("generator,fake", MIX)
+def test_phase_2_starts_its_fakes_from_the_teacher_again(generator, fake):
+    """Adapters at nothing, copies at the base, to the bit, in the place of the old ones."""
+    run = begun(iters=2, generator=generator, fake=fake, fake_lr=1e-2)
+    losses_of(run, 2)
+    places = {p.data_ptr() for p in run.roles.parameters_of("fake1").values()}
+    train.begin_phase(run, 2)
+    c, shape = run.batch(2, 0, 0)
+    x, t = normal((2, *shape), "x"), torch.tensor([0.9, 0.95])
+    with torch.no_grad():
+        v = nets_of(run)[1](x, t, c)
+        assert torch.equal(run.roles.velocity("fake1", x, t, c), v)
+        assert not torch.equal(run.roles.velocity("student1", x, t, c), v)
+    assert places == {p.data_ptr() for p in run.roles.parameters_of("fake1").values()}
 
 
 # -- what may not change a number ----------------------------------------------------------------
@@ -301,6 +318,42 @@ def test_offload_changes_no_number(offload, k, generator, fake):
     run = begun(k=k, **settings, offload=offload)
     assert run.record_last
     torch.testing.assert_close(losses_of(run), usual, rtol=1e-5, atol=0)
+
+
+def test_with_offload_one_base_is_on_the_device_at_a_time():
+    """The parameters of the other are the host's own tensors, also after a whole iteration."""
+    run = begun(k=2, offload="expert", **FAST)
+    for ask in (lambda: train.iteration(run), lambda: train.look(run), lambda: train.iteration(run)):
+        ask()
+        held = run.roles.reset.__closure__[names(run.roles.reset).index("network")].cell_contents
+        here = [
+            e for e, net in held.networks.items()
+            if any(p.data_ptr() != held.host[e][n].data_ptr() for n, p in bases.frozen(net).items())
+        ]  # fmt: skip
+        assert here == [held.here] and set(held.networks) == {1, 2}
+
+
+def test_a_streamed_block_has_nearly_always_arrived_when_it_is_called(monkeypatch):
+    """Twice up without gradient, up and down with: a copy a call, only the first is waited for."""
+    row = weights.TEACHERS["wan21-tiny"]
+    net = weights.random_network(row.network, row.settings | {"num_layers": 6}, torch.float32)
+    net.checkpointing, waits, copies = True, [], []
+    streaming, enter, copy = bases.Blocks(net, CPU), bases.Blocks.enter, bases.Blocks.copy
+    adapter = lora.start_adapter(net, "role", (0,), 4)
+
+    def entered(self, i):
+        waits.append(i != self.inside and i not in self.arrived)
+        enter(self, i)
+
+    monkeypatch.setattr(bases.Blocks, "enter", entered)
+    monkeypatch.setattr(bases.Blocks, "copy", lambda self, *a: copies.append(a) or copy(self, *a))
+    x, t, c = normal((1, 16, 1, 4, 4), "x"), torch.tensor([0.5]), {"text": normal((1, 4, 64), "c")}
+    for _ in range(2):
+        with torch.no_grad():
+            net(x, t, c), net(x, t, c)
+        net(x, t, c, "role").sum().backward()
+    assert len(waits) == 2 * 4 * 6 and sum(waits) <= 3 and len(copies) <= len(waits) + 3
+    assert adapter and streaming.inside == 0
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3, 5])
@@ -390,6 +443,21 @@ def test_frames_may_be_part_of_a_size():
     assert large.buckets(cfg) == {(16, 21, 60, 104): 0.75, (16, 1, 90, 160): 0.25}
 
 
+@pytest.mark.parametrize("settings", [
+    dict(phases=1), dict(phases=4), dict(phases=1, truncate="off"), dict(fake_per_depth=True),
+    dict(interval="disjoint", shift=3.0), dict(reuse_rollouts=True), dict(depths="mixed"),
+    dict(target="biased"), dict(weight="normalised"), dict(fake_per_depth=True, depths="mixed"),
+])  # fmt: skip
+def test_every_way_of_figure_1_distils_a_teacher_of_two_experts(settings):
+    """All phases to their end, and the same losses where the step is recorded last."""
+    found = []
+    for record in ("first", "last"):
+        run = begun(stir=False, iters=2, batch=2, fake_updates=2, record=record, lr=1e-3, **settings)
+        found.append([row["loss"] for rows in train.train(run) for row in rows])
+        assert run.finished and all(loss is not None for loss in found[-1])
+    assert found[0] == pytest.approx(found[1], rel=1e-5)
+
+
 # -- files and commands --------------------------------------------------------------------------
 
 
@@ -448,7 +516,10 @@ def test_embeddings_and_first_frames_of_files_are_what_a_run_sees(tmp_path):
     assert seen == {0, 1}
 
 
-@pytest.mark.parametrize("name", TINY)
+SLOWER = [pytest.param(name, marks=pytest.mark.slow) for name in TINY[::2]]
+
+
+@pytest.mark.parametrize("name", ["wan22-tiny", "qwen-image-tiny", *SLOWER])
 def test_a_small_teacher_is_distilled_sampled_and_resumed(name, tmp_path, capsys):
     """Both phases; sampling repeats; a run cut short ends as if it had not been."""
     out = tmp_path / "run"

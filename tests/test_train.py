@@ -135,6 +135,18 @@ def test_a_frozen_expert_is_bit_identical_afterwards(new_run):
     assert not same(first, weights(run, "student2"))
 
 
+def test_each_phase_starts_its_fake_and_its_expert_from_the_teacher_again(new_run):
+    """F_k from the teacher, not from F_{k-1}; the moments of AdamW are new as well."""
+    run = new_run(**SMALL)
+    start = weights(run, "fake1")
+    for _ in itertools.islice(train.train(run), SMALL["iters"] + SMALL["warmup"]):
+        pass
+    assert run.k == 1 and not same(start, weights(run, "fake1"))
+    train.begin_phase(run, 2)
+    assert same(start, weights(run, "fake1")) and same(start, weights(run, "student2"))
+    assert all(not moment.any() for moment in run.optimizers["fake1"].second.values())
+
+
 def test_a_teacher_of_two_experts_has_a_fake_beside_each(new_run, monkeypatch):
     """Phase 1 asks the high-noise one alone; each update of phase 2 trains exactly one of two."""
     preset = replace(train.PRESETS["toy2d"], boundary=lambda cfg: 0.6)
