@@ -80,7 +80,9 @@ def load_student(path: Path, device: torch.device):
     """The run of a finished folder, or of one of its looks/*.safetensors. Raises UserError."""
     import train  # knows the presets; it imports this file for the sampler
 
-    folder, file = (path.parent.parent, path) if path.is_file() else (path, path / "student.safetensors")
+    folder, file = (
+        (path.parent.parent, path) if path.is_file() else (path, path / "student.safetensors")
+    )
     advice = f"train it again with: python train.py --out {folder} --overwrite"
     if not file.is_file():
         raise UserError(
@@ -93,7 +95,9 @@ def load_student(path: Path, device: torch.device):
     tensors, about = read_tensors(file, "student", config["settings"], advice)
     run = train.new_run(cfg, {}, device, folder)
     if about["phase"] < len(run.phases):
-        raise UserError(f"{file} is of phase {about['phase']} of {len(run.phases)}: not a whole student")
+        raise UserError(
+            f"{file} is of phase {about['phase']} of {len(run.phases)}: not a whole student"
+        )
     run.k = len(run.phases)
     for phase in run.phases:
         role = moe.student_role(phase.k)
@@ -109,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--student", type=Path, required=True,
-        help="folder of a finished run, such as out/toy2d, or a file of its folder looks")  # fmt: skip
+        help="folder of a finished run, such as out/toy2d, or a file of its looks/")  # fmt: skip
     add("--n", type=int, help="number of samples (default: toys 10000, large teachers 4)")
     add("--seed", type=int, default=0, help="of the noise (default 0)")
     add("--out", type=Path, help="folder to write to (default STUDENT/samples)")

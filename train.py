@@ -114,15 +114,16 @@ class Config:
                          choices=("bf16", "float32"))
     checkpointing: str = setting("on", "compute blocks again in backward: less memory",
                                  choices=ON_OFF)
-    record: str = setting("auto", "the generator's recorded step: first, kept while teacher and fake "
-                          "are asked, or last, once more: least memory", choices=("auto", "first", "last"))
+    record: str = setting("auto", "the generator's recorded step: first, kept while teacher and "
+                          "fake are asked, or last, once more: least memory",
+                          choices=("auto", "first", "last"))
     offload: str = setting("none", "to pinned host memory: the expert that is not at work, or all "
                            "blocks but two", choices=("none", "expert", "blocks"))
     compile: bool = setting(False, "torch.compile the blocks")
 
     seed: int = setting(0, "of all that is drawn", low=0, high=2**63)
     save_every: int = setting(200, "iterations between two states for --resume", low=1, high=10**9)
-    sample_every: int = setting(0, "iterations between two looks: a picture, numbers, curves.png; 0: none",
+    sample_every: int = setting(0, "iterations between two looks: picture, numbers, curves; 0: none",
                                 low=0, high=10**9)
     keep: int = setting(0, "students kept of those looks, the newest", low=0, high=10**6)
     max_skips: int = setting(20, "non-finite updates in a row to skip before stopping",
@@ -484,7 +485,9 @@ def fake_lag(run: Run, batches: int = 16, updates: int = 20) -> tuple[float, flo
     now = loss()
     for j in range(updates):
         with torch.no_grad():
-            more = simulate(run, [(f"lag more {j}", first, n) for first, n in micro_batches(run.cfg)])
+            more = simulate(
+                run, [(f"lag more {j}", first, n) for first, n in micro_batches(run.cfg)]
+            )
         fake_update(run, f"lag more {j}", iter(more))
     later = loss()
     restore(run, tensors, counters)
@@ -679,7 +682,7 @@ def timed(run: Run, rows: list[dict], lap: float) -> float:
 
 
 def take_look(run: Run, log: Log) -> None:
-    """Picture, numbers, curves and the student of now, so that there is something to choose from."""
+    """Picture, numbers, curves and the student of now: something to choose from."""
     numbers, picture = PRESETS[run.cfg.teacher].report(run, look)
     log.write([{"phase": run.k, "iteration": run.i, "role": "look"} | numbers])
     file = run.out / "looks" / f"phase{run.k}-{run.i:06}.png"
@@ -769,8 +772,9 @@ def parser() -> Parser:
     made.add_argument(
         "--dry-run", action="store_true", help="print phases, memory and time, write nothing"
     )
-    made.add_argument("--tflops", type=float, default=0.0,
-                      help="of --dry-run: Tflop/s of your device (default: measured here)")  # fmt: skip
+    made.add_argument(
+        "--tflops", type=float, default=0.0, help="of --dry-run: your device's (default: measured)"
+    )
     made.add_argument("--adapter", choices=KINDS, help="sets both --generator and --fake")
     return made
 

@@ -21,7 +21,9 @@ class AdamW:
         self.steps += 1
         unbias = math.sqrt(1 - beta**self.steps)
         for name, p in self.parameters.items():
-            if p.grad is None:  # of a layer whose output nobody reads: Qwen-Image's last text branch
+            if (
+                p.grad is None
+            ):  # of a layer whose output nobody reads: Qwen-Image's last text branch
                 continue
             v = self.second[name].mul_(beta).addcmul_(p.grad, p.grad, value=1 - beta)
             p.addcdiv_(p.grad, v.sqrt().add_(eps * unbias), value=-self.lr * factor * unbias)

@@ -57,8 +57,8 @@ class Blocks:
 
     Two buffers on the device take turns. A block's buffer is free again when all work that was
     queued before the next block began is done, its backward too: autograd finishes a block before
-    it recomputes the one below. Needs activation checkpointing wherever there is a gradient: without
-    it a graph would hold every block.
+    it recomputes the one below. Needs activation checkpointing wherever there is a gradient: else
+    a graph would hold every block.
     """
 
     def __init__(self, net: nn.Module, device: torch.device):
@@ -93,7 +93,7 @@ class Blocks:
             self.fetch(after)
 
     def next_of(self, i: int, down: bool) -> int:
-        """The block that follows: at the top a recorded forward turns round, another starts over."""
+        """The block to come: at the top a recorded forward turns round, another starts over."""
         top = len(self.parameters) - 1
         if down:
             return i - 1 if i else min(1, top)
@@ -130,7 +130,7 @@ def frozen(net: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def pin(p: nn.Parameter, device: torch.device) -> Tensor:
-    """The parameter's numbers in host memory that the device can read at full speed; p holds them."""
+    """p in host memory that the device can read at full speed; returns what p holds now."""
     p.data = p.data.cpu()
     if device.type == "cuda":
         p.data = p.data.pin_memory()

@@ -149,7 +149,7 @@ def hashes(files: list[Path]) -> dict[str, str]:
 
 
 def fingerprint(file: Path, piece: int = 2**20, pieces: int = 64) -> str:
-    """sha256 of a file's size and contents; of weights, which take minutes to read, of 64 pieces."""
+    """sha256 of a file, or, since weights take minutes to read, of its size and 64 pieces."""
     total, size = hashlib.sha256(), file.stat().st_size
     with open(file, "rb") as opened:
         if size <= piece * pieces:

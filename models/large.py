@@ -45,7 +45,9 @@ def buckets(cfg) -> dict[tuple, float]:
         if near != [height, width]:
             raise UserError(f"--size {given}: nearest that fits is {near[0]}x{near[1]}")
         if frames % 4 != 1:
-            raise UserError(f"{frames} frames are not 4n + 1; nearest: {max(1, 4 * round((frames - 1) / 4) + 1)}")
+            raise UserError(
+                f"{frames} frames are not 4n + 1; nearest: {4 * round((frames - 1) / 4) + 1}"
+            )
         if frames > 1 and row.network is QwenImage:
             raise UserError(f"{cfg.teacher} makes pictures; --frames 1")
         shape = (channels, (frames - 1) // 4 + 1, height // scale, width // scale)
@@ -93,7 +95,9 @@ def check(cfg) -> None:
         raise UserError("--size names no size, as 480x832")
     buckets(cfg)
     if cfg.offload != "none" and cfg.record == "first":
-        raise UserError("--record first keeps two networks at work; with --offload use --record last")
+        raise UserError(
+            "--record first keeps two networks at work; with --offload use --record last"
+        )
     if cfg.offload == "blocks" and cfg.checkpointing == "off":
         raise UserError("--offload blocks gives a block away when it is done: --checkpointing on")
     if cfg.toy != "ring" or cfg.points or cfg.bandwidth or cfg.classes == "on":
@@ -231,8 +235,8 @@ def open_images(cfg, path: Path):
     held = {shape[2:]: key for key, shape in shapes.items()}
     for _, *size in buckets(cfg):
         if tuple(size) not in held:
-            raise UserError(f"{path} has no {size_text(size)}; it has "
-                            f"{', '.join(map(size_text, held))}; make it, or change --size")  # fmt: skip
+            there = ", ".join(map(size_text, held))
+            raise UserError(f"{path} has no {size_text(size)}, but {there}; change --size")
     return file, held, captions
 
 
@@ -269,9 +273,7 @@ def parts(cfg, device: torch.device, out: Path, expert) -> tuple:
     adapt = lambda net, role: (
         None
         if plan.kind(cfg, role) == "full"
-        else lora.start_adapter(
-            net, role, (cfg.seed, role, "adapter"), cfg.rank, cfg.alpha, device
-        )
+        else lora.start_adapter(net, role, (cfg.seed, role, "adapter"), cfg.rank, cfg.alpha, device)
     )
     copy = lambda net, old: dress(cfg, weights.copy(net, old, device), old is None)
     bases = Bases(partial(load, cfg, device), device, cfg.offload)
@@ -300,7 +302,7 @@ def dress(cfg, net: nn.Module, new: bool = True) -> nn.Module:
 
 
 def guided(cfg, null: dict):
-    """guided(e): v = f(net, x_t, t, c) of expert e, with its guidance against the null conditions."""
+    """guided(e): v = f(net, x_t, t, c) of expert e, guided away from the null conditions."""
     family = qwen_image if weights.row_of(cfg.teacher).network is QwenImage else wan
 
     def of(e: int):
@@ -311,7 +313,9 @@ def guided(cfg, null: dict):
             if scale == 1:
                 return v
             rest = {name: value for name, value in c.items() if name not in ("text", "mask")}
-            nothing = {name: x.to(x_t.device).expand(len(x_t), *x.shape[1:]) for name, x in null.items()}
+            nothing = {
+                name: x.to(x_t.device).expand(len(x_t), *x.shape[1:]) for name, x in null.items()
+            }
             return family.guide(v, net(x_t, t, rest | nothing), scale)
 
         return teacher
@@ -336,7 +340,7 @@ def source(path: Path, out: Path) -> Path:
 
 
 def data(cfg, out: Path):
-    """batch(n, *where, first) -> conditions of n samples, and the shape of one. No data but prompts.
+    """batch(n, *where, first) -> conditions of n samples, shape of one. No data but prompts.
 
     The shape is drawn without `first`, so that all samples of an update agree; the rest by sample.
     """
@@ -450,8 +454,12 @@ def closing(run, fake_lag) -> str:
     rows = [row for row in rows if row["phase"] == run.k]
     passes = -(-run.cfg.batch // run.cfg.micro_batch)
     way = "last" if run.record_last else "first"
-    planned = plan.memory(run.cfg, run.held[run.k - 1], plan.biggest(buckets(run.cfg)), run.cfg.offload, way)
-    return f"phase {run.k}: {summary(rows, passes)} (plan: {planned.peak / 1e9:.4g} GB on the device)"
+    planned = plan.memory(
+        run.cfg, run.held[run.k - 1], plan.biggest(buckets(run.cfg)), run.cfg.offload, way
+    )
+    return (
+        f"phase {run.k}: {summary(rows, passes)} (plan: {planned.peak / 1e9:.4g} GB on the device)"
+    )
 
 
 def speed(cfg, calls, seconds: float, device: torch.device) -> dict:

@@ -82,8 +82,12 @@ def curves(log: Path) -> bytes:
         row = json.loads(text)
         for key in CURVES:
             student = row.get("role", "").startswith("student")
-            if row.get(key) is not None and not (key == "loss" and student):  # that one says nothing
-                lines[key, f"phase {row['phase']}, {row['role']}"].append((row["iteration"], row[key]))
+            if row.get(key) is not None and not (
+                key == "loss" and student
+            ):  # that one says nothing
+                lines[key, f"phase {row['phase']}, {row['role']}"].append(
+                    (row["iteration"], row[key])
+                )
     shown = [key for key in CURVES if any(key == of for of, _ in lines)]
     figure, axes = plt.subplots(2, 3, figsize=(11, 5.5), layout="constrained")
     for ax in axes.flat[len(shown) :]:
@@ -92,7 +96,9 @@ def curves(log: Path) -> bytes:
         ax.set_title(CURVES[key], fontsize=9)
         for (of, name), points in lines.items():
             if of == key:
-                ax.plot(*zip(*points), "o-" if name.endswith("look") else "-", lw=0.8, ms=3, label=name)
+                ax.plot(
+                    *zip(*points), "o-" if name.endswith("look") else "-", lw=0.8, ms=3, label=name
+                )
         ax.legend(fontsize=6)
         if key == "grad_norm":
             ax.set_yscale("log")

@@ -17,7 +17,6 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import lora, speed
-from models.bases import frozen
 from models.layers import blocks_of
 from models.qwen_image import QwenImage
 from models.weights import build, dtype_of, row_of
@@ -72,9 +71,7 @@ def cost(teacher: str, shape: tuple, own: bool, rank: int, dtype: torch.dtype, c
     """Cost of a sample of this shape (C, ...); own: of a role with parameters of its own."""
     row = row_of(teacher)
     blocks = row.settings["num_layers"]
-    two, three = (
-        Cost(*_count(row, n, shape, own, rank, dtype, checkpointing)) for n in (2, 3)
-    )
+    two, three = (Cost(*_count(row, n, shape, own, rank, dtype, checkpointing)) for n in (2, 3))
     return Cost(*(a + (b - a) * (blocks - 2) for a, b in zip(two, three)))
 
 
@@ -269,7 +266,9 @@ def report(cfg, phases, held: list, shapes: dict, device: str, rate: float) -> s
             f"  {r + ', ' + kind(cfg, r):27}{gb(weight(r))}{gb(weight(r), 11)}{gb(weight(r), 9)}"
             for r in here.trained
         ]
-        lines.append(f"  activations{'':16}{gb(m.activations)}   {cfg.micro_batch} x {text(largest)}")
+        lines.append(
+            f"  activations{'':16}{gb(m.activations)}   {cfg.micro_batch} x {text(largest)}"
+        )
         where = "" if cfg.offload == "none" else f", {m.host / 1e9:.1f} in pinned host memory"
         lines.append(f"  peak{'':23}{gb(m.peak)}   one role has gradients at a time{where}")
         w = work(cfg, phase, shapes, record)
@@ -294,13 +293,19 @@ def report(cfg, phases, held: list, shapes: dict, device: str, rate: float) -> s
 def options(cfg, held: list, shape: tuple, record: str, room: float) -> list[str]:
     """What would need how much: a line for each way to spend memory."""
     lines = ["\nways to hold it (GB on the device at the worst phase):"]
-    for offload, way in (("none", "first"), ("none", "last"), ("expert", "last"), ("blocks", "last")):
+    for offload, way in (
+        ("none", "first"),
+        ("none", "last"),
+        ("expert", "last"),
+        ("blocks", "last"),
+    ):
         ms = [memory(cfg, here, shape, offload, way) for here in held]
         peak, host = max(m.peak for m in ms), max(m.host for m in ms)
         fits = "" if not room else "   fits" if peak < room - SPARE else "   does not fit"
         asked = "   <- this one" if (offload, way) == (cfg.offload, record) else ""
         lines.append(
-            f"  --offload {offload:6} --record {way:5}{gb(peak)}   host {host / 1e9:5.1f}{fits}{asked}"
+            f"  --offload {offload:6} --record {way:5}{gb(peak)}   host {host / 1e9:5.1f}"
+            + (fits + asked)
         )
     if room:
         lines[0] = lines[0].replace(":", f", of {room / 1e9:.1f}:")

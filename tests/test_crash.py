@@ -139,7 +139,7 @@ def in_place(path, tensors, about):
 
 COMMANDS = {
     "toy2d": "--iters 60 --warmup 20 --batch 32 --save-every 7 --eval-samples 200".split(),
-    "wan22-tiny": "--teacher wan22-tiny --iters 16 --batch 2 --save-every 3 --sample-every 8".split(),
+    "wan22-tiny": "--teacher wan22-tiny --iters 16 --batch 2 --save-every 3".split(),
 }
 
 

@@ -414,7 +414,9 @@ def test_sizes_that_make_no_latents_are_refused(tmp_path, wan_folder, flags):
     assert images(tmp_path, wan_folder, *flags)[0] == 2
 
 
-def test_a_run_embeds_its_prompts_and_decodes_what_it_shows(tmp_path, wan_folder, monkeypatch, capsys):
+def test_a_run_embeds_its_prompts_and_decodes_what_it_shows(
+    tmp_path, wan_folder, monkeypatch, capsys
+):
     """train.py on a published folder and a text file: encoder, transformers, VAE, in that order.
 
     The folder is of small networks, so the teacher's row says so too. Embedded once: a run that
@@ -422,7 +424,9 @@ def test_a_run_embeds_its_prompts_and_decodes_what_it_shows(tmp_path, wan_folder
     """
     folder = tmp_path / "weights"
     row = weights.TEACHERS["wan22-tiny"]
-    small = row._replace(settings=row.settings | {"text_dim": 32, "text_len": 512}, repository="nobody/small")
+    small = row._replace(
+        settings=row.settings | {"text_dim": 32, "text_len": 512}, repository="nobody/small"
+    )
     monkeypatch.setitem(weights.TEACHERS, "wan22-tiny", small)
     for e, name in ((1, "transformer"), (2, "transformer_2")):
         net = weights.random("wan22-tiny", torch.float32, seed=e)
@@ -437,11 +441,15 @@ def test_a_run_embeds_its_prompts_and_decodes_what_it_shows(tmp_path, wan_folder
     decoded, kept = [], vae.decode
     monkeypatch.setattr(vae, "decode", lambda *a: decoded.append(kept(*a)) or decoded[-1])
     out = tmp_path / "run"
-    flags = ["--teacher", "wan22-tiny", "--weights", folder, "--prompts", tmp_path / "p.txt", "--out", out,
-             "--iters", "1", "--batch", "2", "--fake-updates", "1", "--eval-samples", "2",
+    flags = ["--teacher", "wan22-tiny", "--weights", folder, "--prompts", tmp_path / "p.txt",
+             "--out", out, "--iters", "1", "--batch", "2", "--fake-updates", "1", "--eval-samples", "2",
              "--size", "48x64", "--guidance", "4", "3"]  # fmt: skip
     assert train.main([str(flag) for flag in flags]) == 0
-    assert text.open_embeddings(out / "prompts.safetensors").about["prompts"] == ["A fox", "A sign", "Snow"]
+    assert text.open_embeddings(out / "prompts.safetensors").about["prompts"] == [
+        "A fox",
+        "A sign",
+        "Snow",
+    ]
     assert decoded and all(x.shape == (1, 3, 1, 48, 64) for x in decoded)
     monkeypatch.setattr(text, "load_encoder", None)
     (out / "metrics.json").unlink()

@@ -1,4 +1,4 @@
-"""Claims about large teachers: one base and many roles, Wan2.2 by the paper's rules, and no waste."""
+"""Claims about large teachers: one base and many roles, Wan2.2 by the paper's rules."""
 
 import gc
 import json
@@ -43,13 +43,17 @@ def begun(teacher="wan22-tiny", k=1, stir=True, **settings) -> train.Run:
 def snapshot(run) -> dict:
     """Every tensor of the run: roles and bases."""
     held = {f"{r}/{n}": p for r in run.trained for n, p in run.roles.parameters_of(r).items()}
-    held |= {f"base{e}/{n}": p for e, net in nets_of(run).items() for n, p in bases.frozen(net).items()}
+    held |= {
+        f"base{e}/{n}": p for e, net in nets_of(run).items() for n, p in bases.frozen(net).items()
+    }
     return {name: p.detach().clone() for name, p in held.items()}
 
 
 def nets_of(run) -> dict:
     """The bases that are in memory."""
-    return run.roles.reset.__closure__[names(run.roles.reset).index("network")].cell_contents.networks
+    return run.roles.reset.__closure__[
+        names(run.roles.reset).index("network")
+    ].cell_contents.networks
 
 
 def names(function) -> tuple:
@@ -89,9 +93,11 @@ def gradients_of(run) -> dict:
 @pytest.mark.parametrize("generator,fake", MIX)
 @pytest.mark.parametrize("dtype", ["float32", "bf16"])
 @pytest.mark.parametrize("teacher", ["wan22-tiny", "qwen-image-tiny"])
-def test_at_the_first_step_student_fake_and_teacher_are_one_function(teacher, dtype, generator, fake):
+def test_at_the_first_step_student_fake_and_teacher_are_one_function(
+    teacher, dtype, generator, fake
+):
     """To the bit, adapters and full copies alike; after an update they are not."""
-    run = begun(teacher, 2, stir=False, generator=generator, fake=fake, dtype=dtype, guidance=(1.0,),
+    run = begun(teacher, 2, False, generator=generator, fake=fake, dtype=dtype, guidance=(1.0,),
                 fake_lr=1e-3, lr=1e-3)  # fmt: skip
     c, shape = run.batch(2, 0, 0)
     x, t = normal((2, *shape), "x"), torch.tensor([0.9, 0.3])
@@ -187,7 +193,9 @@ def test_phase_1_never_loads_the_low_noise_base_and_phase_2_does(monkeypatch):
     assert run.k == 2
 
 
-@pytest.mark.parametrize("teacher", ["wan22-tiny", "wan22-i2v-tiny", "qwen-image-tiny", "wan21-tiny"])
+@pytest.mark.parametrize(
+    "teacher", ["wan22-tiny", "wan22-i2v-tiny", "qwen-image-tiny", "wan21-tiny"]
+)
 def test_a_phase_changes_its_student_and_its_fakes_and_nothing_else(teacher):
     """Phase 2 of Wan2.2: exactly three adapters. Of one base: two. Bases and student1 stay."""
     run = begun(teacher, 2, iters=6, fake_updates=2, lr=1e-3, fake_lr=1e-3)
@@ -253,7 +261,11 @@ def test_the_drawn_branch_and_routing_by_sample_agree_in_expectation():
     whole = ph.Part(1, (phase.parts[1].u[0], phase.parts[0].u[1]))
     routed = expectation([whole], [1.0], [moe.by_time(high, low, 0.875)], 5.0)
     drawn = expectation(phase.parts, (widths / widths.sum()).tolist(), [high, low], 5.0)
-    assert abs(drawn - routed) < 1e-3 < abs(expectation(phase.parts, [0.5, 0.5], [high, low], 5.0) - routed)
+    assert (
+        abs(drawn - routed)
+        < 1e-3
+        < abs(expectation(phase.parts, [0.5, 0.5], [high, low], 5.0) - routed)
+    )
     counts = torch.tensor([ph.pick_part(phase, r / 1000).expert for r in range(1000)])
     assert abs((counts == 1).float().mean() - (widths / widths.sum())[0]) < 2e-3
     assert abs((widths / widths.sum())[0] - 0.417) < 0.01  # of contract and paper, without margins
@@ -323,7 +335,11 @@ def test_offload_changes_no_number(offload, k, generator, fake):
 def test_with_offload_one_base_is_on_the_device_at_a_time():
     """The parameters of the other are the host's own tensors, also after a whole iteration."""
     run = begun(k=2, offload="expert", **FAST)
-    for ask in (lambda: train.iteration(run), lambda: train.look(run), lambda: train.iteration(run)):
+    for ask in (
+        lambda: train.iteration(run),
+        lambda: train.look(run),
+        lambda: train.iteration(run),
+    ):
         ask()
         held = run.roles.reset.__closure__[names(run.roles.reset).index("network")].cell_contents
         here = [
@@ -386,7 +402,7 @@ def test_streamed_blocks_compute_what_resident_ones_do(depth):
 
 
 def test_streamed_blocks_that_come_in_the_wrong_order_are_noticed(monkeypatch):
-    """Negative control of the two tests above: the block below in the place of the one asked for."""
+    """Negative control of the tests above: the block below in the place of the one asked for."""
     monkeypatch.setattr(
         bases.Blocks, "copy",
         lambda self, i, buffer: [
@@ -420,7 +436,8 @@ def test_buckets_change_no_number():
 
 
 @pytest.mark.parametrize("name,expected", [
-    ("wan22", {(16, 21, 60, 104): 0.4, (16, 21, 104, 60): 0.4, (16, 21, 90, 160): 0.1, (16, 21, 160, 90): 0.1}),
+    ("wan22", {(16, 21, 60, 104): 0.4, (16, 21, 104, 60): 0.4,
+               (16, 21, 90, 160): 0.1, (16, 21, 160, 90): 0.1}),
     ("wan21", {(16, 1, 90, 160): 1.0}),
     ("wan22-5b", {(48, 21, 44, 80): 1.0}),
 ])  # fmt: skip
@@ -452,7 +469,9 @@ def test_every_way_of_figure_1_distils_a_teacher_of_two_experts(settings):
     """All phases to their end, and the same losses where the step is recorded last."""
     found = []
     for record in ("first", "last"):
-        run = begun(stir=False, iters=2, batch=2, fake_updates=2, record=record, lr=1e-3, **settings)
+        run = begun(
+            stir=False, iters=2, batch=2, fake_updates=2, record=record, lr=1e-3, **settings
+        )
         found.append([row["loss"] for rows in train.train(run) for row in rows])
         assert run.finished and all(loss is not None for loss in found[-1])
     assert found[0] == pytest.approx(found[1], rel=1e-5)
@@ -571,8 +590,8 @@ def test_published_weights_are_distilled_and_watched_for_changes(tmp_path, capsy
         files.append(tmp_path / f"{name}.safetensors")
         save_file(tensors, files[-1])
     out = tmp_path / "run"
-    flags = [*QUICK, "--teacher", "wan22-tiny", "--weights", folder, "--prompts", prompts, "--out", out,
-             "--teacher-lora", *files]  # fmt: skip
+    flags = [*QUICK, "--teacher", "wan22-tiny", "--weights", folder, "--prompts", prompts,
+             "--out", out, "--teacher-lora", *files]  # fmt: skip
     assert train.main([str(flag) for flag in flags]) == 0
     held = json.loads((out / "config.json").read_text())["files"]
     assert len(held) == 5 and str(prompts) in held
@@ -586,7 +605,16 @@ def test_weights_that_are_not_there_are_refused_before_phase_1(tmp_path, capsys)
     """Also the low-noise expert's, which only phase 2 needs."""
     folder, prompts = published(tmp_path / "weights"), embeddings(tmp_path / "p.safetensors")
     (folder / "transformer_2" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut")
-    flags = ["--teacher", "wan22-tiny", "--weights", folder, "--prompts", prompts, "--out", tmp_path / "o"]
+    flags = [
+        "--teacher",
+        "wan22-tiny",
+        "--weights",
+        folder,
+        "--prompts",
+        prompts,
+        "--out",
+        tmp_path / "o",
+    ]
     capsys.readouterr()
     assert train.main([str(flag) for flag in flags]) == 2
     assert "transformer_2" in capsys.readouterr().err and not (tmp_path / "o").exists()
@@ -702,8 +730,13 @@ def test_the_rates_go_with_the_kind_of_role():
 
 def test_times_of_the_presets_are_the_papers():
     """Wan: 1000 937.5 833.3 625; Qwen-Image: 1000 900 750 500."""
-    for name, expected in (("wan22", [1000, 937.5, 833.33, 625]), ("qwen-image", [1000, 900, 750, 500])):
+    for name, expected in (
+        ("wan22", [1000, 937.5, 833.33, 625]),
+        ("qwen-image", [1000, 900, 750, 500]),
+    ):
         cfg = train.config(name)
         times = ph.step_times(cfg.steps, cfg.shift)
-        assert [1000 * t for t in times[:-1]] == pytest.approx(expected, abs=0.01) and cfg.phases == 2
+        assert [1000 * t for t in times[:-1]] == pytest.approx(
+            expected, abs=0.01
+        ) and cfg.phases == 2
     assert shift(0.5, 5.0) == pytest.approx(0.8333, abs=1e-4)

@@ -49,7 +49,9 @@ def test_operations_are_those_that_speed_counts(name):
 
 
 def test_checkpointing_keeps_less():
-    on, off = (plan.cost("wan21-tiny", (16, 3, 32, 32), False, 4, BF16, way) for way in (True, False))
+    on, off = (
+        plan.cost("wan21-tiny", (16, 3, 32, 32), False, 4, BF16, way) for way in (True, False)
+    )
     assert on.kept < off.kept / 5 and on.learning < off.learning and on.idle == off.idle
 
 
@@ -102,7 +104,14 @@ def test_a_dry_run_of_28_billion_parameters_needs_no_weights(tmp_path, monkeypat
     flags = ["--teacher", "wan22", "--size", "1x720x1280", "--dry-run", "--tflops", "400"]
     assert train.main(flags) == 0
     said = capsys.readouterr().out
-    for word in ("base 1, frozen", "student2, lora", "fake2, lora", "days", "disk", "--offload blocks"):
+    for word in (
+        "base 1, frozen",
+        "student2, lora",
+        "fake2, lora",
+        "days",
+        "disk",
+        "--offload blocks",
+    ):
         assert word in said
     one, two = said.split("phase 2   ")
     assert "base 2, frozen" in two and "base 2, frozen" not in one
@@ -114,7 +123,9 @@ def test_the_summary_of_a_phase_is_medians_of_its_log():
     rows += [{"role": "student1", "seconds_update": 8.0, "memory_gb": 3.0, "share": 0.5,
               "share_recomputed": 0.7}] * 10  # fmt: skip
     said = summary(rows[::-1] + rows, 4)
-    assert "1 s a micro-batch" in said and "2 s of a generator" in said and "peak 3 GB; 50 %" in said
+    assert (
+        "1 s a micro-batch" in said and "2 s of a generator" in said and "peak 3 GB; 50 %" in said
+    )
 
 
 @pytest.mark.slow

@@ -229,9 +229,13 @@ def test_accumulated_passes_make_the_gradient_of_their_mean(new_run):
                 run.roles.velocity("teacher1", x_t, t),
                 run.roles.velocity("fake1", x_t, t),
             )
-        total = total + 0.5 * losses.distribution_matching(
-            x_s, losses.dmd_gradient(x_s, x_t, 0.5, t, v_real, v_fake, "xs")
-        ).mean()
+        total = (
+            total
+            + 0.5
+            * losses.distribution_matching(
+                x_s, losses.dmd_gradient(x_s, x_t, 0.5, t, v_real, v_fake, "xs")
+            ).mean()
+        )
     total.backward()
     torch.testing.assert_close(found["student1"], weights_grad(run))
 
