@@ -514,7 +514,8 @@ def look(run: Run) -> tuple[dict[str, Tensor], list[Tensor]]:
     part = ph.pick_part(phase, 0.5)
     t = ph.renoise_times(part, torch.full((n,), 0.5), run.cfg.shift).to(run.device)
     x_t = diffuse(x_s, phase.s, t, eps)
-    fake = fake_of(run, part, torch.full((n,), phase.depths))
+    deepest = phase.depths if run.cfg.fake_per_depth else None  # the law that is sampled
+    fake = partial(run.roles.velocity, moe.fake_role(part.expert, deepest))
     teacher = partial(run.roles.velocity, moe.teacher_role(part.expert))
     for name, net in zip(("teacher x_0", "fake x_0"), few([teacher, fake])):
         rows[f"{name} at t = {t[0]:.2f}"] = v_to_x0(x_t, t, net(x_t, t, c))

@@ -49,9 +49,14 @@ def add_flags(parser: Parser, settings, presets: dict[str, dict]) -> None:
         )
 
 
+def shown(value) -> str:
+    """A value as one would give it."""
+    text = " ".join(map(str, value)) if isinstance(value, tuple) else str(value)
+    return text or "none"
+
+
 def defaults(f, presets: dict[str, dict]) -> str:
     """A field's default, then those of presets that have another: each value once."""
-    shown = lambda v: " ".join(map(str, v)) or "none" if isinstance(v, tuple) else f"{v}" or "none"
     names: dict[str, list[str]] = {shown(f.default): []}
     for name, preset in presets.items():
         if f.name in preset:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from models.flags import check, flag_of, tuples
+from models.flags import check, flag_of, shown, tuples
 from models.files import UserError, cannot_write, read_json
 
 OURS = {
@@ -66,9 +66,9 @@ def settle(args, cfg) -> tuple:
     if args.resume:
         for name, value in args.given.items():
             if getattr(theirs, name) != value:
-                flag = flag_of(name)
+                held_value, flag = shown(getattr(theirs, name)), flag_of(name)
                 raise UserError(
-                    f"{args.out} runs with {flag} {getattr(theirs, name)}, not {value}: "
+                    f"{args.out} runs with {flag} {held_value}, not {shown(value)}: "
                     "--resume keeps its settings; drop the flag, or choose another --out"
                 )
         cfg = theirs

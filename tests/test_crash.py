@@ -178,11 +178,12 @@ def wait_for_log(process, out: Path, lines: int):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_killed_at_random_moments_a_run_resumes_bit_identical(tmp_path, undisturbed, name):
-    """SIGKILL at five moments drawn over the run, the last one while it is being evaluated."""
+    """SIGKILL at moments drawn over the run, the last one while it is being evaluated."""
     whole, first = undisturbed(name)
     out, draws = tmp_path / "run", random.Random(0)
     shutil.copytree(first, out, ignore=lambda *_: set(OURS) - {"config.json", "start.safetensors"})
-    moments = sorted(draws.sample(range(len(whole["log"])), 4)) + [len(whole["log"])]
+    often = 4 if name == "toy2d" else 3
+    moments = sorted(draws.sample(range(len(whole["log"])), often)) + [len(whole["log"])]
     for moment in moments:
         process = begin(name, out, "--resume")
         wait_for_log(process, out, moment)

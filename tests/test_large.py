@@ -470,9 +470,20 @@ def test_every_way_of_figure_1_distils_a_teacher_of_two_experts(settings):
     found = []
     for record in ("first", "last"):
         run = begun(
-            stir=False, iters=2, batch=2, fake_updates=2, record=record, lr=1e-3, **settings
+            stir=False,
+            iters=2,
+            batch=2,
+            micro_batch=1,
+            fake_updates=2,
+            eval_samples=3,
+            record=record,
+            lr=1e-3,
+            **settings,
         )
-        found.append([row["loss"] for rows in train.train(run) for row in rows])
+        found.append([])
+        for rows in train.train(run):
+            found[-1] += [row["loss"] for row in rows]
+            train.look(run)  # in passes smaller than what it looks at
         assert run.finished and all(loss is not None for loss in found[-1])
     assert found[0] == pytest.approx(found[1], rel=1e-5)
 
