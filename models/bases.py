@@ -39,7 +39,8 @@ class Bases:
         if self.offload == "none":
             net.to(self.device)
         if self.offload == "expert":
-            self.host[e] = {name: pin(p, self.device) for name, p in frozen(net).items()}
+            pinned = Pinned(self.device)
+            self.host[e] = {name: pinned.take(p) for name, p in frozen(net).items()}
         if self.offload == "blocks":
             Blocks(net, self.device)
         self.networks[e] = net
@@ -64,7 +65,8 @@ class Blocks:
     def __init__(self, net: nn.Module, device: torch.device):
         self.device, self.cuda = device, device.type == "cuda"
         self.parameters = [list(frozen(block).values()) for block in blocks_of(net)]
-        self.host = [[pin(p, device) for p in ps] for ps in self.parameters]
+        pinned = Pinned(device)
+        self.host = [[pinned.take(p) for p in ps] for ps in self.parameters]
         streamed = {id(p) for ps in self.parameters for p in ps}
         for p in frozen(net).values():
             p.data = p.data if id(p) in streamed else p.data.to(device)
@@ -129,12 +131,39 @@ def frozen(net: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in net.named_parameters() if not p.requires_grad}
 
 
-def pin(p: nn.Parameter, device: torch.device) -> Tensor:
-    """p in host memory that the device can read at full speed; returns what p holds now."""
-    p.data = p.data.cpu()
-    if device.type == "cuda":
-        p.data = p.data.pin_memory()
-    return p.data
+PIECE = 2**30  # bytes; torch rounds what it pins up to a power of two, by half for these tensors
+
+
+class Pinned:
+    """Host memory that the device reads at full speed, taken tensor by tensor out of few pieces."""
+
+    def __init__(self, device: torch.device):
+        self.pin, self.left = device.type == "cuda", torch.empty(0, dtype=torch.uint8)
+
+    def take(self, p: nn.Parameter) -> Tensor:
+        """p moves there; returns what it holds now."""
+        if p.nbytes > len(self.left):
+            size = max(PIECE, p.nbytes)
+            self.left = torch.empty(size, dtype=torch.uint8, pin_memory=self.pin)
+        place, self.left = self.left[: p.nbytes], self.left[aligned(p.nbytes) :]
+        p.data = place.view(p.dtype).view(p.shape).copy_(p.data)
+        return p.data
+
+
+def aligned(size: int) -> int:
+    """The next multiple of 512 bytes."""
+    return -(-size // 512) * 512
+
+
+def pieces(sizes: list[int]) -> int:
+    """Bytes that Pinned allocates for tensors of these sizes."""
+    total = left = 0
+    for size in sizes:
+        if size > left:
+            left = max(PIECE, size)
+            total += left
+        left = max(0, left - aligned(size))
+    return total
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

@@ -411,7 +411,10 @@ def report(run, look) -> tuple[dict, bytes]:
         found["diversity_teacher_same_steps"] = diversity(rows[teachers[0]])
     found["x_means"] = [x.mean().item() for x in xs]
     found["x_stds"] = [x.std().item() for x in xs]
-    return found, pictures.sheet(rows, decoder(run.cfg, run.device))
+    try:
+        return found, pictures.sheet(rows, decoder(run.cfg, run.device))
+    except torch.OutOfMemoryError:  # a preview is no reason to end a run
+        return found, pictures.sheet(rows, None)
 
 
 def decoder(cfg, device):

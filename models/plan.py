@@ -17,6 +17,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import lora, speed
+from models.bases import pieces
 from models.layers import blocks_of
 from models.qwen_image import QwenImage
 from models.weights import build, dtype_of, row_of
@@ -138,6 +139,8 @@ class Sizes(NamedTuple):
     base: int  # the frozen network
     block: int  # one of its blocks
     outside: int  # what is not in blocks
+    pinned: int  # the base in pinned host memory
+    pinned_blocks: int  # its blocks there
     lora: int  # an adapter, float32
     own: int  # parameters of a role's own, float32
 
@@ -146,10 +149,13 @@ def sizes(teacher: str, rank: int, dtype: torch.dtype) -> Sizes:
     """The Sizes of a teacher."""
     net = meta_network(row_of(teacher), dtype)
     count = lambda ps: sum(p.numel() * p.element_size() for p in ps)
+    pinned = lambda ps: pieces([p.numel() * p.element_size() for p in ps])
     base, block = count(net.parameters()), count(blocks_of(net)[0].parameters())
+    outside = base - block * len(blocks_of(net))
+    held = pinned(net.parameters()), pinned(blocks_of(net).parameters())
     own = 4 * sum(p.numel() for p in net.parameters())
     adapter = count(lora.start_adapter(net, "role", ("plan",), rank, device="meta").values())
-    return Sizes(base, block, base - block * len(blocks_of(net)), adapter, own)
+    return Sizes(base, block, outside, *held, adapter, own)
 
 
 class Memory(NamedTuple):
@@ -173,7 +179,10 @@ def memory(cfg, held, shape: tuple, offload: str, record: str) -> Memory:
         "expert": size.base,
         "blocks": len(held.experts) * (size.outside + 2 * size.block),
     }[offload]
-    host = {"none": 0, "expert": bases, "blocks": bases - len(held.experts) * size.outside}[offload]
+    host = (
+        len(held.experts)
+        * {"none": 0, "expert": size.pinned, "blocks": size.pinned_blocks}[offload]
+    )
     weight = lambda role: size.own if kind(cfg, role) == "full" else size.lora
     roles = sum(map(weight, held.frozen)) + 2 * sum(map(weight, held.trained))
     of = lambda role: cost(

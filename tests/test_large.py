@@ -349,6 +349,24 @@ def test_with_offload_one_base_is_on_the_device_at_a_time():
         assert here == [held.here] and set(held.networks) == {1, 2}
 
 
+def test_pinned_memory_is_packed_and_counted():
+    """No tensor overlaps another, all keep their numbers, and the plan knows the size."""
+    row = weights.TEACHERS["wan21-tiny"]
+    nets = [weights.random_network(row.network, row.settings, torch.bfloat16) for _ in range(2)]
+    pinned, taken, starts = bases.Pinned(CPU), 0, []
+    for p, same in zip(nets[0].parameters(), nets[1].parameters()):
+        starts.append((pinned.take(p).data_ptr(), p.nbytes))
+        taken += p.nbytes
+    for p, same in zip(nets[0].parameters(), nets[1].parameters()):
+        assert torch.equal(p, same) and p.data_ptr() % 16 == 0
+    ends = sorted(starts)
+    assert all(a + n <= b for (a, n), (b, _) in zip(ends, ends[1:]))
+    assert bases.pieces([n for _, n in starts]) == bases.PIECE > taken
+    assert bases.pieces([bases.PIECE, 1, bases.PIECE // 2, bases.PIECE]) == 3 * bases.PIECE
+    wan = plan.sizes("wan22", 64, torch.bfloat16)
+    assert wan.base < wan.pinned < 1.15 * wan.base
+
+
 def test_a_streamed_block_has_nearly_always_arrived_when_it_is_called(monkeypatch):
     """Twice up without gradient, up and down with: a copy a call, only the first is waited for."""
     row = weights.TEACHERS["wan21-tiny"]
