@@ -14,7 +14,7 @@ from torch import Tensor
 
 import moe
 from models.draws import normal
-from models.flags import Parser, pick_device
+from models.flags import Parser, is_out_of_memory, pick_device
 from models.folder import check_files, config_of, contents
 from models.files import UserError, read_json, read_tensors, write
 from phases import Phase
@@ -121,8 +121,8 @@ def main(argv: list[str] | None = None) -> int:
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="toys: cpu")
     try:
         args = parser.parse_args(argv)
-        if not 2 <= (2 if args.n is None else args.n) <= 10**6 or args.seed < 0:
-            raise UserError("--n must be from 2 to a million, and --seed at least 0")
+        if not 1 <= (1 if args.n is None else args.n) <= 10**6 or args.seed < 0:
+            raise UserError("--n must be from 1 to a million, and --seed at least 0")
         home = args.student.parent.parent if args.student.is_file() else args.student
         out = args.out or home / "samples"
         if "config.json" in contents(out):
@@ -145,6 +145,11 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except UserError as error:
         print(f"sample.py: {error}", file=sys.stderr)
+        return 2
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        print("sample.py: out of memory; a smaller --n, or --device cpu", file=sys.stderr)
         return 2
 
 

@@ -29,7 +29,16 @@ import phases as ph
 from models import large
 from models.adamw import AdamW
 from models.draws import normal, uniform
-from models.flags import Parser, add_flags, check, given, pick_device, plain, setting
+from models.flags import (
+    Parser,
+    add_flags,
+    check,
+    given,
+    is_out_of_memory,
+    pick_device,
+    plain,
+    setting,
+)
 from models.folder import (
     Interrupted,
     Log,
@@ -123,7 +132,7 @@ class Config:
 
     seed: int = setting(0, "of all that is drawn", low=0, high=2**63)
     save_every: int = setting(200, "iterations between two states for --resume", low=1, high=10**9)
-    sample_every: int = setting(0, "iterations between two looks: picture, numbers, curves; 0: none",
+    sample_every: int = setting(0, "iterations between two looks: picture, numbers, curves; 0: no",
                                 low=0, high=10**9)
     keep: int = setting(0, "students kept of those looks, the newest", low=0, high=10**6)
     max_skips: int = setting(20, "non-finite updates in a row to skip before stopping",
@@ -151,7 +160,7 @@ class Preset:
     present: Callable  # present(cfg, c, xs, keep_all) -> numbers, {file name: bytes}
     record: Callable  # record(cfg, held, device) -> first or last, for --record auto
     plan: Callable  # plan(cfg, phases, held, device, rate) -> text for --dry-run
-    speed: Callable  # speed(cfg, calls of Meter, seconds, device) -> numbers for the log
+    speed: Callable  # speed(run, calls of Meter, seconds) -> numbers for the log
     closing: Callable  # closing(run, fake_lag) -> what to say at the end of a phase
     device: str = "auto"  # that --device auto means
     threads: int = 0  # of the CPU while training; 0 leaves torch's own choice
@@ -268,12 +277,13 @@ class Run:
 
 def begin_phase(run: Run, k: int) -> None:
     """Phase k: its expert and its fakes start from the teacher, not from the phase before."""
-    run.k, run.i = k, -run.cfg.warmup
+    run.k, run.i, run.optimizers = k, -run.cfg.warmup, {}  # old moments go before new ones come
     student, *fakes = run.held[k - 1].trained
     for role in (student, *fakes):
         run.roles.reset(role)
     rates = dict.fromkeys(fakes, run.cfg.fake_lr) | {student: run.cfg.lr}
     run.optimizers = {role: AdamW(run.roles.parameters_of(role), lr) for role, lr in rates.items()}
+    run.meter.forget_peak(run.device)  # of loading
 
 
 def train(run: Run) -> Iterator[list[dict]]:
@@ -644,7 +654,6 @@ def drive(run: Run, began: float, stop: Stop) -> float:
     for rows in train(run):
         if bar is None or rows[0]["iteration"] == -run.cfg.warmup:
             bar = new_bar(run)
-            run.meter.forget_peak(run.device)  # of loading
         seconds, lap = time.time() - began, timed(run, rows, lap)
         log.write([row | {"seconds": round(seconds, 3)} for row in rows])
         bar.update()
@@ -678,7 +687,7 @@ def timed(run: Run, rows: list[dict], lap: float) -> float:
         "samples_per_second": round(len(rows) * run.cfg.batch / seconds, 3),
         "memory_gb": round(run.meter.peak_memory(run.device) / 1e9, 3),
     }
-    rows[-1] |= speed | PRESETS[run.cfg.teacher].speed(run.cfg, calls, seconds, run.device)
+    rows[-1] |= speed | PRESETS[run.cfg.teacher].speed(run, calls, seconds)
     return now
 
 
@@ -796,7 +805,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
         raise UserError("--resume keeps a run and --overwrite removes it; give one of them")
     cfg = Config(**args.given)
     check_teacher(cfg)
-    args.device = pick_device(args.device, PRESETS[cfg.teacher].device)
+    args.device = pick_device(args.device, usual_device(args, cfg))
     return args, config(**args.given)
 
 
@@ -805,6 +814,15 @@ def in_full(paths):
     if isinstance(paths, tuple):
         return tuple(map(in_full, paths))
     return paths if paths in ("", "random") else str(Path(paths).resolve())
+
+
+def usual_device(args, cfg: Config) -> str:
+    """What --device auto means: the teacher's word, a resumed run's own teacher's."""
+    file = args.out / "config.json"
+    held = read_json(file, "start over with --overwrite") if args.resume and file.is_file() else {}
+    settings = held.get("settings")
+    teacher = settings.get("teacher") if isinstance(settings, dict) else None
+    return PRESETS[teacher if teacher in list(PRESETS) else cfg.teacher].device
 
 
 def check_teacher(cfg: Config) -> None:
@@ -857,7 +875,9 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         print(f"train.py: out of memory; {MEMORY}", file=sys.stderr)
         return 2
     except Interrupted as interrupted:

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from models.files import UserError
 from models.layers import blocks_of
 
 
@@ -137,14 +138,18 @@ PIECE = 2**30  # bytes; torch rounds what it pins up to a power of two, by half 
 class Pinned:
     """Host memory that the device reads at full speed, taken tensor by tensor out of few pieces."""
 
-    def __init__(self, device: torch.device):
+    def __init__(self, device: torch.device, piece: int | None = None):
         self.pin, self.left = device.type == "cuda", torch.empty(0, dtype=torch.uint8)
+        self.piece = (PIECE if self.pin else 0) if piece is None else piece
 
     def take(self, p: nn.Parameter) -> Tensor:
         """p moves there; returns what it holds now."""
         if p.nbytes > len(self.left):
-            size = max(PIECE, p.nbytes)
-            self.left = torch.empty(size, dtype=torch.uint8, pin_memory=self.pin)
+            size = max(self.piece, p.nbytes)
+            try:
+                self.left = torch.empty(size, dtype=torch.uint8, pin_memory=self.pin)
+            except RuntimeError as error:
+                raise UserError("no room to pin host memory; --dry-run says how much") from error
         place, self.left = self.left[: p.nbytes], self.left[aligned(p.nbytes) :]
         p.data = place.view(p.dtype).view(p.shape).copy_(p.data)
         return p.data

@@ -130,6 +130,11 @@ def exit_status(script: str, work: Callable[[], None], memory: str = "") -> int:
     return status
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether a device, or the host, has no room left."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
 def pick_device(asked: str, usual: str) -> str:
     """cuda, else mps, else cpu, unless the preset has a usual one or the user asks."""
     there = {

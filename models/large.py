@@ -41,6 +41,8 @@ def buckets(cfg) -> dict[tuple, float]:
             raise UserError(f"--size {given} is not [FRAMESx]HEIGHTxWIDTH[:PROBABILITY]")
         *frames, height, width = map(int, numbers)
         frames = frames[0] if frames else cfg.frames
+        if max(height, width) > 8192:
+            raise UserError(f"--size {given}: a side is at most 8192 pixels")
         near = [max(1, round(n / (2 * scale))) * 2 * scale for n in (height, width)]
         if near != [height, width]:
             raise UserError(f"--size {given}: nearest that fits is {near[0]}x{near[1]}")
@@ -148,9 +150,13 @@ def files(cfg) -> list[Path]:
         raise UserError(
             "image to video needs --images of models.vae, and --prompts, embeddings of its captions"
         )
+    if images and not prompts:
+        raise UserError(
+            "--images needs --prompts, embeddings of its captions: python -m models.text"
+        )
     if images:
         captions = {one for size in open_images(cfg, images)[2].values() for one in size}
-        if prompts and captions - set(texts):
+        if captions - set(texts):
             raise UserError(f"{prompts} has not the caption {min(captions - set(texts))!r}")
     return found + [path for path in (prompts, images) if path]
 
@@ -160,6 +166,8 @@ def texts_of(cfg, path: Path) -> list[str]:
     if path.suffix == ".safetensors":
         return open_prompts(cfg, path).about["prompts"]
     texts = text.read_prompts(path)
+    if is_random(cfg) and weights.row_of(cfg.teacher).repository:
+        raise UserError("random weights have no text encoder; --prompts takes embeddings for them")
     if not weights.row_of(cfg.teacher).repository:
         raise UserError(f"{cfg.teacher} has no text encoder; --prompts takes embeddings for it")
     for part in ("text_encoder", "tokenizer"):
@@ -237,6 +245,12 @@ def open_images(cfg, path: Path):
         if tuple(size) not in held:
             there = ", ".join(map(size_text, held))
             raise UserError(f"{path} has no {size_text(size)}, but {there}; change --size")
+        key = held[tuple(size)]
+        named = captions.get(key.removeprefix("image.")) if isinstance(captions, dict) else None
+        if shapes[key][1] != 20 or not named or len(named) != shapes[key][0]:
+            raise UserError(
+                f"{path}: {key} and its captions do not fit; make them: python -m models.vae"
+            )
     return file, held, captions
 
 
@@ -399,7 +413,12 @@ def random_image(shape: tuple, *where) -> Tensor:
 def diversity(x: Tensor) -> float:
     """Mean over pairs of samples of the root mean square of their difference."""
     x = x.flatten(1).float()
-    return (torch.pdist(x).mean() / x.shape[1] ** 0.5).item()
+    return number(torch.pdist(x).mean() / x.shape[1] ** 0.5)
+
+
+def number(x: Tensor) -> float | None:
+    """A number for JSON, which knows no NaN."""
+    return x.item() if x.isfinite() else None
 
 
 def report(run, look) -> tuple[dict, bytes]:
@@ -409,8 +428,8 @@ def report(run, look) -> tuple[dict, bytes]:
     teachers = [name for name in rows if name.startswith("teacher,")]
     if teachers:
         found["diversity_teacher_same_steps"] = diversity(rows[teachers[0]])
-    found["x_means"] = [x.mean().item() for x in xs]
-    found["x_stds"] = [x.std().item() for x in xs]
+    found["x_means"] = [number(x.mean()) for x in xs]
+    found["x_stds"] = [number(x.std()) for x in xs]
     try:
         return found, pictures.sheet(rows, decoder(run.cfg, run.device))
     except torch.OutOfMemoryError:  # a preview is no reason to end a run
@@ -438,7 +457,7 @@ def present(cfg, c, xs: list[Tensor], keep_all: bool) -> tuple[dict, dict[str, b
     """Samples xs at each time as numbers, and as files: latents, and a sheet of them."""
     kept = {f"x{i}": x for i, x in enumerate(xs)} if keep_all else {"x": xs[-1]}
     files = {"latents.safetensors": save(kept), "samples.png": pictures.sheet(kept, None)}
-    return {"diversity": diversity(xs[-1])}, files
+    return {"diversity": diversity(xs[-1])} if len(xs[-1]) > 1 else {}, files
 
 
 def record(cfg, held, device) -> str:
@@ -465,12 +484,13 @@ def closing(run, fake_lag) -> str:
     )
 
 
-def speed(cfg, calls, seconds: float, device: torch.device) -> dict:
+def speed(run, calls, seconds: float) -> dict:
     """How fast an iteration was, of the calls that a Meter counted.
 
     share: of the rate of a large product, by operations that are wanted; share_recomputed: with
-    those that activation checkpointing repeats.
+    those that activation checkpointing, and recording last, repeat.
     """
+    cfg, device = run.cfg, run.device
     tokens = wanted = again = 0.0
     own = {"student": cfg.generator == "full", "fake": cfg.fake == "full", "teacher": False}
     dtype, guided = plan.dtype_named(cfg.dtype), max(g != 1 for g in cfg.guidance)
@@ -481,6 +501,9 @@ def speed(cfg, calls, seconds: float, device: torch.device) -> dict:
         tokens += n * math.prod(shape[1:]) / 4
         wanted += n * (cost.training if recorded else cost.forward)
         again += n * cost.recomputed * recorded
+        if run.record_last and recorded and name == "student":  # it had been asked before
+            wanted -= n * cost.forward
+            again += n * cost.forward
     rate = plan.rate_of(dtype, str(device)) * seconds
     return {
         "tokens_per_second": round(tokens / seconds),

@@ -33,6 +33,7 @@ def preview(rows: list[Tensor]) -> list[Tensor]:
     The three channels are the directions in which the last row's pixels vary most: shapes can be
     seen, colours mean nothing. Decode the latents to see those.
     """
+    rows = [row.nan_to_num(0, 0, 0) for row in rows]  # a broken run is shown grey
     pixels = rows[-1].movedim(1, -1).flatten(0, -2).double()  # (n h w, C)
     mean = pixels.mean(0)
     *_, axes = torch.linalg.svd(pixels - mean, full_matrices=False)

@@ -189,9 +189,10 @@ def memory(cfg, held, shape: tuple, offload: str, record: str) -> Memory:
         cfg.teacher, shape, kind(cfg, role) == "full", rank, dtype, cfg.checkpointing == "on"
     )
     student, *fakes = held.trained
+    more = (cfg.steps // cfg.phases - 1 if cfg.truncate == "off" else 0) * of(student).kept
     asked = max(of(role).idle for role in held.trained)
-    waiting = of(student).kept + asked if record == "first" else asked
-    updates = {student: max(waiting, of(student).learning)}
+    waiting = of(student).kept + more + asked if record == "first" else asked
+    updates = {student: max(waiting, of(student).learning + more)}
     updates |= {fake: max(asked, of(fake).learning) for fake in fakes}
     worst = max(updates, key=lambda role: weight(role) + cfg.micro_batch * updates[role])
     activations = cfg.micro_batch * updates[worst]
@@ -290,10 +291,10 @@ def report(cfg, phases, held: list, shapes: dict, device: str, rate: float) -> s
     last = held[-1]
     students = sum(map(weight, [r for r in last.frozen + last.trained if r[0] == "s"]))
     state = sum(map(weight, last.frozen)) + 2 * sum(map(weight, last.trained))
-    disk = state + (1 + cfg.keep) * students
+    disk = 2 * state + (1 + cfg.keep) * students  # an old state stays until the new one is whole
     lines.append(
         f"\n{len(phases)} x {cfg.iters} iterations: {days:,.3g} days at that rate, which products "
-        f"alone may reach; disk: {disk / 1e9:,.3g} GB (state {state / 1e9:.3g}, "
+        f"alone may reach; disk: {disk / 1e9:,.3g} GB (state 2 x {state / 1e9:.3g}, "
         f"1 + {cfg.keep} students of {students / 1e9:.3g})"
     )
     return "\n".join(lines + options(cfg, held, largest, record, room))

@@ -466,22 +466,22 @@ def check_kind(name: str, network: type, settings: dict, path: Path) -> None:
 
 
 def random(name: str, dtype=torch.bfloat16, device="cpu", seed: int = 0) -> nn.Module:
-    """A network of a teacher's size with random weights, made on the device: to size, to time."""
+    """A network of a teacher's size with random weights: to size, to time. 14B takes a minute."""
     row = row_of(name)
     return random_network(row.network, row.settings, dtype, device, seed)
 
 
 def random_network(network: type, settings: dict, dtype, device="cpu", seed: int = 0) -> nn.Module:
     """A network in eval mode, frozen: linear layers keep the scale of their input."""
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)  # on the CPU: the same on every device
     net, tensors = build(network, settings, dtype), {}
     for key, p in net.named_parameters():
-        tensor = torch.empty(p.shape, dtype=dtype_of(key, net), device=device)
+        tensor = torch.empty(p.shape, dtype=dtype_of(key, net))
         if "norm" in key and p.ndim == 1:
             tensor.fill_(float(key.endswith("weight")))
         else:
             tensor.normal_(std=p[0].numel() ** -0.5 if p.ndim > 1 else 0.02, generator=generator)
-        tensors[key] = tensor
+        tensors[key] = tensor.to(device)
     net.load_state_dict(tensors, assign=True)
     return net.requires_grad_(False).eval()
 

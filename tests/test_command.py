@@ -97,6 +97,18 @@ def test_a_resumed_run_says_what_differs_in_its_environment(finished, capsys):
     assert "note: the run began with torch 1.0" in capsys.readouterr().out
 
 
+def test_a_resumed_run_goes_on_with_its_own_teachers_device(finished, monkeypatch):
+    """--resume names no teacher: auto is what its own preset means, not the default preset's."""
+    asked = []
+    monkeypatch.setattr(train, "pick_device", lambda asked_for, usual: asked.append(usual) or "cpu")
+    config = json.loads((finished / "config.json").read_text())
+    train.parse(["--resume", "--out", str(finished)])
+    config["settings"]["teacher"] = "wan22-tiny"
+    (finished / "config.json").write_text(json.dumps(config))
+    train.parse(["--resume", "--out", str(finished)])
+    assert asked == ["cpu", "auto"]
+
+
 def test_overwrite_replaces_a_run_and_touches_nothing_else(finished):
     (finished / "notes.txt").write_text("mine")
     assert train.main([*QUICK, "--seed", "5", "--overwrite", "--out", str(finished)]) == 0

@@ -77,6 +77,16 @@ def test_each_way_to_save_memory_saves_it():
     assert extra == pytest.approx(4 * one) and one == pytest.approx(1.227e9, rel=1e-3)
 
 
+def test_without_truncation_every_recorded_step_is_kept():
+    """Four steps in one phase: three more graphs than with truncation, in the plan too."""
+    of = {}
+    for way in ("on", "off"):
+        cfg, _, held, shapes = planned(size=("720x1280",), frames=1, phases=1, truncate=way)
+        of[way] = plan.memory(cfg, held[0], plan.biggest(shapes), "none", "first").activations
+    kept = plan.cost("wan22", (16, 1, 90, 160), False, 64, BF16, True).kept
+    assert of["off"] == pytest.approx(of["on"] + 3 * kept)
+
+
 def test_the_operations_of_an_iteration_are_those_that_are_called():
     """Expected operations of the plan beside the mean of what a Meter counts, over many draws."""
     cfg = train.config("wan22-tiny", batch=2, fake_updates=2, size=("48x64",), dtype="float32")

@@ -201,6 +201,8 @@ def evaluate(cfg, student, phases, device) -> dict:
 def present(cfg, c, xs: list[Tensor], keep_all: bool) -> tuple[dict, dict[str, bytes]]:
     """Samples xs at each time as numbers, and as files in the unit of the data: picture and npy."""
     target, times = mixture(cfg), step_times(cfg.steps, cfg.shift)
+    if len(xs[-1]) < 2:
+        raise UserError("--n is at least 2: the numbers are of distances between samples")
     centre, scale = target.unit
     kept = list(zip(times, xs))[0 if keep_all else -1 :]
     array = torch.stack([x for _, x in kept]).double() * scale + centre
