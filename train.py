@@ -26,7 +26,7 @@ from tqdm import tqdm
 import losses
 import moe
 import phases as ph
-from models import large
+from models import large, parallel
 from models.adamw import AdamW
 from models.draws import normal, uniform
 from models.flags import (
@@ -50,7 +50,7 @@ from models.folder import (
     settle,
     watch,
 )
-from models.files import UserError, read_json, read_tensors, write, write_json, write_tensors
+from models.files import UserError, read_json, write, write_json, write_tensors
 from models.meter import Meter
 from models.pictures import curves
 from sample import recorded, rollout, times_of, trajectory
@@ -170,7 +170,8 @@ class Preset:
 def base_roles(cfg: Config, phases: list[ph.Phase], device, out: Path, start: dict) -> moe.Roles:
     """Roles on the frozen networks of a large teacher."""
     expert = partial(moe.expert_of, phases=phases, boundary_t=large.boundary(cfg))
-    return moe.shared_networks(*large.parts(cfg, device, out, expert))
+    names = moe.run_roles(phases, cfg.fake_per_depth)
+    return moe.shared_networks(*large.parts(cfg, device, out, expert, names))
 
 
 TOY = dict(  # what a mixture in the plane needs in place of the paper's settings
@@ -330,7 +331,7 @@ def fake_update(run: Run, update: int, rollouts: Iterator[tuple]) -> dict:
         loss.backward()
         total += loss.detach()
         by_t += t_bins(each.detach(), t)
-    sums, counts = by_t
+    total, (sums, counts) = parallel.total(total, by_t)
     return apply(run, moe.fake_role(part.expert), {"loss": total}, {"loss_by_t": sums / counts})
 
 
@@ -368,7 +369,7 @@ def generator_update(run: Run, update: int) -> dict:
         loss = losses.distribution_matching(x_s, gradient).mean() * (n / run.cfg.batch)
         loss.backward()
         total += loss.detach()
-    mean, second = moments
+    total, square, (mean, second) = parallel.total(total, square, moments)
     about = {"x_mean": mean, "x_std": (second - mean**2).clamp(min=0).sqrt()}
     return apply(run, moe.student_role(run.k), {"loss": total, "distance": square.sqrt()}, about)
 
@@ -432,9 +433,10 @@ def fake_of(run: Run, part: ph.Part, depth: Tensor) -> Callable:
 
 
 def micro_batches(cfg: Config) -> list[tuple[int, int]]:
-    """(first sample, size) of the passes that make up one batch."""
+    """(first sample, size) of the passes that make up one batch: those of them that are run here."""
     size = cfg.micro_batch or cfg.batch
-    return [(start, min(size, cfg.batch - start)) for start in range(0, cfg.batch, size)]
+    passes = [(first, min(size, cfg.batch - first)) for first in range(0, cfg.batch, size)]
+    return parallel.deal(passes)
 
 
 def apply(run: Run, name: str, values: dict[str, Tensor], about: dict[str, Tensor]) -> dict:
@@ -445,7 +447,7 @@ def apply(run: Run, name: str, values: dict[str, Tensor], about: dict[str, Tenso
     mine = [opt for role, opt in run.optimizers.items() if role.split("-")[0] == name]
     mine = [opt for opt in mine if any(p.grad is not None for p in opt.parameters.values())]
     grads = [p.grad for opt in mine for p in opt.parameters.values() if p.grad is not None]
-    values["grad_norm"] = torch.nn.utils.get_total_norm(grads)
+    values["grad_norm"] = parallel.norm(grads)
     all_of = [x.flatten() for x in (*values.values(), *about.values())]
     numbers = torch.cat(all_of).tolist()  # the one wait for the device
     finite = all(map(math.isfinite, numbers[: len(values)]))
@@ -572,26 +574,27 @@ def restore(run: Run, tensors: dict[str, Tensor], counters: dict) -> None:
             raise UserError(
                 f"the state of {run.out} does not hold {name}; start over with --overwrite"
             )
-        tensor.copy_(tensors[name])
+        parallel.put(tensor, tensors[name])
 
 
 def save_state(run: Run, log_bytes: int, seconds: float) -> None:
-    """One file, replaced at once: the state of before or of now, never half of each."""
+    """The state of before or of now, never half of each."""
     about = counters_of(run) | {
+        "kind": "state",
         "log_bytes": log_bytes,
         "seconds": seconds,
         "settings": plain(run.cfg),
-        "kind": "state",
     }
-    write_tensors(run.out / "state" / "state.safetensors", tensors_of(run), about)
+    name = f"phase{run.k}-{run.i:06}"
+    parallel.write_state(run.out / "state", name, tensors_of(run), about)
 
 
 def load_state(run: Run) -> tuple[int, float]:
     """Go on from the folder's state, or from the first phase. Returns log_bytes, seconds."""
-    path, advice = run.out / "state" / "state.safetensors", "start over with --overwrite"
-    if not path.exists():
+    folder = run.out / "state"
+    if not parallel.once((folder / "state.json").exists):
         return 0, 0.0
-    tensors, about = read_tensors(path, "state", plain(run.cfg), advice)
+    tensors, about = parallel.read_state(folder, plain(run.cfg), "start over with --overwrite")
     restore(run, tensors, about)
     return about["log_bytes"], about["seconds"]
 
@@ -602,14 +605,18 @@ def load_state(run: Run) -> tuple[int, float]:
 def prepare(args, cfg: Config, stop: Stop) -> Run:
     """A run as its folder has it, or a new one: config, starting tensors, networks."""
     preset, out, device = PRESETS[cfg.teacher], args.out, torch.device(args.device)
-    if args.overwrite or "config.json" not in contents(out):
-        config = {
-            "settings": plain(cfg),
-            "environment": environment(args.device),
-            "files": hashes(preset.files(cfg)),
-        }
-        write_json(out / "config.json", config)
-    start = preset.start(cfg, out, lambda steps, text: watch(steps, text, stop), device)
+
+    def begin() -> dict:
+        if args.overwrite or "config.json" not in contents(out):
+            config = {
+                "settings": plain(cfg),
+                "environment": environment(args.device),
+                "files": hashes(preset.files(cfg)),
+            }
+            write_json(out / "config.json", config)
+        return preset.start(cfg, out, lambda steps, text: watch(steps, text, stop), device)
+
+    start = parallel.once(begin)
     stop.check()
     run = new_run(cfg, start, device, out)
     begin_phase(run, 1)
@@ -658,7 +665,7 @@ def drive(run: Run, began: float, stop: Stop) -> float:
         log.write([row | {"seconds": round(seconds, 3)} for row in rows])
         bar.update()
         bar.set_postfix(short(rows), refresh=False)
-        last, stopping = run.i == run.cfg.iters, stop.signal
+        last, stopping = run.i == run.cfg.iters, parallel.any_of(stop.signal)
         if due(run, run.cfg.sample_every):
             take_look(run, log)
         if last or stopping or due(run, run.cfg.save_every):
@@ -667,7 +674,7 @@ def drive(run: Run, began: float, stop: Stop) -> float:
             raise Interrupted(stopping)
         if last:
             bar.close()
-            print(PRESETS[run.cfg.teacher].closing(run, fake_lag))
+            print(parallel.once(lambda: PRESETS[run.cfg.teacher].closing(run, fake_lag)))
         lap = time.time()
         run.meter.restart()  # looks and states are of no iteration
     return began
@@ -697,10 +704,10 @@ def take_look(run: Run, log: Log) -> None:
     log.write([{"phase": run.k, "iteration": run.i, "role": "look"} | numbers])
     file = run.out / "looks" / f"phase{run.k}-{run.i:06}.png"
     write(file, picture)
-    write(run.out / "curves.png", curves(run.out / "log.jsonl"))
+    parallel.once(lambda: write(run.out / "curves.png", curves(run.out / "log.jsonl")))
     if run.cfg.keep:
         save_student(run, file.with_suffix(".safetensors"))
-        keep_newest(file.parent, run.cfg.keep)
+        parallel.once(lambda: keep_newest(file.parent, run.cfg.keep))
 
 
 def new_bar(run: Run) -> tqdm:
@@ -785,6 +792,19 @@ def parser() -> Parser:
     made.add_argument(
         "--tflops", type=float, default=0.0, help="of --dry-run: your device's (default: measured)"
     )
+    made.add_argument(
+        "--context-parallel",
+        type=int,
+        default=1,
+        metavar="P",
+        help="under torchrun: processes that share the tokens of each sample (default 1)",
+    )
+    made.add_argument(
+        "--processes",
+        default="1",
+        metavar="[NODESx]N",
+        help="of --dry-run: plan for so many, as 8, or for 4x8 of 4 nodes (default 1)",
+    )
     made.add_argument("--adapter", choices=KINDS, help="sets both --generator and --fake")
     return made
 
@@ -849,28 +869,16 @@ MEMORY = "--dry-run says what would fit: --micro-batch 1, --record last, --offlo
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit status: 0, 2 for a user's error, 130 or 143 for a signal."""
+    parallel.quiet()
     try:
         args, cfg = parse(argv)
-        if not args.resume:
-            validate(cfg, files=not args.dry_run)
         if args.dry_run:
-            dry_run(cfg, args.device, args.tflops)
+            with parallel.planned(args.processes, args.context_parallel):
+                validate(cfg, files=False)
+                dry_run(cfg, args.device, args.tflops)
             return 0
-        usual = torch.get_num_threads()
-        torch.set_num_threads(PRESETS[cfg.teacher].threads or usual)
-        cfg, finished = settle(args, cfg)
-        validate(cfg)
-        if finished:
-            print("finished before; nothing was run. --overwrite trains again")
-            show(read_json(args.out / "metrics.json", "start over with --overwrite"), args.out)
-            return 0
-        print(ph.table(phases_of(cfg), cfg.shift))
-        began = time.time()
-        with Stop() as stop:
-            run = prepare(args, cfg, stop)
-            began = drive(run, began, stop)
-            torch.set_num_threads(usual)  # distances of many samples gain from every core
-            show(finish(run, began, stop), args.out)
+        with parallel.processes(args.device, args.context_parallel, "train.py"):
+            work(args, cfg)
         return 0
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
@@ -882,9 +890,39 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     except Interrupted as interrupted:
         device = "" if args.asked == "auto" else f" --device {args.asked}"
+        tokens = f" --context-parallel {args.context_parallel}" if args.context_parallel > 1 else ""
         out = shlex.quote(str(args.out))
-        print(f"stopped; continue with: python train.py --resume --out {out}{device}")
+        line = f"{args.launcher} train.py --resume --out {out}{device}{tokens}"
+        print(f"stopped; continue with: {line}")
         return 128 + interrupted.number
+
+
+def work(args, cfg: Config) -> None:
+    """Train, or go on, or show what is finished."""
+    args.launcher = parallel.launcher()
+    usual = torch.get_num_threads()
+    torch.set_num_threads(PRESETS[cfg.teacher].threads or usual)
+    cfg, finished = parallel.once(lambda: settled(args, cfg))
+    if finished:
+        print("finished before; nothing was run. --overwrite trains again")
+        return show(read_json(args.out / "metrics.json", "start over with --overwrite"), args.out)
+    print(ph.table(phases_of(cfg), cfg.shift))
+    began = time.time()
+    with Stop() as stop:
+        run = prepare(args, cfg, stop)
+        began = drive(run, began, stop)
+        torch.set_num_threads(usual)  # distances of many samples gain from every core
+        show(finish(run, began, stop), args.out)
+
+
+def settled(args, cfg: Config) -> tuple[Config, bool]:
+    """The settings to run with, checked, and whether that run is finished. Raises UserError."""
+    if not args.resume:
+        validate(cfg)
+    cfg, finished = settle(args, cfg)
+    if args.resume:
+        validate(cfg)
+    return cfg, finished
 
 
 if __name__ == "__main__":

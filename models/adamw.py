@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from models.parallel import part
+
 
 class AdamW:
     """AdamW with betas (0, 0.999), no decay, eps 1e-8: what the paper trains with.
@@ -21,9 +23,8 @@ class AdamW:
         self.steps += 1
         unbias = math.sqrt(1 - beta**self.steps)
         for name, p in self.parameters.items():
-            if (
-                p.grad is None
-            ):  # of a layer whose output nobody reads: Qwen-Image's last text branch
+            if p.grad is None:  # nobody reads the output of Qwen-Image's last text branch
                 continue
-            v = self.second[name].mul_(beta).addcmul_(p.grad, p.grad, value=1 - beta)
-            p.addcdiv_(p.grad, v.sqrt().add_(eps * unbias), value=-self.lr * factor * unbias)
+            p, grad, v = part(p), part(p.grad), part(self.second[name])
+            v.mul_(beta).addcmul_(grad, grad, value=1 - beta)
+            p.addcdiv_(grad, v.sqrt().add_(eps * unbias), value=-self.lr * factor * unbias)

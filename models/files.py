@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -13,24 +14,32 @@ import safetensors
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+
+writes = True  # whether this process does: of several, one
 
 
 class UserError(Exception):
     """Something the user can mend: shown as one line, exit status 2."""
 
 
-def write(path: Path, *contents: bytes | Iterable) -> None:
+def write(path: Path, *contents: bytes | Iterable, everyone: bool = False) -> None:
     """Write a file so that a crash leaves the old one or the new one, never a part of it.
 
-    contents: bytes, or things that yield bytes: more than memory holds may go by.
+    contents: bytes, or things that yield bytes: more than memory holds may go by. Processes that
+    do not write run through them too, since what others yield may need their part; unless each
+    process has a file of its own, `everyone`.
     """
+    contents = [iter([content] if isinstance(content, bytes) else content) for content in contents]
+    if not (writes or everyone):
+        return exhaust(contents)
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            for content in contents:
-                for piece in [content] if isinstance(content, bytes) else content:
-                    file.write(piece)
+            for piece in itertools.chain(*contents):
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -38,7 +47,14 @@ def write(path: Path, *contents: bytes | Iterable) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
+        exhaust(contents)
         raise cannot_write(path, error) from error
+
+
+def exhaust(contents: list[Iterator]) -> None:
+    """Run to the end of all."""
+    for _ in itertools.chain(*contents):
+        pass
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:
@@ -73,19 +89,26 @@ def read_json(path: Path, what_to_do: str) -> dict:
         raise UserError(f"cannot read {path} ({first_line(error)}); {what_to_do}") from error
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], about: dict) -> None:
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], about: dict, everyone: bool = False
+) -> str:
     """Safetensors with `about` (plain JSON values) and a digest in the header. Never a pickle.
 
-    From any device, one tensor at a time: no second copy of them all.
+    From any device, one tensor at a time: no second copy of them all. Returns the digest. Tensors
+    that are cut over processes are written whole, by one; so all must call.
     """
     shapes = {name: (x.dtype, tuple(x.shape)) for name, x in tensors.items()}
-    header, _ = _header(shapes, about | {"digest": digest(tensors)})
-    write(path, header, pieces(raw(x) for x in tensors.values()))
+    found = digest(tensors)
+    header, _ = _header(shapes, about | {"digest": found})
+    write(path, header, pieces(raw(x) for x in tensors.values()), everyone=everyone)
+    return found
 
 
 def raw(x: Tensor) -> numpy.ndarray:
     """A tensor's bytes."""
-    return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    x = x.detach()
+    x = x.full_tensor() if isinstance(x, DTensor) else x
+    return x.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def pieces(arrays: Iterable, size: int = 2**24) -> Iterator[bytes]:
@@ -100,13 +123,31 @@ def pieces(arrays: Iterable, size: int = 2**24) -> Iterator[bytes]:
         yield bytes(held)
 
 
-def digest(tensors: dict[str, Tensor]) -> str:
-    """Of names, shapes and bytes: a flipped bit reads as a weight, and shows here only."""
-    total = hashlib.blake2b(digest_size=16)
-    for name in sorted(tensors):
-        total.update(f"{name} {tuple(tensors[name].shape)} {tensors[name].dtype}".encode())
-        total.update(raw(tensors[name]))
+def digest(tensors) -> str:
+    """Of names, shapes and bytes: a flipped bit reads as a weight, and shows here only.
+
+    tensors: a dict, or an open file, one of whose tensors at a time is in memory.
+    """
+    total, of = hashlib.blake2b(digest_size=16), getattr(tensors, "get_tensor", None)
+    for name in sorted(tensors.keys()):
+        x = of(name) if of else tensors[name]
+        total.update(f"{name} {tuple(x.shape)} {x.dtype}".encode())
+        total.update(raw(x))
     return total.hexdigest()
+
+
+def opened(path: Path, kind: str, what_to_do: str):
+    """A file of write_tensors, and its `about` of this kind. A UserError if it is none."""
+    try:
+        file = safetensors.safe_open(path, framework="pt")
+        about = json.loads((file.metadata() or {}).get("about", "{}"))
+        if not isinstance(about, dict):
+            raise ValueError("no JSON object")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"cannot read {path} ({first_line(error)}); {what_to_do}") from error
+    if about.get("kind") != kind or "digest" not in about:
+        raise UserError(f"{path} is no {kind}; {what_to_do}")
+    return file, about
 
 
 def read_tensors(path: Path, kind: str, settings: dict, what_to_do: str) -> tuple[dict, dict]:
@@ -114,14 +155,10 @@ def read_tensors(path: Path, kind: str, settings: dict, what_to_do: str) -> tupl
 
     A UserError if the file is truncated, garbled, of another kind or of another run.
     """
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {}).get("about", "{}"))
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"cannot read {path} ({first_line(error)}); {what_to_do}") from error
-    if about.get("kind") != kind or about.get("digest") != digest(tensors):
-        raise UserError(f"{path} is damaged, or no {kind}; {what_to_do}")
+    file, about = opened(path, kind, what_to_do)
+    tensors = {name: file.get_tensor(name) for name in file.keys()}
+    if about["digest"] != digest(tensors):
+        raise UserError(f"{path} is damaged; {what_to_do}")
     if about.get("settings") != settings:
         raise UserError(f"{path} is of another run; {what_to_do}")
     return tensors, about

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from models import files, parallel
 from models.flags import check, flag_of, shown, tuples
 from models.files import UserError, cannot_write, read_json
 
@@ -105,7 +106,8 @@ def config_of(settings, config: dict, out: Path):
 
 def clear(out: Path) -> None:
     """Remove a run but for its config.json, which the new run replaces at once. Nothing else."""
-    inside = [out / "state" / "state.safetensors", out / "samples" / "samples.png"]
+    inside = [out / "state" / "state.json", *(out / "state").glob("*.safetensors")]
+    inside += [out / "samples" / "samples.png"]
     inside += [out / "samples" / "samples.npy", out / "samples" / "latents.safetensors"]
     inside += [*(out / name for name in OURS), *(out / "looks").glob("phase*-*")]
     try:
@@ -129,6 +131,7 @@ def environment(device: str) -> dict:
         "python": python,
         "threads": torch.get_num_threads(),
         "device": device,
+        "processes": parallel.here.processes,
         "commit": commit or "unknown",
     }
 
@@ -201,7 +204,8 @@ class Stop:
     def receive(self, number, _):
         """The handler."""
         self.signal = number
-        signal.signal(number, signal.SIG_DFL)
+        if parallel.here.processes == 1:  # torchrun repeats what the terminal has sent already
+            signal.signal(number, signal.SIG_DFL)
 
     def check(self):
         """Raise Interrupted if a signal came."""
@@ -214,6 +218,8 @@ class Log:
 
     def __init__(self, path: Path, size: int):
         self.path = path
+        if not files.writes:
+            return
         with self.errors():
             self.file = open(path, "ab", buffering=0)  # nothing is kept back that could fail later
             if self.file.seek(0, os.SEEK_END) < size:
@@ -230,13 +236,15 @@ class Log:
 
     def write(self, rows: list[dict]) -> None:
         """A line for each row."""
-        left = "".join(json.dumps(row) + "\n" for row in rows).encode()
+        left = b"".join(json.dumps(row).encode() + b"\n" for row in rows if files.writes)
         with self.errors():
             while left:
                 left = left[self.file.write(left) :]
 
     def sync(self) -> int:
         """On the disk; returns the size."""
+        if not files.writes:
+            return 0
         with self.errors():
             os.fsync(self.file.fileno())
             return self.file.seek(0, os.SEEK_END)

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from models import lora, pictures, plan, qwen_image, text, vae, wan, weights
+from models import lora, parallel, pictures, plan, qwen_image, text, vae, wan, weights
 from models.bases import Bases
 from models.draws import integers, normal, uniform
 from models.files import UserError, first_line
@@ -108,6 +108,29 @@ def check(cfg) -> None:
         raise UserError(f"--images are for image to video; {cfg.teacher} takes none")
     if is_random(cfg) and cfg.teacher_lora:
         raise UserError("--teacher-lora changes published weights; random ones have none")
+    if parallel.here.processes > 1:
+        check_shared(cfg, parallel.here)
+
+
+def check_shared(cfg, here: parallel.Layout) -> None:
+    """Raise UserError for settings that these processes cannot share evenly."""
+    passes, settings = -(-cfg.batch // cfg.micro_batch), weights.row_of(cfg.teacher).settings
+    if passes % here.shares:
+        raise UserError(
+            f"--batch {cfg.batch} is {passes} passes of --micro-batch {cfg.micro_batch}, which "
+            f"{here.shares} {'processes' if here.context == 1 else 'groups'} cannot share evenly"
+        )
+    if cfg.offload != "none":
+        raise UserError("--offload is of one process; several share the bases: leave it out")
+    if cfg.depths == "mixed":
+        raise UserError("--depths mixed asks processes for unlike calls; several take drawn")
+    number = settings.get("num_heads") or settings["num_attention_heads"]
+    if number % here.context:
+        raise UserError(f"--context-parallel {here.context} does not divide {number} heads")
+    for shape in buckets(cfg):
+        count = math.prod(shape[1:]) // 4  # tokens are 2 x 2 latents
+        if count <= -(-count // here.context) * (here.context - 1):
+            raise UserError(f"--context-parallel {here.context} leaves nothing of {count} tokens")
 
 
 def is_random(cfg) -> bool:
@@ -282,22 +305,31 @@ def embedded(out: Path) -> Path:
     return out / "prompts.safetensors"
 
 
-def parts(cfg, device: torch.device, out: Path, expert) -> tuple:
-    """The arguments of moe.shared_networks. expert(role): whose network it is on."""
+def parts(cfg, device: torch.device, out: Path, expert, roles: list[str]) -> tuple:
+    """The arguments of moe.shared_networks. expert(role): whose network it is on; roles: all."""
     adapt = lambda net, role: (
         None
         if plan.kind(cfg, role) == "full"
         else lora.start_adapter(net, role, (cfg.seed, role, "adapter"), cfg.rank, cfg.alpha, device)
     )
-    copy = lambda net, old: dress(cfg, weights.copy(net, old, device), old is None)
-    bases = Bases(partial(load, cfg, device), device, cfg.offload)
+    cut = lambda net: parallel.cut_network(net, blocks_of(net))
+    copy = lambda net, old: dress(cfg, weights.copy(net, old, device, cut), old is None)
+    adapters = [role for role in roles if plan.kind(cfg, role) == "lora"]
+    on = lambda e: [role for role in adapters if expert(role) == e]
+    bases = Bases(lambda e: load(cfg, device, e, on(e)), device, cfg.offload)
     return bases, expert, adapt, copy, guided(cfg, null_of(cfg, out))
 
 
-def load(cfg, device: torch.device, e: int) -> nn.Module:
-    """The teacher's expert e, frozen."""
+def load(cfg, device: torch.device, e: int, adapters: list[str]) -> nn.Module:
+    """The teacher's expert e, frozen; where processes share it, with all that will hang on it."""
+
+    def cut(net: nn.Module) -> None:
+        for role in adapters if parallel.here.processes > 1 else ():
+            lora.add_adapter(net, role, cfg.rank, cfg.alpha)
+        parallel.cut_network(net, blocks_of(net))
+
     where = device if cfg.offload == "none" else "cpu"
-    how = dict(dtype=plan.dtype_named(cfg.dtype), device=where)
+    how = dict(dtype=plan.dtype_named(cfg.dtype), device=where, cut=cut)
     if is_random(cfg):
         return dress(cfg, weights.random(cfg.teacher, **how, seed=e))
     path = weights.locate(cfg.teacher, *cfg.weights)[0][e - 1]
@@ -431,7 +463,8 @@ def report(run, look) -> tuple[dict, bytes]:
     found["x_means"] = [number(x.mean()) for x in xs]
     found["x_stds"] = [number(x.std()) for x in xs]
     try:
-        return found, pictures.sheet(rows, decoder(run.cfg, run.device))
+        decode = decoder(run.cfg, run.device) if parallel.here.index == 0 else None
+        return found, pictures.sheet(rows, decode)
     except torch.OutOfMemoryError:  # a preview is no reason to end a run
         return found, pictures.sheet(rows, None)
 
@@ -504,9 +537,10 @@ def speed(run, calls, seconds: float) -> dict:
         if run.record_last and recorded and name == "student":  # it had been asked before
             wanted -= n * cost.forward
             again += n * cost.forward
-    rate = plan.rate_of(dtype, str(device)) * seconds
+    here = parallel.here  # calls are of this process's share of samples, work of its tokens
+    rate = plan.rate_of(dtype, str(device)) * seconds * here.context
     return {
-        "tokens_per_second": round(tokens / seconds),
+        "tokens_per_second": round(tokens * here.shares / seconds),
         "share": round(wanted / rate, 4),
         "share_recomputed": round((wanted + again) / rate, 4),
     }

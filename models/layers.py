@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
+from models import parallel
+
 
 def sinusoid(t: Tensor, dim: int) -> Tensor:
     """cos(1000 t w_i), then sin(1000 t w_i), w_i = 10000^(-2i/dim); (...,) -> (..., dim).
@@ -66,18 +68,21 @@ def modulate(z: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
     return torch.addcmul(shift, F.layer_norm(z, dim, eps=eps), 1 + scale)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, streams: tuple = ()
+) -> Tensor:
     """softmax(q k^T / sqrt(d)) v; q (B, L, H, d), k and v (B, M, H, d), mask (B, M): True is seen.
 
-    The one place where tokens meet.
+    The one place where tokens meet. Where processes share the tokens of q, k and v, `streams` says
+    how many there are of each kind: all tokens of some heads come here, and go back.
     """
-    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, H, L, d)
+    q, k, v = (parallel.to_heads(x, streams).transpose(1, 2) for x in (q, k, v))  # (B, H, L, d)
     mask = None if mask is None else mask[:, None, None]  # (B, 1, 1, M)
     if q.is_meta:  # models/plan.py counts bytes: as a GPU's kernel, with no scores in memory
         out = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return out.transpose(1, 2).flatten(2)  # (B, L, H d)
+    return parallel.to_tokens(out.transpose(1, 2), streams).flatten(2)  # (B, L, H d)
 
 
 def run(block: nn.Module, checkpointing: bool, *inputs):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from models import parallel
 from models.draws import stream
 from models.files import UserError, first_line
 
@@ -41,6 +42,19 @@ class Adapter(nn.Module):
         return F.linear(F.linear(x, self.down.to(x.dtype)), self.scale * self.up.to(x.dtype))
 
 
+def adapted(net: nn.Module) -> dict[str, Linear]:
+    """The linear layers of a port that adapters are for, by name."""
+    named = net.named_modules()
+    return {key: m for key, m in named if isinstance(m, Linear) and net.adapted(key)}
+
+
+def add_adapter(net: nn.Module, name: str, rank: int = 64, alpha: float = 8, device=None) -> None:
+    """Give every adapted layer a place for an adapter of this name, if it has none."""
+    for layer in adapted(net).values():
+        if name not in layer.adapters:
+            layer.adapters[name] = Adapter(layer, rank, alpha, device)
+
+
 def start_adapter(
     net: nn.Module, name: str, where: tuple, rank: int = 64, alpha: float = 8, device=None
 ) -> dict[str, nn.Parameter]:
@@ -48,17 +62,13 @@ def start_adapter(
 
     down is a function of `where`, up is 0: the adapter changes nothing yet. Returns its parameters.
     """
+    add_adapter(net, name, rank, alpha, device)
     found, draws = {}, stream(*where)
-    for key, module in net.named_modules():
-        if not (isinstance(module, Linear) and net.adapted(key)):
-            continue
-        down = torch.randn(rank, module.in_features, generator=draws) / rank  # on the CPU
-        if name not in module.adapters:
-            module.adapters[name] = Adapter(module, rank, alpha, device)
-        adapter = module.adapters[name]
-        with torch.no_grad():
-            adapter.down.copy_(down)
-            adapter.up.zero_()
+    for key, layer in adapted(net).items():
+        adapter = layer.adapters[name]
+        drawn = torch.randn(rank, layer.in_features, generator=draws) / rank  # on the CPU
+        parallel.put(adapter.down, drawn)
+        parallel.part(adapter.up.detach()).zero_()
         found |= {f"{key}.down": adapter.down, f"{key}.up": adapter.up}
     return found
 

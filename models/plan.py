@@ -20,7 +20,7 @@ from models import lora, speed
 from models.bases import pieces
 from models.layers import blocks_of
 from models.qwen_image import QwenImage
-from models.weights import build, dtype_of, row_of
+from models.weights import build, row_of
 
 TEXT = 512  # tokens of a long prompt
 SPARE = 1.5e9  # bytes of a GPU that its libraries take
@@ -115,10 +115,7 @@ def _count(row, blocks: int, shape, own: bool, rank: int, dtype, checkpointing: 
 def meta_network(row, dtype: torch.dtype, blocks: int | None = None) -> nn.Module:
     """A teacher's network on the meta device, frozen, each parameter in the dtype it is kept in."""
     settings = row.settings | ({"num_layers": blocks} if blocks else {})
-    net = build(row.network, settings, dtype)
-    for name, p in net.named_parameters():
-        p.data = p.data.to(dtype_of(name, net))
-    return net.requires_grad_(False)
+    return build(row.network, settings, dtype).requires_grad_(False)
 
 
 def conditions(net: nn.Module, shape: tuple) -> dict:

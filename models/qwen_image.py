@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from models.layers import attend, gelu, modulate, rms, rope_table, rotate, run, sinusoid
 from models.lora import Linear
+from models.parallel import all_tokens, cut_tokens
 
 TEXT_LEN = 1024  # tokens of the longest prompt
 
@@ -55,7 +56,7 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k = (nn.RMSNorm(dim // heads, eps) for _ in range(2))
         self.norm_added_q, self.norm_added_k = (nn.RMSNorm(dim // heads, eps) for _ in range(2))
 
-    def forward(self, image: Tensor, text: Tensor, rope: Tensor, mask, adapter):
+    def forward(self, image: Tensor, text: Tensor, rope: Tensor, mask, adapter, streams):
         heads = lambda x: x.unflatten(-1, (self.heads, -1))  # (B, L, H, d)
         q = [rms(heads(self.add_q_proj(text, adapter)), self.norm_added_q)]
         q += [rms(heads(self.to_q(image, adapter)), self.norm_q)]
@@ -63,7 +64,7 @@ class Attention(nn.Module):
         k += [rms(heads(self.to_k(image, adapter)), self.norm_k)]
         v = [heads(self.add_v_proj(text, adapter)), heads(self.to_v(image, adapter))]
         q, k = (rotate(torch.cat(x, 1), rope).to(image.dtype) for x in (q, k))
-        out = attend(q, k, torch.cat(v, 1), mask)  # (B, T + L, D)
+        out = attend(q, k, torch.cat(v, 1), mask, streams)  # (B, T + L, D)
         text, image = out.split([text.shape[1], image.shape[1]], 1)
         return image, text  # before their output projections
 
@@ -91,12 +92,12 @@ class Block(nn.Module):
         self.attn = Attention(dim, heads, eps)
         self.img_mlp, self.txt_mlp = MLP(dim), MLP(dim)
 
-    def forward(self, image: Tensor, text: Tensor, e: Tensor, rope: Tensor, mask, adapter):
+    def forward(self, image: Tensor, text: Tensor, e: Tensor, rope, mask, adapter, streams):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.img_mod(e)[:, None].chunk(6, -1)
         shift3, scale3, gate3, shift4, scale4, gate4 = self.txt_mod(e)[:, None].chunk(6, -1)
         y_image = modulate(image, shift1, scale1, self.eps)
         y_text = modulate(text, shift3, scale3, self.eps)
-        y_image, y_text = self.attn(y_image, y_text, rope, mask, adapter)
+        y_image, y_text = self.attn(y_image, y_text, rope, mask, adapter, streams)
         image = torch.addcmul(image, self.attn.to_out[0](y_image, adapter), gate1)
         y_image = self.img_mlp(modulate(image, shift2, scale2, self.eps), adapter)
         image = torch.addcmul(image, y_image, gate2)
@@ -157,18 +158,21 @@ class QwenImage(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, c: dict, adapter: str | None = None) -> Tensor:
         rows, columns = x_t.shape[2] // 2, x_t.shape[3] // 2
-        image = self.img_in(pack(x_t).to(self.dtype))  # (B, L, D)
-        text = self.txt_in(rms(c["text"].to(self.dtype), self.txt_norm).to(self.dtype))  # (B, T, D)
+        streams = c["text"].shape[1], rows * columns  # T, L; from here on this process's part
+        image = self.img_in(cut_tokens(pack(x_t)).to(self.dtype))  # (B, L, D)
+        text = cut_tokens(c["text"]).to(self.dtype)
+        text = self.txt_in(rms(text, self.txt_norm).to(self.dtype))  # (B, T, D)
         e = self.time(t)  # (B, D)
         mask = c.get("mask")
         if mask is not None:
-            mask = F.pad(mask, (0, image.shape[1]), value=True)  # (B, T + L), keys only
-        rope = self.rope(text.shape[1], rows, columns, x_t.device)  # (T + L, d / 2)
+            mask = F.pad(mask, (0, streams[1]), value=True)  # (B, T + L), keys only
+        rope = self.rope(streams[0], rows, columns, x_t.device)  # (T + L, d / 2)
         for block in self.transformer_blocks:
-            image, text = run(block, self.checkpointing, image, text, e, rope, mask, adapter)
+            inputs = image, text, e, rope, mask, adapter, streams
+            image, text = run(block, self.checkpointing, *inputs)
         scale, shift = self.norm_out["linear"](F.silu(e))[:, None].chunk(2, -1)  # scale first
         v = self.proj_out(modulate(image, shift, scale, self.eps))  # (B, L, 64)
-        return unpack(v, rows).float()
+        return unpack(all_tokens(v, streams[1]), rows).float()
 
     def time(self, t: Tensor) -> Tensor:
         """Time embedding (B, D), before SiLU."""
@@ -188,4 +192,4 @@ class QwenImage(nn.Module):
         first = max(rows // 2, columns // 2)
         places = (tuple(range(first, first + TEXT_LEN)),)  # of the longest text: one table for all
         text = [rope_table(places, (dim,), device)[:length] for dim in self.axes]
-        return torch.cat([torch.cat(text, 1), image])
+        return torch.cat([cut_tokens(torch.cat(text, 1), 0), cut_tokens(image, 0)])

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from models.layers import attend, gelu, modulate, rms, rope_table, rotate, run, sinusoid
 from models.lora import Linear
+from models.parallel import all_tokens, cut_tokens
 
 PATCH = (1, 2, 2)  # frames, rows, columns
 
@@ -57,14 +58,16 @@ class Attention(nn.Module):
         self.q, self.k, self.v, self.o = (Linear(dim, dim) for _ in range(4))
         self.norm_q, self.norm_k = nn.RMSNorm(dim, eps), nn.RMSNorm(dim, eps)
 
-    def forward(self, z: Tensor, context: Tensor, rope: Tensor | None, adapter) -> Tensor:
+    def forward(
+        self, z: Tensor, context: Tensor, rope: Tensor | None, adapter, streams: tuple = ()
+    ) -> Tensor:
         q = rms(self.q(z, adapter), self.norm_q)
         k = rms(self.k(context, adapter), self.norm_k)
         v = self.v(context, adapter)
         q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in (q, k, v))  # (B, L, H, d)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        return self.o(attend(q.to(z.dtype), k.to(z.dtype), v), adapter)
+        return self.o(attend(q.to(z.dtype), k.to(z.dtype), v, None, streams), adapter)
 
 
 class Block(nn.Module):
@@ -79,10 +82,12 @@ class Block(nn.Module):
         self.norm3 = nn.LayerNorm(dim, eps)  # the published name; diffusers calls it norm2
         self.ffn = nn.ModuleList([Linear(dim, ffn_dim), nn.Identity(), Linear(ffn_dim, dim)])
 
-    def forward(self, z: Tensor, e: Tensor, text: Tensor, rope: Tensor, adapter) -> Tensor:
+    def forward(
+        self, z: Tensor, e: Tensor, text: Tensor, rope: Tensor, adapter, streams: tuple
+    ) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + e).unbind(2)
         y = modulate(z, shift1, scale1, self.eps).to(text.dtype)
-        z = torch.addcmul(z, self.self_attn(y, y, rope, adapter), gate1)
+        z = torch.addcmul(z, self.self_attn(y, y, rope, adapter, streams), gate1)
         y = self.norm3(z).to(text.dtype)
         z = z + self.cross_attn(y, text, None, adapter)  # no gate, no rope
         y = modulate(z, shift2, scale2, self.eps).to(text.dtype)
@@ -157,8 +162,10 @@ class Wan(nn.Module):
         if x.shape[1] != takes:
             raise ValueError(f"{x.shape[1]} channels, not {takes}; image to video needs c['image']")
         frames, rows, columns = (n // p for n, p in zip(x.shape[2:], PATCH))
+        count = frames * rows * columns  # tokens; from here on this process's part of them
         z = self.patches(x).float()  # (B, L, D)
-        e = self.time_embedding(sinusoid(t.reshape(len(t), -1), self.freq_dim))  # (B, 1 or L, D)
+        t = t[:, None] if t.ndim == 1 else cut_tokens(t)
+        e = self.time_embedding(sinusoid(t, self.freq_dim))  # (B, 1 or L, D)
         e6 = self.time_projection(e).unflatten(-1, (6, -1))  # (B, 1 or L, 6, D)
         missing = self.text_len - c["text"].shape[1]
         if missing < 0:
@@ -166,12 +173,12 @@ class Wan(nn.Module):
         # zero rows are attended to, all text_len of them
         text = F.pad(c["text"], (0, 0, 0, missing)).to(self.dtype)
         text = self.text_embedding[2](gelu(self.text_embedding[0](text)))  # (B, text_len, D)
-        rope = self.rope(frames, rows, columns, x.device)
+        rope = cut_tokens(self.rope(frames, rows, columns, x.device), 0)
         for block in self.blocks:
-            z = run(block, self.checkpointing, z, e6, text, rope, adapter)
+            z = run(block, self.checkpointing, z, e6, text, rope, adapter, (count,))
         p, q, r = PATCH  # out: channels last within a patch; in: channels first
         return rearrange(
-            self.head(z, e), "b (f h w) (p q r c) -> b c (f p) (h q) (w r)",
+            all_tokens(self.head(z, e), count), "b (f h w) (p q r c) -> b c (f p) (h q) (w r)",
             f=frames, h=rows, w=columns, p=p, q=q, r=r,
         )  # fmt: skip
 
@@ -179,6 +186,7 @@ class Wan(nn.Module):
         """The convolution, stride = kernel, as a product: (B, C, F, H, W) -> (B, L, D)."""
         p, q, r = PATCH
         x = rearrange(x, "b c (f p) (h q) (w r) -> b (f h w) (c p q r)", p=p, q=q, r=r)
+        x = cut_tokens(x)
         weight, bias = self.patch_embedding.weight.flatten(1), self.patch_embedding.bias
         return F.linear(x.to(self.dtype), weight.to(self.dtype), bias.to(self.dtype))
 

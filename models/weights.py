@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from models import lora
+from models import lora, parallel
 from models.files import UserError, first_line, read_json
 from models.flags import Parser, exit_status
 from models.qwen_image import QwenImage
@@ -253,52 +253,68 @@ def plan(path: Path, dtype: torch.dtype, teacher: str = "") -> tuple[nn.Module, 
 
 
 def build(network: type, settings: dict, dtype: torch.dtype) -> nn.Module:
-    """A network on the meta device that knows its settings; its parameters want their tensors."""
+    """A network on the meta device that knows its settings; each parameter in its own dtype."""
     with torch.device("meta"):
         net = network(**settings, dtype=dtype)
     net.settings = settings
+    for name, p in net.named_parameters():
+        p.data = p.data.to(dtype_of(name, net))
     return net
 
 
-def copy(net: nn.Module, old: nn.Module | None, device) -> nn.Module:
+def fill(net: nn.Module, tensors: Iterable[tuple[str, Tensor]], device, cut=None) -> nn.Module:
+    """Give a network of the meta device its tensors, one by one; in eval mode.
+
+    cut(net), where processes share the network, leaves each the place for its part only.
+    """
+    if cut:
+        cut(net)
+    net.to_empty(device=device)
+    places = dict(net.named_parameters())
+    for name, tensor in tensors:
+        parallel.put(places[name], tensor)
+    return net.eval()
+
+
+def copy(net: nn.Module, old: nn.Module | None, device, cut=None) -> nn.Module:
     """The same network with float32 parameters of its own, which learn; old ones are written over.
 
     Inside it computes in net's dtype, so that at first it computes exactly what net does.
     """
+    new = old or fill(build(type(net), net.settings, net.dtype).float(), (), device, cut)
     mine = {name: p for name, p in net.named_parameters() if not p.requires_grad}
-    if old is not None:
-        for name, p in old.named_parameters():
-            p.data.copy_(mine[name])
-        return old
-    new = build(type(net), net.settings, net.dtype)
-    tensors = {name: p.to(device, torch.float32, copy=True) for name, p in mine.items()}
-    new.load_state_dict(tensors, assign=True)
-    return new.eval()
+    with torch.no_grad():
+        for name, p in new.named_parameters():
+            parallel.part(p).copy_(parallel.part(mine[name]))
+    return new
 
 
-def load(folder, dtype=torch.bfloat16, device="cpu", teacher_lora=None, teacher="") -> nn.Module:
+def load(
+    folder, dtype=torch.bfloat16, device="cpu", teacher_lora=None, teacher="", cut=None
+) -> nn.Module:
     """A network from published weights, in eval mode and frozen, dtype inside.
 
     folder holds config.json and safetensors of either layout, or is a single safetensors file.
     Never more memory than the network, one shard and the LoRA: tensors are cast as they are read.
-    A teacher_lora is merged in float32. With the name of a teacher its kind is checked. Raises
-    UserError for all that is not a whole network.
+    A teacher_lora is merged in float32. With the name of a teacher its kind is checked. cut: see
+    fill. Raises UserError for all that is not a whole network.
     """
     net, stored = plan(Path(folder), dtype, teacher)
     changes = read_lora(net, Path(teacher_lora)) if teacher_lora else {}
-    tensors = {}
     total = sum(p.numel() for p in net.parameters())
-    with tqdm(total=total, desc=str(folder), unit=" weights", unit_scale=True, disable=None) as bar:
-        for name, tensor in stream(stored):
-            if name in changes:
-                tensor = changes[name].merge(tensor.float())
-            target = dtype_of(name, net)
-            tensors[name] = torch.empty(tensor.shape, dtype=target, device=device).copy_(tensor)
-            check_values(tensors[name], stored[name])
-            bar.update(tensor.numel())
-            del tensor  # the last hold on a mapped shard
-    net.load_state_dict(tensors, assign=True)
-    return net.requires_grad_(False).eval()
+
+    def tensors():
+        with tqdm(total=total, desc=str(folder), unit=" weights", unit_scale=True,
+                  disable=None) as bar:  # fmt: skip
+            for name, tensor in stream(stored):
+                if name in changes:
+                    tensor = changes[name].merge(tensor.float())
+                check_values(tensor, stored[name])
+                yield name, tensor
+                bar.update(tensor.numel())
+                del tensor  # the last hold on a mapped shard
+
+    return fill(net.requires_grad_(False), tensors(), device, cut)
 
 
 def check_values(tensor: Tensor, there: Stored) -> None:
@@ -465,25 +481,30 @@ def check_kind(name: str, network: type, settings: dict, path: Path) -> None:
             raise UserError(f"{path} has {key} {settings[key]}, {name} has {value}")
 
 
-def random(name: str, dtype=torch.bfloat16, device="cpu", seed: int = 0) -> nn.Module:
+def random(name: str, dtype=torch.bfloat16, device="cpu", seed: int = 0, cut=None) -> nn.Module:
     """A network of a teacher's size with random weights: to size, to time. 14B takes a minute."""
     row = row_of(name)
-    return random_network(row.network, row.settings, dtype, device, seed)
+    return random_network(row.network, row.settings, dtype, device, seed, cut)
 
 
-def random_network(network: type, settings: dict, dtype, device="cpu", seed: int = 0) -> nn.Module:
+def random_network(
+    network: type, settings: dict, dtype, device="cpu", seed: int = 0, cut=None
+) -> nn.Module:
     """A network in eval mode, frozen: linear layers keep the scale of their input."""
+    net = build(network, settings, dtype).requires_grad_(False)
     generator = torch.Generator().manual_seed(seed)  # on the CPU: the same on every device
-    net, tensors = build(network, settings, dtype), {}
-    for key, p in net.named_parameters():
-        tensor = torch.empty(p.shape, dtype=dtype_of(key, net))
-        if "norm" in key and p.ndim == 1:
-            tensor.fill_(float(key.endswith("weight")))
-        else:
-            tensor.normal_(std=p[0].numel() ** -0.5 if p.ndim > 1 else 0.02, generator=generator)
-        tensors[key] = tensor.to(device)
-    net.load_state_dict(tensors, assign=True)
-    return net.requires_grad_(False).eval()
+    shapes = {key: (p.dtype, p.shape) for key, p in net.named_parameters()}
+
+    def tensors():
+        for key, (kind, shape) in shapes.items():
+            tensor = torch.empty(shape, dtype=kind)
+            if "norm" in key and len(shape) == 1:
+                yield key, tensor.fill_(float(key.endswith("weight")))
+            else:
+                std = shape[1:].numel() ** -0.5 if len(shape) > 1 else 0.02
+                yield key, tensor.normal_(std=std, generator=generator)
+
+    return fill(net, tensors(), device, cut)
 
 
 # -- the command ---------------------------------------------------------------------------------

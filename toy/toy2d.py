@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models import parallel
 from models.mlp import MLP
 from models.files import UserError, read_tensors, write_tensors
 from models.flags import plain
@@ -42,6 +43,8 @@ def teacher(cfg, device="cpu"):
 
 def check(cfg) -> None:
     """Raise UserError for settings that do not go together."""
+    if parallel.here.processes > 1:
+        raise UserError("toy2d runs in one process: python train.py, without torchrun")
     if len(cfg.guidance) != 1:
         raise UserError("--guidance takes one number; toys have one expert")
     if cfg.guidance != (1.0,) and cfg.classes == "off":
