@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from models.files import UserError
-from models.layers import blocks_of
+from models.parallel import blocks_of
 
 
 class Bases:

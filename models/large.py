@@ -16,7 +16,7 @@ from models import lora, parallel, pictures, plan, qwen_image, text, vae, wan, w
 from models.bases import Bases
 from models.draws import integers, normal, uniform
 from models.files import UserError, first_line
-from models.layers import blocks_of
+from models.parallel import blocks_of
 from models.meter import summary
 from models.qwen_image import TEXT_LEN, QwenImage
 
@@ -312,8 +312,9 @@ def parts(cfg, device: torch.device, out: Path, expert, roles: list[str]) -> tup
         if plan.kind(cfg, role) == "full"
         else lora.start_adapter(net, role, (cfg.seed, role, "adapter"), cfg.rank, cfg.alpha, device)
     )
-    cut = lambda net: parallel.cut_network(net, blocks_of(net))
-    copy = lambda net, old: dress(cfg, weights.copy(net, old, device, cut), old is None)
+    copy = lambda net, old: dress(
+        cfg, weights.copy(net, old, device, parallel.place), old is None
+    )
     adapters = [role for role in roles if plan.kind(cfg, role) == "lora"]
     on = lambda e: [role for role in adapters if expert(role) == e]
     bases = Bases(lambda e: load(cfg, device, e, on(e)), device, cfg.offload)
@@ -323,13 +324,13 @@ def parts(cfg, device: torch.device, out: Path, expert, roles: list[str]) -> tup
 def load(cfg, device: torch.device, e: int, adapters: list[str]) -> nn.Module:
     """The teacher's expert e, frozen; where processes share it, with all that will hang on it."""
 
-    def cut(net: nn.Module) -> None:
+    def place(net: nn.Module, device) -> None:
         for role in adapters if parallel.here.processes > 1 else ():
             lora.add_adapter(net, role, cfg.rank, cfg.alpha)
-        parallel.cut_network(net, blocks_of(net))
+        parallel.place(net, device)
 
     where = device if cfg.offload == "none" else "cpu"
-    how = dict(dtype=plan.dtype_named(cfg.dtype), device=where, cut=cut)
+    how = dict(dtype=plan.dtype_named(cfg.dtype), device=where, place=place)
     if is_random(cfg):
         return dress(cfg, weights.random(cfg.teacher, **how, seed=e))
     path = weights.locate(cfg.teacher, *cfg.weights)[0][e - 1]

@@ -95,11 +95,6 @@ def run(block: nn.Module, checkpointing: bool, *inputs):
     return block(*inputs)
 
 
-def blocks_of(net: nn.Module) -> nn.ModuleList:
-    """The blocks of either transformer."""
-    return net.blocks if hasattr(net, "blocks") else net.transformer_blocks
-
-
 # -- the same in fewer passes over memory, for CPUs; GPUs have kernels for both --------------------
 
 

@@ -253,16 +253,17 @@ def total(*tensors: Tensor) -> list[Tensor]:
 # -- tensors that are cut ------------------------------------------------------------------------
 
 
-def cut_network(net: nn.Module, blocks: nn.ModuleList) -> None:
-    """Give the rows of a network's parameters out, still without their tensors: FSDP2, by block.
+def place(net: nn.Module, device) -> None:
+    """Make room for a network's tensors: FSDP2, a group of parameters a block.
 
     A block is gathered in the dtype of the inside and its gradients are summed in float32; what is
     outside of blocks stays in its own dtype. What a port keeps in float32 inside of blocks is small:
     everyone has it, and its gradients are summed as they come.
     """
     if here.processes == 1:
+        net.to_empty(device=device)
         return
-    whole = kept(net, blocks)
+    blocks, whole = blocks_of(net), set(kept(net))
     how = dict(mesh=groups["cut"], reshard_after_forward=True, ignored_params=whole)
     inside = MixedPrecisionPolicy(net.dtype, torch.float32, cast_forward_inputs=False)
     for block in blocks:
@@ -271,15 +272,21 @@ def cut_network(net: nn.Module, blocks: nn.ModuleList) -> None:
     for module in (net, *blocks):  # sums, not means
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    for p in whole:
+    net.to_empty(device=device)  # which makes new parameters, without the hooks of old ones
+    for p in kept(net):
         if p.requires_grad:
             p.register_hook(summed)
 
 
-def kept(net: nn.Module, blocks: nn.ModuleList) -> set[nn.Parameter]:
+def blocks_of(net: nn.Module) -> nn.ModuleList:
+    """The blocks of either transformer."""
+    return net.blocks if hasattr(net, "blocks") else net.transformer_blocks
+
+
+def kept(net: nn.Module) -> list[nn.Parameter]:
     """Norms and modulation inside of blocks, where they are float32."""
     small = lambda name: any(part in name for part in net.float32)
-    return {p for block in blocks for name, p in block.named_parameters() if small(name)}
+    return [p for block in blocks_of(net) for name, p in block.named_parameters() if small(name)]
 
 
 def summed(grad: Tensor) -> Tensor:

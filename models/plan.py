@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from models import lora, speed
 from models.bases import pieces
-from models.layers import blocks_of
+from models.parallel import blocks_of
 from models.qwen_image import QwenImage
 from models.weights import build, row_of
 

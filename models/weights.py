@@ -262,26 +262,26 @@ def build(network: type, settings: dict, dtype: torch.dtype) -> nn.Module:
     return net
 
 
-def fill(net: nn.Module, tensors: Iterable[tuple[str, Tensor]], device, cut=None) -> nn.Module:
+def fill(
+    net: nn.Module, tensors: Iterable[tuple[str, Tensor]], device, place=nn.Module.to_empty
+) -> nn.Module:
     """Give a network of the meta device its tensors, one by one; in eval mode.
 
-    cut(net), where processes share the network, leaves each the place for its part only.
+    place(net, device=...) makes room for them; where processes share them, for a part of each.
     """
-    if cut:
-        cut(net)
-    net.to_empty(device=device)
+    place(net, device=device)
     places = dict(net.named_parameters())
     for name, tensor in tensors:
         parallel.put(places[name], tensor)
     return net.eval()
 
 
-def copy(net: nn.Module, old: nn.Module | None, device, cut=None) -> nn.Module:
+def copy(net: nn.Module, old: nn.Module | None, device, place=nn.Module.to_empty) -> nn.Module:
     """The same network with float32 parameters of its own, which learn; old ones are written over.
 
     Inside it computes in net's dtype, so that at first it computes exactly what net does.
     """
-    new = old or fill(build(type(net), net.settings, net.dtype).float(), (), device, cut)
+    new = old or fill(build(type(net), net.settings, net.dtype).float(), (), device, place)
     mine = {name: p for name, p in net.named_parameters() if not p.requires_grad}
     with torch.no_grad():
         for name, p in new.named_parameters():
@@ -290,13 +290,14 @@ def copy(net: nn.Module, old: nn.Module | None, device, cut=None) -> nn.Module:
 
 
 def load(
-    folder, dtype=torch.bfloat16, device="cpu", teacher_lora=None, teacher="", cut=None
+    folder, dtype=torch.bfloat16, device="cpu", teacher_lora=None, teacher="",
+    place=nn.Module.to_empty,
 ) -> nn.Module:
     """A network from published weights, in eval mode and frozen, dtype inside.
 
     folder holds config.json and safetensors of either layout, or is a single safetensors file.
     Never more memory than the network, one shard and the LoRA: tensors are cast as they are read.
-    A teacher_lora is merged in float32. With the name of a teacher its kind is checked. cut: see
+    A teacher_lora is merged in float32. With the name of a teacher its kind is checked. place: see
     fill. Raises UserError for all that is not a whole network.
     """
     net, stored = plan(Path(folder), dtype, teacher)
@@ -314,7 +315,7 @@ def load(
                 bar.update(tensor.numel())
                 del tensor  # the last hold on a mapped shard
 
-    return fill(net.requires_grad_(False), tensors(), device, cut)
+    return fill(net.requires_grad_(False), tensors(), device, place)
 
 
 def check_values(tensor: Tensor, there: Stored) -> None:
@@ -481,14 +482,14 @@ def check_kind(name: str, network: type, settings: dict, path: Path) -> None:
             raise UserError(f"{path} has {key} {settings[key]}, {name} has {value}")
 
 
-def random(name: str, dtype=torch.bfloat16, device="cpu", seed: int = 0, cut=None) -> nn.Module:
+def random(name: str, dtype=torch.bfloat16, device="cpu", seed: int = 0, place=nn.Module.to_empty) -> nn.Module:
     """A network of a teacher's size with random weights: to size, to time. 14B takes a minute."""
     row = row_of(name)
-    return random_network(row.network, row.settings, dtype, device, seed, cut)
+    return random_network(row.network, row.settings, dtype, device, seed, place)
 
 
 def random_network(
-    network: type, settings: dict, dtype, device="cpu", seed: int = 0, cut=None
+    network: type, settings: dict, dtype, device="cpu", seed: int = 0, place=nn.Module.to_empty
 ) -> nn.Module:
     """A network in eval mode, frozen: linear layers keep the scale of their input."""
     net = build(network, settings, dtype).requires_grad_(False)
@@ -504,7 +505,7 @@ def random_network(
                 std = shape[1:].numel() ** -0.5 if len(shape) > 1 else 0.02
                 yield key, tensor.normal_(std=std, generator=generator)
 
-    return fill(net, tensors(), device, cut)
+    return fill(net, tensors(), device, place)
 
 
 # -- the command ---------------------------------------------------------------------------------

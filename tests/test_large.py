@@ -17,7 +17,7 @@ import train
 from models import bases, large, lora, plan, qwen_image, weights
 from models.draws import normal
 from models.files import UserError
-from models.layers import blocks_of
+from models.parallel import blocks_of
 from sde import shift
 
 CPU = torch.device("cpu")
