@@ -312,9 +312,7 @@ def parts(cfg, device: torch.device, out: Path, expert, roles: list[str]) -> tup
         if plan.kind(cfg, role) == "full"
         else lora.start_adapter(net, role, (cfg.seed, role, "adapter"), cfg.rank, cfg.alpha, device)
     )
-    copy = lambda net, old: dress(
-        cfg, weights.copy(net, old, device, parallel.place), old is None
-    )
+    copy = lambda net, old: dress(cfg, weights.copy(net, old, device, parallel.place), old is None)
     adapters = [role for role in roles if plan.kind(cfg, role) == "lora"]
     on = lambda e: [role for role in adapters if expert(role) == e]
     bases = Bases(lambda e: load(cfg, device, e, on(e)), device, cfg.offload)

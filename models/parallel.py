@@ -6,6 +6,8 @@ the tokens of each sample. Gradients and losses are summed: the numbers are thos
 The rest of the project asks the functions below, which do nothing where there is one process.
 """
 
+import hashlib
+import json
 import os
 import select
 import signal
@@ -141,12 +143,20 @@ def join(device: str, each: int) -> None:
 def tell(error: BaseException) -> str:
     """What to say of an error, and to whom: all others end too, and the first prints the line."""
     store = groups.get("store")
-    if store is None or isinstance(error, (SystemExit, KeyboardInterrupt)) or hasattr(error, "number"):
+    if (
+        store is None
+        or isinstance(error, (SystemExit, KeyboardInterrupt))
+        or hasattr(error, "number")
+    ):
         return str(error)
     if is_lost(error):  # why the other one ended it may have said
         time.sleep(2)
         return store.get("failed").decode() if store.check(["failed"]) else LOST
-    line = str(error) if isinstance(error, UserError) else f"{socket.gethostname()}: {first_line(error)}"
+    line = (
+        str(error)
+        if isinstance(error, UserError)
+        else f"{socket.gethostname()}: {first_line(error)}"
+    )
     if not store.check(["failed"]):
         store.set("failed", line)
     return str(error)
@@ -398,7 +408,8 @@ def write_state(folder: Path, name: str, tensors: dict[str, Tensor], about: dict
         digest = files.write_tensors(folder / file, mine, about_part, everyone=True)
     parts = {file: digest for file, digest in gather((file, digest)) if digest}
     if here.index == 0:
-        files.write_json(folder / "state.json", about | {"parts": parts})
+        about = about | {"parts": parts}
+        files.write_json(folder / "state.json", about | {"digest": check_of(about)})
         for old in folder.glob("*.safetensors"):
             if old.name not in parts:
                 old.unlink()
@@ -423,14 +434,19 @@ class Rows:
         return torch.cat(found) if found else torch.empty(0, *self.shape[1:])
 
 
+def check_of(about: dict) -> str:
+    """A digest of plain JSON values."""
+    return hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=16).hexdigest()
+
+
 def read_state(folder: Path, settings: dict, what_to_do: str) -> tuple[dict[str, Rows], dict]:
     """Tensors by name, not read yet, and `about`, of write_state on any number of processes.
 
     Raises UserError if a file is missing, garbled, or of another run.
     """
     about = files.read_json(folder / "state.json", what_to_do)
-    if about.get("kind") != "state" or not isinstance(about.get("parts"), dict):
-        raise UserError(f"{folder / 'state.json'} is no state; {what_to_do}")
+    if about.pop("digest", "") != check_of(about) or about.get("kind") != "state":
+        raise UserError(f"{folder / 'state.json'} is damaged, or no state; {what_to_do}")
     if about.get("settings") != settings:
         raise UserError(f"{folder} is of another run; {what_to_do}")
     found: dict[str, Rows] = {}

@@ -290,7 +290,11 @@ def copy(net: nn.Module, old: nn.Module | None, device, place=nn.Module.to_empty
 
 
 def load(
-    folder, dtype=torch.bfloat16, device="cpu", teacher_lora=None, teacher="",
+    folder,
+    dtype=torch.bfloat16,
+    device="cpu",
+    teacher_lora=None,
+    teacher="",
     place=nn.Module.to_empty,
 ) -> nn.Module:
     """A network from published weights, in eval mode and frozen, dtype inside.
@@ -482,7 +486,9 @@ def check_kind(name: str, network: type, settings: dict, path: Path) -> None:
             raise UserError(f"{path} has {key} {settings[key]}, {name} has {value}")
 
 
-def random(name: str, dtype=torch.bfloat16, device="cpu", seed: int = 0, place=nn.Module.to_empty) -> nn.Module:
+def random(
+    name: str, dtype=torch.bfloat16, device="cpu", seed: int = 0, place=nn.Module.to_empty
+) -> nn.Module:
     """A network of a teacher's size with random weights: to size, to time. 14B takes a minute."""
     row = row_of(name)
     return random_network(row.network, row.settings, dtype, device, seed, place)

@@ -219,14 +219,21 @@ def damage(file: Path, how: str):
     file.write_bytes((made | {"flipped": flipped})[how])
 
 
+def part_of_state(out: Path) -> str:
+    """The one file of tensors of a state that one process wrote."""
+    [file] = out.glob("state/*.safetensors")
+    return f"state/{file.name}"
+
+
 HOW = ["cut", "empty", "text", "flipped"]
 
 
 @pytest.mark.parametrize("how", HOW)
-@pytest.mark.parametrize("name", ["state/state.safetensors", "start.safetensors"])
+@pytest.mark.parametrize("name", ["state/state.json", "state", "start.safetensors"])
 def test_a_damaged_run_is_refused_by_train(finished, capsys, name, how):
     """Cut, emptied, replaced by text, or one bit of a weight flipped."""
     (finished / "metrics.json").unlink()
+    name = part_of_state(finished) if name == "state" else name
     damage(finished / name, how)
     capsys.readouterr()
     assert train.main(["--resume", "--out", str(finished)]) == 2
@@ -265,17 +272,18 @@ def test_a_config_that_was_edited_into_nonsense_is_refused(finished, capsys, cha
 
 def test_one_kind_of_file_in_the_place_of_another_is_refused(finished, capsys):
     """Start, student and state hold tensors of the same shapes, and are not the same thing."""
-    files = ["start.safetensors", "student.safetensors", "state/state.safetensors"]
+    state = part_of_state(finished)
+    files = ["start.safetensors", "student.safetensors", state]
     contents = {name: (finished / name).read_bytes() for name in files}
     (finished / "metrics.json").unlink()
-    for name in ("start.safetensors", "state/state.safetensors"):
+    for name in ("start.safetensors", state):
         for other in set(files) - {name}:
             (finished / name).write_bytes(contents[other])
             capsys.readouterr()
             assert train.main(["--resume", "--out", str(finished)]) == 2
             assert capsys.readouterr().err.count("\n") == 1
         (finished / name).write_bytes(contents[name])
-    for other in ("start.safetensors", "state/state.safetensors"):
+    for other in ("start.safetensors", state):
         (finished / "student.safetensors").write_bytes(contents[other])
         refused(capsys, ["--student", finished], sample.main)
 
@@ -292,7 +300,7 @@ def test_files_of_another_run_are_refused(finished, tmp_path, capsys):
     """A state and a student that fit in shape but come from other settings."""
     other = tmp_path / "other"
     assert train.main([*QUICK, "--seed", "1", "--out", str(other)]) == 0
-    for name in ("state/state.safetensors", "student.safetensors"):
+    for name in ("state/state.json", part_of_state(other), "student.safetensors"):
         (finished / name).write_bytes((other / name).read_bytes())
     assert "another run" in refused(capsys, ["--student", finished], sample.main)
     (finished / "metrics.json").unlink()
