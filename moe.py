@@ -79,16 +79,18 @@ class Held(NamedTuple):
     experts: list[int]  # of the teacher: the networks that its roles are, or start from
     frozen: list[str]  # students of earlier phases
     trained: list[str]  # its student, then its fakes
+    homes: dict[str, int]  # every role of the run -> the expert whose network it is on
 
 
 def held(phases: list[Phase], per_depth: bool, boundary_t: float | None) -> list[Held]:
     """The Held of each phase: of Wan2.2's first the high-noise expert alone, of its second both."""
-    found = []
+    found, roles = [], run_roles(phases, per_depth)
+    homes = {role: expert_of(role, phases, boundary_t) for role in roles}
     for phase in phases:
         earlier = [student_role(k) for k in range(1, phase.k)]
         trained = [student_role(phase.k), *fake_roles(phase, per_depth)]
-        experts = {expert_of(role, phases, boundary_t) for role in (*earlier, *trained)}
-        found.append(Held(sorted(experts), earlier, trained))
+        experts = {homes[role] for role in (*earlier, *trained)}
+        found.append(Held(sorted(experts), earlier, trained, homes))
     return found
 
 

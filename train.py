@@ -433,7 +433,7 @@ def fake_of(run: Run, part: ph.Part, depth: Tensor) -> Callable:
 
 
 def micro_batches(cfg: Config) -> list[tuple[int, int]]:
-    """(first sample, size) of the passes that make up one batch: those of them that are run here."""
+    """(first sample, size) of the passes of one batch: of those that are run here."""
     size = cfg.micro_batch or cfg.batch
     passes = [(first, min(size, cfg.batch - first)) for first in range(0, cfg.batch, size)]
     return parallel.deal(passes)

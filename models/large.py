@@ -3,7 +3,6 @@
 import json
 import math
 import re
-from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 

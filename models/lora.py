@@ -55,6 +55,12 @@ def add_adapter(net: nn.Module, name: str, rank: int = 64, alpha: float = 8, dev
             layer.adapters[name] = Adapter(layer, rank, alpha, device)
 
 
+def parameters(net: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """Those of the adapter of this name."""
+    found = {key: layer.adapters[name] for key, layer in adapted(net).items()}
+    return {f"{key}.{x}": p for key, one in found.items() for x, p in one.named_parameters()}
+
+
 def start_adapter(
     net: nn.Module, name: str, where: tuple, rank: int = 64, alpha: float = 8, device=None
 ) -> dict[str, nn.Parameter]:
@@ -63,14 +69,13 @@ def start_adapter(
     down is a function of `where`, up is 0: the adapter changes nothing yet. Returns its parameters.
     """
     add_adapter(net, name, rank, alpha, device)
-    found, draws = {}, stream(*where)
-    for key, layer in adapted(net).items():
+    draws = stream(*where)
+    for layer in adapted(net).values():
         adapter = layer.adapters[name]
         drawn = torch.randn(rank, layer.in_features, generator=draws) / rank  # on the CPU
         parallel.put(adapter.down, drawn)
         parallel.part(adapter.up.detach()).zero_()
-        found |= {f"{key}.down": adapter.down, f"{key}.up": adapter.up}
-    return found
+    return parameters(net, name)
 
 
 # -- files of others -----------------------------------------------------------------------------

@@ -1,9 +1,9 @@
 """One run on many processes: who computes which passes, and where the tensors are. All of it.
 
-Passes of a batch are dealt out; parameters, gradients and moments are cut by rows over the processes
-of a node (FSDP2), and every node has them all (HSDP); with --context-parallel P, groups of P share
-the tokens of each sample. Gradients and losses are summed: the numbers are those of one process.
-The rest of the project asks the functions below, which do nothing where there is one process.
+Passes of a batch are dealt out. Parameters, gradients and moments are cut by rows over the
+processes of a node (FSDP2), and every node has them all (HSDP). With --context-parallel P, groups
+of P share the tokens of each sample. Gradients and losses are sums: the numbers are those of one
+process. Others call the functions below, which do nothing where there is one process.
 """
 
 import hashlib
@@ -74,11 +74,11 @@ def planned(text: str, context: int):
     if len(numbers) > 2 or not all(n.isdecimal() and 0 < int(n) < 10**5 for n in numbers):
         raise UserError(f"--processes {text} is not a number, as 8, or NODESxEACH, as 4x8")
     nodes, each = map(int, numbers if len(numbers) == 2 else ("1", *numbers))
-    here = laid_out(nodes * each, each, context)
+    before, here = here, laid_out(nodes * each, each, context)
     try:
         yield
     finally:
-        here = Layout()
+        here = before
 
 
 def laid_out(count: int, each: int, context: int, index: int = 0) -> Layout:
@@ -267,8 +267,8 @@ def place(net: nn.Module, device) -> None:
     """Make room for a network's tensors: FSDP2, a group of parameters a block.
 
     A block is gathered in the dtype of the inside and its gradients are summed in float32; what is
-    outside of blocks stays in its own dtype. What a port keeps in float32 inside of blocks is small:
-    everyone has it, and its gradients are summed as they come.
+    outside of blocks stays in its own dtype. What a port keeps in float32 inside of blocks is
+    small: everyone has it, and its gradients are summed as they come.
     """
     if here.processes == 1:
         net.to_empty(device=device)

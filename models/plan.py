@@ -7,6 +7,7 @@ its libraries take on top (about 1 GB) is not in it.
 
 import gc
 import weakref
+from collections import Counter
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import lora, speed
+from models import lora, parallel, speed
 from models.bases import pieces
 from models.parallel import blocks_of
 from models.qwen_image import QwenImage
@@ -68,22 +69,30 @@ class Cost(NamedTuple):
 
 
 @lru_cache(maxsize=64)
-def cost(teacher: str, shape: tuple, own: bool, rank: int, dtype: torch.dtype, checkpointing: bool):
-    """Cost of a sample of this shape (C, ...); own: of a role with parameters of its own."""
+def cost(
+    teacher: str, shape: tuple, own: bool, rank: int, dtype: torch.dtype, checkpointing: bool,
+    cut: bool = False,
+):  # fmt: skip
+    """Cost of a sample of this shape (C, ...); own: of a role with parameters of its own.
+
+    cut: over processes, which gather them in the dtype of the inside; nothing casts them again.
+    """
     row = row_of(teacher)
     blocks = row.settings["num_layers"]
-    two, three = (Cost(*_count(row, n, shape, own, rank, dtype, checkpointing)) for n in (2, 3))
+    how = shape, own, rank, dtype, checkpointing, cut
+    with parallel.planned("1", 1):  # what is counted is one sample in one process
+        two, three = (Cost(*_count(row, n, *how)) for n in (2, 3))
     return Cost(*(a + (b - a) * (blocks - 2) for a, b in zip(two, three)))
 
 
-def _count(row, blocks: int, shape, own: bool, rank: int, dtype, checkpointing: bool):
+def _count(row, blocks: int, shape, own: bool, rank: int, dtype, checkpointing: bool, cut: bool):
     """The Cost of a network of so few blocks, by running it."""
     net = meta_network(row, dtype, blocks)
     net.checkpointing = checkpointing
     with torch.device("meta"):
         adapter = None if own else "role"
         if own:
-            net.float().requires_grad_(True)
+            (net if cut else net.float()).requires_grad_(True)
         else:
             lora.start_adapter(net, adapter, ("plan",), rank)
         x, t, c = torch.empty(1, *shape), torch.empty(1), conditions(net, shape)
@@ -155,46 +164,129 @@ def sizes(teacher: str, rank: int, dtype: torch.dtype) -> Sizes:
     return Sizes(base, block, outside, *held, adapter, own)
 
 
+class Shared(NamedTuple):
+    """Bytes of a network in one of the processes that share it. Of one process: nothing is sent."""
+
+    mine: float  # parameters
+    learnt: float  # of those, what one role learns, float32
+    gathered: float  # what is there of all at most while it is at work
+    gradients: float  # of a block's whole gradients, before they are summed and cut
+    sent: float  # to gather all, once
+    summed: float  # sent to sum the gradients of one role
+
+
+IN_FLIGHT = 3  # blocks: as it came, as it is used, the next as it comes
+
+
+@lru_cache(maxsize=64)
+def shared(teacher: str, own: bool, adapters: int, rank: int, dtype, here) -> Shared:
+    """own: of a role with parameters of its own; else of a base with so many adapters.
+
+    Sent is what a ring sends: (n - 1) / n of a whole, for a sum over nodes twice that.
+    """
+    net = meta_network(row_of(teacher), dtype)
+    if own:
+        net.float().requires_grad_(True)
+    for i in range(adapters):
+        lora.add_adapter(net, str(i), rank, device="meta")
+    roles = net.named_parameters() if own else lora.parameters(net, "0").items() if adapters else ()
+    learns, kept = {p for _, p in roles}, set(parallel.kept(net))
+    blocks = {p: i for i, block in enumerate(blocks_of(net)) for p in block.parameters()}
+    n, mine, learnt, sent, summed = here.sharers, 0, 0, 0, 0
+    gathered, gradients = Counter(), Counter()  # by block; None: outside
+    for p in net.parameters():
+        piece, block = -(-len(p) // n) * p[0].numel(), blocks.get(p)
+        cut = here.processes > 1 and p not in kept
+        mine += p.element_size() * (piece if cut else p.numel())
+        learnt += 4 * (piece if cut else p.numel()) * (p in learns)
+        if cut:
+            size = p.element_size() if block is None else dtype.itemsize
+            gathered[block] += n * piece * size
+            sent += (n - 1) * piece * size
+        if cut and p in learns:
+            gradients[block] += n * piece * (size + 4)
+            summed += 4 * piece * (n - 1 + 2 * (here.nodes - 1) / here.nodes)
+        elif p in learns:
+            summed += 2 * (here.processes - 1) / here.processes * p.nbytes
+    inside = max((x for block, x in gathered.items() if block is not None), default=0)
+    most = max(gradients.values(), default=0)
+    return Shared(mine, learnt, gathered[None] + IN_FLIGHT * inside, most, sent, summed)
+
+
+def shared_of(cfg, held, role: str) -> Shared:
+    """Of the network that a role is on, or is; `teacher1` is on the first expert's."""
+    dtype, full = dtype_named(cfg.dtype), kind(cfg, role) == "full" and role[0] != "t"
+    adapters = 0 if full else adapters_on(cfg, held, held.homes.get(role, int(role[-1])))
+    return shared(cfg.teacher, full, adapters, cfg.rank, dtype, parallel.here)
+
+
+def adapters_on(cfg, held, e: int) -> int:
+    """How many adapters hang on a base: of a shared one all of the run, from its loading on."""
+    return sum(home == e and kind(cfg, role) == "lora" for role, home in held.homes.items())
+
+
 class Memory(NamedTuple):
-    """Peak bytes of a phase: device, pinned host memory, and the parts of the former."""
+    """Peak bytes of a phase in a process: device, pinned host memory, and parts of the former."""
 
     peak: float
     host: float
     bases: float
     roles: float  # parameters and moments
     gradients: float  # of the one role that learns
+    gathered: float  # what several processes have of others, and whole gradients of a block
     activations: float
 
 
 def memory(cfg, held, shape: tuple, offload: str, record: str) -> Memory:
     """The peak of a phase (moe.Held), in micro-batches of cfg.micro_batch samples of this shape."""
-    dtype, rank = dtype_named(cfg.dtype), cfg.rank
+    dtype, rank, here = dtype_named(cfg.dtype), cfg.rank, parallel.here
     size = sizes(cfg.teacher, rank, dtype)
-    bases = len(held.experts) * size.base
+    base = shared(cfg.teacher, False, 0, rank, dtype, here).mine
+    bases = len(held.experts) * base
     on_device = {
         "none": bases,
-        "expert": size.base,
+        "expert": base,
         "blocks": len(held.experts) * (size.outside + 2 * size.block),
     }[offload]
     host = (
         len(held.experts)
         * {"none": 0, "expert": size.pinned, "blocks": size.pinned_blocks}[offload]
     )
-    weight = lambda role: size.own if kind(cfg, role) == "full" else size.lora
+    weight = lambda role: weight_of(cfg, role)
     roles = sum(map(weight, held.frozen)) + 2 * sum(map(weight, held.trained))
-    of = lambda role: cost(
-        cfg.teacher, shape, kind(cfg, role) == "full", rank, dtype, cfg.checkpointing == "on"
-    )
+    if here.processes > 1:  # adapters of other phases are there too
+        rest = [role for role, home in held.homes.items() if home in held.experts]
+        rest = [r for r in rest if r not in held.frozen + held.trained and kind(cfg, r) == "lora"]
+        roles += sum(map(weight, rest))
+    of = lambda role: cost_of(cfg, shape, role)
     student, *fakes = held.trained
     more = (cfg.steps // cfg.phases - 1 if cfg.truncate == "off" else 0) * of(student).kept
     asked = max(of(role).idle for role in held.trained)
     waiting = of(student).kept + more + asked if record == "first" else asked
     updates = {student: max(waiting, of(student).learning + more)}
     updates |= {fake: max(asked, of(fake).learning) for fake in fakes}
-    worst = max(updates, key=lambda role: weight(role) + cfg.micro_batch * updates[role])
-    activations = cfg.micro_batch * updates[worst]
-    peak = on_device + roles + weight(worst) + activations
-    return Memory(peak, host, on_device, roles, weight(worst), activations)
+    copies = {role: shared_of(cfg, held, role) for role in held.trained}
+    extra = {role: x.gathered + x.gradients for role, x in copies.items()}
+    many = cfg.micro_batch / here.context
+    total = lambda role: weight(role) + many * updates[role] + extra[role]
+    worst = max(updates, key=total)
+    peak = on_device + roles + total(worst)
+    activations = many * updates[worst]
+    return Memory(peak, host, on_device, roles, weight(worst), extra[worst], activations)
+
+
+def weight_of(cfg, role: str) -> float:
+    """Bytes of a role's parameters in a process; as many are its gradients, and its moments."""
+    own = kind(cfg, role) == "full"
+    here = shared(cfg.teacher, own, int(not own), cfg.rank, dtype_named(cfg.dtype), parallel.here)
+    return here.learnt
+
+
+def cost_of(cfg, shape: tuple, role: str) -> Cost:
+    """The Cost of a sample of this shape through a role."""
+    own, checkpointing = kind(cfg, role) == "full", cfg.checkpointing == "on"
+    cut = own and parallel.here.processes > 1
+    return cost(cfg.teacher, shape, own, cfg.rank, dtype_named(cfg.dtype), checkpointing, cut)
 
 
 def kind(cfg, role: str) -> str:
@@ -235,6 +327,36 @@ def work(cfg, phase, shapes: dict[tuple, float], record: str) -> Work:
     return Work(cfg.batch * wanted, cfg.batch * again)
 
 
+def traffic(cfg, phase, held, shapes: dict[tuple, float], record: str) -> float:
+    """Bytes that a process sends in an iteration of a phase, in expectation over depths."""
+    guided = max(g != 1 for g in cfg.guidance)
+    steps = phase.depths if cfg.truncate == "off" else (1 + phase.depths) / 2
+    learned = phase.depths if cfg.truncate == "off" else 1
+    rollouts = 1 if cfg.reuse_rollouts else cfg.fake_updates
+    student, fake, teacher = (
+        shared_of(cfg, held, role) for role in (*held.trained[:2], "teacher1")
+    )
+    asked = rollouts * (phase.first + steps) + phase.first + steps - learned
+    asked += learned * (record == "last")
+    sent = asked * student.sent + (1 + guided) * teacher.sent + fake.sent
+    for role, times in ((fake, cfg.fake_updates), (student, learned)):
+        sent += times * (2 * role.sent + role.summed)  # once more in backward
+    calls = asked + 2 + guided + (cfg.fake_updates + learned) * (2 + (cfg.checkpointing == "on"))
+    tokens = sum(share * exchanged(cfg, shape) for shape, share in shapes.items())
+    passes = -(-cfg.batch // cfg.micro_batch) / parallel.here.shares
+    return passes * (sent + cfg.micro_batch * calls * tokens)
+
+
+def exchanged(cfg, shape: tuple) -> float:
+    """Bytes that a process sends of a sample's tokens in a forward: q, k, v and back, in blocks."""
+    settings, share = row_of(cfg.teacher).settings, parallel.here.context
+    wide = settings.get("dim") or settings["num_attention_heads"] * settings["attention_head_dim"]
+    qwen = "attention_head_dim" in settings
+    count = torch.Size(shape[1:]).numel() // 4 + (TEXT if qwen else 0)
+    each = 4 * settings["num_layers"] * wide * dtype_named(cfg.dtype).itemsize
+    return count / share * each * (share - 1) / share
+
+
 def room_of(device) -> float:
     """Bytes of a GPU; 0 where there is none."""
     cuda = torch.device(device).type == "cuda"
@@ -262,30 +384,43 @@ def report(cfg, phases, held: list, shapes: dict, device: str, rate: float) -> s
     rate = rate or rate_of(dtype_named(cfg.dtype), device)
     record, room = record_of(cfg, held, shapes, device), room_of(device)
     size, largest = sizes(cfg.teacher, cfg.rank, dtype_named(cfg.dtype)), biggest(shapes)
-    weight = lambda role: size.own if kind(cfg, role) == "full" else size.lora
+    weight, here = lambda role: weight_of(cfg, role), parallel.here
+    base = shared(cfg.teacher, False, 0, cfg.rank, dtype_named(cfg.dtype), here).mine
     lines, days = [], 0.0
-    for phase, here in zip(phases, held):
-        m = memory(cfg, here, largest, cfg.offload, record)
+    if here.processes > 1:
+        nodes = f"{here.nodes} nodes of {here.sharers}" if here.nodes > 1 else f"{here.sharers}"
+        tokens = f", {here.context} to a sample" if here.context > 1 else ""
+        lines.append(f"\nin each of the processes, {nodes}{tokens}:")
+    for phase, there in zip(phases, held):
+        m = memory(cfg, there, largest, cfg.offload, record)
         lines.append(f"\nphase {phase.k}{'':22}weights  gradients  moments   GB")
-        lines += [f"  base {e}, frozen{'':12}{gb(size.base)}" for e in here.experts]
-        lines += [f"  {r + ', frozen':27}{gb(weight(r))}" for r in here.frozen]
+        lines += [f"  base {e}, frozen{'':12}{gb(base)}" for e in there.experts]
+        lines += [f"  {r + ', frozen':27}{gb(weight(r))}" for r in there.frozen]
         lines += [
             f"  {r + ', ' + kind(cfg, r):27}{gb(weight(r))}{gb(weight(r), 11)}{gb(weight(r), 9)}"
-            for r in here.trained
+            for r in there.trained
         ]
         lines.append(
             f"  activations{'':16}{gb(m.activations)}   {cfg.micro_batch} x {text(largest)}"
         )
+        if here.processes > 1:
+            lines.append(f"  gathered from others{'':7}{gb(m.gathered)}   and a block's gradients")
         where = "" if cfg.offload == "none" else f", {m.host / 1e9:.1f} in pinned host memory"
         lines.append(f"  peak{'':23}{gb(m.peak)}   one role has gradients at a time{where}")
         w = work(cfg, phase, shapes, record)
-        seconds = (w.wanted + w.again) / rate
+        seconds = (w.wanted + w.again) / rate / parallel.here.processes
         days += seconds * cfg.iters / 86400
         lines.append(
             f"  an iteration of {cfg.batch} samples: {w.wanted / 1e12:,.4g} Tflop and "
             f"{w.again / 1e12:,.4g} recomputed; {seconds:,.3g} s at {rate / 1e12:,.4g} Tflop/s"
         )
+        if here.processes > 1:
+            sent = traffic(cfg, phase, there, shapes, record)
+            lines.append(
+                f"  each sends {sent / 1e9:,.4g} GB meanwhile: {sent / seconds / 1e9:,.3g} GB/s"
+            )
     last = held[-1]
+    weight = lambda role: size.own if kind(cfg, role) == "full" else size.lora  # of all
     students = sum(map(weight, [r for r in last.frozen + last.trained if r[0] == "s"]))
     state = sum(map(weight, last.frozen)) + 2 * sum(map(weight, last.trained))
     disk = 2 * state + (1 + cfg.keep) * students  # an old state stays until the new one is whole
@@ -299,6 +434,8 @@ def report(cfg, phases, held: list, shapes: dict, device: str, rate: float) -> s
 
 def options(cfg, held: list, shape: tuple, record: str, room: float) -> list[str]:
     """What would need how much: a line for each way to spend memory."""
+    if parallel.here.processes > 1:
+        return []
     lines = ["\nways to hold it (GB on the device at the worst phase):"]
     for offload, way in (
         ("none", "first"),
