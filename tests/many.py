@@ -4,19 +4,19 @@ python tests/many.py JOBS.json, a list of {"processes", "nodes", "job": name bel
 Writes what became of each, [[exit status, standard error] by process], beside it.
 """
 
+import ctypes
 import json
 import os
-import signal
 import socket
 import sys
 import tempfile
-import time
 from collections import Counter
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
+import torch._dynamo  # what FSDP reads at its first call, a hundred megabytes
 from safetensors.torch import save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -24,7 +24,6 @@ from torch.utils._pytree import tree_leaves
 import train
 from models import large, parallel, pictures, plan, weights
 from models.draws import normal
-from models.folder import Interrupted
 from tests.test_crash import FailingCall
 
 
@@ -97,6 +96,8 @@ class Sent(TorchDispatchMode):
 
 def memory(out: str, small: bool = False, context: int = 1, copies: bool = False, **settings):
     """A generator's and a fake's update of each phase: bytes of tensors, of the process, sent."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(-3, 2**20), libc.mallopt(-1, 2**20)  # what is freed goes back at once
     row = weights.TEACHERS["wan22-tiny"]
     if not small:
         size = dict(dim=1024, ffn_dim=4096, num_heads=8, num_layers=15, text_dim=64, text_len=16)
@@ -124,16 +125,21 @@ def memory(out: str, small: bool = False, context: int = 1, copies: bool = False
         for k in (1, 2):
             train.begin_phase(run, k)
             run.i = 0
-            extra += [weights.random("wan22-tiny", torch.float32)] if copies else []
-            with Sent() as counted:
-                train.iteration(run)
+            extra += [weights.random("wan22-tiny")] if copies else []
+            Path("/proc/self/clear_refs").write_text("5")  # peak from here on
+            train.iteration(run)
+            most = peak() - before
+            with Sent() as counted:  # which keeps tensors for longer
+                train.iteration(run) if small else None
             roles = [p for role in run.trained for p in run.roles.parameters_of(role).values()]
             moments = [v for opt in run.optimizers.values() for v in opt.second.values()]
             base = [p for net in bases(run) for p in net.parameters() if not p.requires_grad]
+            size = [bytes_of(some) for some in (base, [*roles, *moments])]
+            del base, roles, moments  # old moments must not wait here for the next phase
             found.append(
                 dict(
-                    base=bytes_of(base), roles=bytes_of(roles) + bytes_of(moments),
-                    gradients=max(seen.values()), peak=peak() - before,
+                    base=size[0], roles=size[1],
+                    gradients=max(seen.values()), peak=most,
                     sent=counted.bytes, planned=planned[k - 1]._asdict(), traffic=sent[k - 1],
                 )
             )  # fmt: skip

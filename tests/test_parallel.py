@@ -315,7 +315,7 @@ def test_torchrun_stops_at_a_signal_with_its_state_and_says_how_to_go_on(tmp_pat
 def traffic_of(found: dict, nodes: int = 1) -> float:
     """Bytes that rings would have sent; sums over nodes go twice around."""
     sent = found["sent"]
-    return sent["gathered"] + sent["summed"] + 2 * (nodes - 1) / nodes * sent.get("reduced", 0)
+    return sent.get("gathered", 0) + sent.get("summed", 0) + 2 * (nodes - 1) / nodes * sent.get("reduced", 0)
 
 
 @pytest.mark.parametrize("generator,fake", [("lora", "lora"), ("full", "full")])
@@ -334,25 +334,26 @@ def test_bytes_sent_are_the_plans(tmp_path, generator, fake):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("generator,fake", [("lora", "lora"), ("lora", "full")])
-def test_memory_falls_with_the_number_of_processes_as_planned(tmp_path, generator, fake):
-    """Bases of 540 MB on 1, 2 and 4 processes: tensors within 1 %, the peak within 15 %."""
-    how = dict(job="memory", generator=generator, fake=fake, rank=64, dtype="bf16",
-               batch=4, micro_batch=1)  # fmt: skip
-    jobs = [dict(how, out=str(tmp_path / str(n)), processes=n) for n in (1, 2, 4)]
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory as Linux tells it")
+def test_memory_falls_with_the_number_of_processes_as_planned(tmp_path):
+    """Bases of 540 MB on 1, 2 and 4 processes: tensors within 1 %, the process's peak within 10 %.
+
+    Negative control: one more base an expert, on two processes, is beyond that.
+    """
+    how = dict(job="memory", generator="lora", fake="full", rank=64, dtype="bf16", micro_batch=1)
+    jobs = [dict(how, out=str(tmp_path / str(n)), processes=n, batch=n) for n in (1, 2, 4)]
+    jobs.append(dict(jobs[1], out=str(tmp_path / "copies"), copies=True))
     for job, done in zip(jobs, run_all(tmp_path, jobs)):
         assert not any(status for status, _ in done), done
-        for k in (0, 1):
-            for process in json.loads(Path(job["out"]).read_text()):
-                phase, plan = process[k], process[k]["planned"]
-                mb = lambda x: f"{x / 1e6:.1f}"
-                print(
-                    f"{generator} {fake} {job['processes']} phase {k + 1}: base {mb(phase['base'])}"
-                    f" ({mb(plan['bases'])}) roles {mb(phase['roles'])} ({mb(plan['roles'])})"
-                    f" gradients {mb(phase['gradients'])} ({mb(plan['gradients'])})"
-                    f" peak {mb(phase['peak'])} ({mb(plan['peak'])})"
-                    f" sent {mb(traffic_of(phase))} ({mb(phase['traffic'])})"
-                )
+        for process in json.loads(Path(job["out"]).read_text()):
+            for k, phase in enumerate(process):
+                plan, mb = phase["planned"], lambda x: f"{x / 1e6:.0f}"
+                pairs = [(phase[n], plan[n if n != "base" else "bases"])
+                         for n in ("base", "roles", "gradients")]  # fmt: skip
+                print(job["processes"], "phase", k + 1, "MB, planned:",
+                      ", ".join(f"{mb(a)} {mb(b)}" for a, b in [*pairs, (phase["peak"], plan["peak"])]))  # fmt: skip
+                assert all(a == pytest.approx(b, rel=0.01) for a, b in pairs)
+                assert (abs(phase["peak"] / plan["peak"] - 1) < 0.1) != bool(job.get("copies"))
 
 
 # -- what can be wrong ---------------------------------------------------------------------------
