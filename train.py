@@ -40,7 +40,6 @@ from models.flags import (
     setting,
 )
 from models.folder import (
-    Interrupted,
     Log,
     Stop,
     contents,
@@ -50,7 +49,7 @@ from models.folder import (
     settle,
     watch,
 )
-from models.files import UserError, read_json, write, write_json, write_tensors
+from models.files import Interrupted, UserError, read_json, write, write_json, write_tensors
 from models.meter import Meter
 from models.pictures import curves
 from sample import recorded, rollout, times_of, trajectory

@@ -24,6 +24,13 @@ class UserError(Exception):
     """Something the user can mend: shown as one line, exit status 2."""
 
 
+class Interrupted(Exception):
+    """SIGTERM or Ctrl-C: the run was left between two iterations."""
+
+    def __init__(self, number: int):
+        self.number = number
+
+
 def write(path: Path, *contents: bytes | Iterable, everyone: bool = False) -> None:
     """Write a file so that a crash leaves the old one or the new one, never a part of it.
 

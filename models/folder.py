@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from models import files, parallel
 from models.flags import check, flag_of, shown, tuples
-from models.files import UserError, cannot_write, read_json
+from models.files import Interrupted, UserError, cannot_write, read_json
 
 OURS = {
     "config.json",
@@ -179,13 +179,6 @@ def keep_newest(folder: Path, count: int) -> None:
     """Remove all safetensors of a folder but the newest, by their numbered names."""
     for path in sorted(folder.glob("*.safetensors"))[:-count]:
         path.unlink()
-
-
-class Interrupted(Exception):
-    """SIGTERM or Ctrl-C: the run was left between two iterations."""
-
-    def __init__(self, number: int):
-        self.number = number
 
 
 class Stop:

@@ -6,12 +6,12 @@ of P share the tokens of each sample. Gradients and losses are sums: the numbers
 process. Others call the functions below, which do nothing where there is one process.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import select
 import signal
-import socket
 import sys
 import threading
 import time
@@ -29,7 +29,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from models import files
-from models.files import UserError, first_line
+from models.files import Interrupted, UserError, first_line
 
 
 @dataclass(frozen=True)
@@ -103,8 +103,10 @@ def processes(device: str, context: int, program: str):
     files.writes = index == 0
     try:
         join(device, each)
-        threading.Thread(target=watch, args=(hear(), program), daemon=True).start()
+        threading.Thread(target=watch, args=(listen(), program), daemon=True).start()
         yield
+        gather(None)  # nobody leaves while another can still fail
+        dist.destroy_process_group()
     except BaseException as error:
         line = tell(error)
         if line != str(error):
@@ -112,7 +114,6 @@ def processes(device: str, context: int, program: str):
         raise
     finally:
         files.writes, here = True, Layout()
-    dist.destroy_process_group()
 
 
 def join(device: str, each: int) -> None:
@@ -141,25 +142,28 @@ def join(device: str, each: int) -> None:
 
 
 def tell(error: BaseException) -> str:
-    """What to say of an error, and to whom: all others end too, and the first prints the line."""
-    store = groups.get("store")
-    if (
-        store is None
-        or isinstance(error, (SystemExit, KeyboardInterrupt))
-        or hasattr(error, "number")
-    ):
+    """What to say of an error; all others end too, and the first of them says the same."""
+    if "store" not in groups or isinstance(error, (SystemExit, KeyboardInterrupt, Interrupted)):
         return str(error)
     if is_lost(error):  # why the other one ended it may have said
-        time.sleep(2)
-        return store.get("failed").decode() if store.check(["failed"]) else LOST
-    line = (
-        str(error)
-        if isinstance(error, UserError)
-        else f"{socket.gethostname()}: {first_line(error)}"
-    )
-    if not store.check(["failed"]):
-        store.set("failed", line)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, who sees that end too
+        for _ in range(20):
+            time.sleep(0.0 if heard() else 0.1)
+        return heard() or LOST
+    mine = str(error) if isinstance(error, UserError) else first_line(error)
+    with contextlib.suppress(RuntimeError):
+        if not heard():
+            groups["store"].set("failed", mine)
     return str(error)
+
+
+def heard() -> str:
+    """The line of the process that failed first."""
+    try:
+        store = groups["store"]
+        return store.get("failed").decode() if store.check(["failed"]) else ""
+    except RuntimeError:  # nobody is there to ask
+        return LOST
 
 
 LOST = "another process ended; --resume goes on from the last state"
@@ -172,7 +176,7 @@ def is_lost(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and gone
 
 
-def hear() -> int:
+def listen() -> int:
     """A file that a byte is written to when a signal comes, also while a collective waits."""
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
@@ -180,22 +184,19 @@ def hear() -> int:
     return reading
 
 
-def watch(heard: int, program: str, patience: float = 20.0) -> None:
+def watch(signals: int, program: str, patience: float = 20.0) -> None:
     """Ends this process where it would wait for ever: another failed, or nobody reads a signal.
 
     torchrun kills what has not ended 30 seconds after its signal, without a word.
     """
     deadline = float("inf")
     while time.monotonic() < deadline:
-        if select.select([heard], [], [], 1.0)[0]:
-            os.read(heard, 64)
+        if select.select([signals], [], [], 0.2)[0]:
+            os.read(signals, 64)
             deadline = min(deadline, time.monotonic() + patience)
-        try:
-            if groups["store"].check(["failed"]):
-                time.sleep(1)  # the one whose error it is speaks for itself
-                say(program, groups["store"].get("failed").decode(), 2)
-        except RuntimeError:
-            say(program, LOST, 2)
+        if line := heard():
+            time.sleep(0.5)  # the one whose error it is speaks for itself
+            say(program, line, 2)
     say(program, "stopped inside an iteration; --resume goes on from the last state", 143)
 
 

@@ -64,6 +64,7 @@ def command(argv: list, cut: int = 0, fail: int = 0, at: int = 0, folder: str = 
         parallel.any_of = lambda n: calls.update("a") or usual(15 if calls["a"] == cut else n)
     pictures.sheet = lambda *_: b"a picture"
     train.curves = lambda log: b"curves"
+    plan.cost = lambda *_: plan.Cost(*[1] * 6)  # seconds of counting what nobody reads here
     if fail and at == int(os.environ.get("RANK", 0)):
         patch = type("Patch", (), {"setattr": staticmethod(setattr)})
         calls = FailingCall(patch, Path(folder), fail)
@@ -249,4 +250,6 @@ def launch(processes: int = 1, nodes: int = 1, kill: int | None = None, job: str
 if __name__ == "__main__":
     torch.set_num_threads(1)
     file = Path(sys.argv[1])
-    file.with_suffix(".done").write_text(json.dumps([launch(**job) for job in json.loads(file.read_text())]))
+    file.with_suffix(".done").write_text(
+        json.dumps([launch(**job) for job in json.loads(file.read_text())])
+    )

@@ -130,7 +130,9 @@ FLAGS = (
 
 def command(out: Path, *flags, processes: int = 1, **more) -> dict:
     """A job of tests/many.py: train.py into a folder."""
-    return dict(job="command", processes=processes, argv=[*FLAGS, "--out", str(out), *flags], **more)
+    return dict(
+        job="command", processes=processes, argv=[*FLAGS, "--out", str(out), *flags], **more
+    )
 
 
 def student(out: Path) -> dict:
@@ -190,8 +192,11 @@ def test_no_process_reads_half_a_state(tmp_path, capsys):
     assert train.main(["--out", str(out), "--resume"]) == 0
 
 
+EVERY = {0: 3, 1: 1}  # of the first process's 48 calls each third, to save minutes; 1: all
+
+
 @pytest.mark.slow
-def test_every_call_of_either_process_may_fail_and_the_run_resumes(tmp_path):
+def test_calls_of_either_process_may_fail_and_the_run_resumes(tmp_path):
     """The crash test on two processes: one line of the first, status 2 of both, then as if not."""
     small = ["--iters", "1", "--batch", "2", "--micro-batch", "1", "--save-every", "1"]
     [[first, _]] = run_all(tmp_path, [command(tmp_path / "whole", *small, processes=2)])
@@ -199,8 +204,8 @@ def test_every_call_of_either_process_may_fail_and_the_run_resumes(tmp_path):
     whole, counts = student(tmp_path / "whole"), []
     for at in (0, 1):
         n, ended = 0, False
-        while not ended:  # ten at a time, so that torch is read once for them
-            numbers = range(n + 1, n + 11)
+        while not ended:  # twenty at a time, so that torch is read once for them
+            numbers = range(n + 1, n + 1 + 20 * EVERY[at], EVERY[at])
             jobs = []
             for i in numbers:
                 out = tmp_path / f"{at}-{i}"
@@ -211,7 +216,7 @@ def test_every_call_of_either_process_may_fail_and_the_run_resumes(tmp_path):
                 if failed[at][0] == 99:  # there was no such call
                     ended = True
                     break
-                n = i
+                n = i + EVERY[at] - 1
                 lines = [line for line in failed[0][1].splitlines() if line.startswith("train.py")]
                 assert [status for status, _ in failed] == [2, 2], (at, i, failed)
                 assert len(lines) == 1 and "No space left" in lines[0], (at, i, failed)
@@ -265,7 +270,7 @@ def test_a_process_that_dies_takes_the_others_with_it_and_the_state_stays(tmp_pa
     _, error = process.communicate(timeout=60)
     print(f"ended after {time.time() - began:.1f} s:", said(error))
     assert process.returncode and not any(alive(child) for child in children)
-    assert len(said(error)) == who and "Traceback" not in error.split("ChildFailedError")[0]
+    assert len(said(error)) == who and error.count("Traceback (most") == 1  # the launcher's own
     if who:
         assert "another process ended; --resume goes on" in error
     # the state is whole, on one process too
@@ -315,7 +320,11 @@ def test_torchrun_stops_at_a_signal_with_its_state_and_says_how_to_go_on(tmp_pat
 def traffic_of(found: dict, nodes: int = 1) -> float:
     """Bytes that rings would have sent; sums over nodes go twice around."""
     sent = found["sent"]
-    return sent.get("gathered", 0) + sent.get("summed", 0) + 2 * (nodes - 1) / nodes * sent.get("reduced", 0)
+    return (
+        sent.get("gathered", 0)
+        + sent.get("summed", 0)
+        + 2 * (nodes - 1) / nodes * sent.get("reduced", 0)
+    )
 
 
 @pytest.mark.parametrize("generator,fake", [("lora", "lora"), ("full", "full")])
@@ -329,7 +338,9 @@ def test_bytes_sent_are_the_plans(tmp_path, generator, fake):
         for process in json.loads(Path(job["out"]).read_text()):
             for phase in process:
                 one = traffic_of(phase, job.get("nodes", 1))
-                print(job["processes"], f"sent {one / 1e6:.3f} MB, plan {phase['traffic'] / 1e6:.3f}")
+                print(
+                    job["processes"], f"sent {one / 1e6:.3f} MB, plan {phase['traffic'] / 1e6:.3f}"
+                )
                 assert one == pytest.approx(phase["traffic"], rel=0.02)
 
 
@@ -361,7 +372,10 @@ def test_memory_falls_with_the_number_of_processes_as_planned(tmp_path):
 BAD = {
     "3": ("--batch 4", "--batch 4 is 2 passes of --micro-batch 2, which 3 processes cannot share"),
     "8": ("--context-parallel 8 --batch 8", "--context-parallel 8 does not divide 4 heads"),
-    "2 ": ("--context-parallel 2 --size 1x16x16", "--context-parallel 2 leaves nothing of 1 tokens"),
+    "2 ": (
+        "--context-parallel 2 --size 1x16x16",
+        "--context-parallel 2 leaves nothing of 1 tokens",
+    ),
     "2  ": ("--offload blocks", "--offload is of one process"),
     "2   ": ("--depths mixed", "--depths mixed"),
     "2    ": ("--context-parallel 3", "--context-parallel 3 does not divide the 2 of a node"),
@@ -374,7 +388,14 @@ BAD = {
 def test_what_cannot_be_shared_is_refused_in_one_line(capsys, processes):
     """By the plan, which stands where a run would; a run asks the same functions."""
     flags, words = BAD[processes]
-    argv = ["--teacher", "wan22-tiny", "--dry-run", "--processes", processes.strip(), *flags.split()]
+    argv = [
+        "--teacher",
+        "wan22-tiny",
+        "--dry-run",
+        "--processes",
+        processes.strip(),
+        *flags.split(),
+    ]
     assert train.main(argv) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and words in error
@@ -402,7 +423,9 @@ def test_a_wrong_command_under_torchrun_is_one_line_of_one_process(tmp_path):
 def test_the_loop_has_no_mention_of_ranks(name):
     """Nor of meshes, worlds, shards or torch.distributed: models/parallel.py knows them."""
     text = (ROOT / name).read_text()
-    words = r"distributed|world|mesh|dist\.|all_reduce|fsdp|FSDP|DTensor|RANK|rank0|is_main|\.index\b"
+    words = (
+        r"distributed|world|mesh|dist\.|all_reduce|fsdp|FSDP|DTensor|RANK|rank0|is_main|\.index\b"
+    )
     assert not re.search(words, text), re.search(words, text)
     adapters = [line for line in text.splitlines() if re.search(r"\brank", line)]
     assert all("of adapters" in line or "alpha / rank" in line or "rank=4" in line
