@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import moe
+from models import parallel
 from models.draws import normal
 from models.flags import Parser, is_out_of_memory, pick_device
 from models.folder import check_files, config_of, contents
@@ -121,6 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="toys: cpu")
     try:
         args = parser.parse_args(argv)
+        parallel.alone("sample.py")
         if not 1 <= (1 if args.n is None else args.n) <= 10**6 or args.seed < 0:
             raise UserError("--n must be from 1 to a million, and --seed at least 0")
         home = args.student.parent.parent if args.student.is_file() else args.student

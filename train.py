@@ -800,7 +800,7 @@ def parser() -> Parser:
     )
     made.add_argument(
         "--processes",
-        default="1",
+        default="",
         metavar="[NODESx]N",
         help="of --dry-run: plan for so many, as 8, or for 4x8 of 4 nodes (default 1)",
     )
@@ -820,6 +820,8 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     args.asked, args.out = args.device, args.out or Path("out") / args.given.get("teacher", "toy2d")
     if not 0 <= args.tflops < 1e6:
         raise UserError(f"--tflops {args.tflops} is no rate in Tflop/s, as 400")
+    if args.processes and not args.dry_run:
+        raise UserError("--processes is of --dry-run; torchrun starts the processes of a run")
     if args.resume and args.overwrite:
         raise UserError("--resume keeps a run and --overwrite removes it; give one of them")
     cfg = Config(**args.given)
@@ -872,7 +874,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args, cfg = parse(argv)
         if args.dry_run:
-            with parallel.planned(args.processes, args.context_parallel):
+            with parallel.planned(args.processes or "1", args.context_parallel):
                 validate(cfg, files=False)
                 dry_run(cfg, args.device, args.tflops)
             return 0

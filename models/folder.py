@@ -201,9 +201,9 @@ class Stop:
             signal.signal(number, signal.SIG_DFL)
 
     def check(self):
-        """Raise Interrupted if a signal came."""
-        if self.signal:
-            raise Interrupted(self.signal)
+        """Raise Interrupted if a signal came, to whomever: all processes must ask."""
+        if number := parallel.any_of(self.signal):
+            raise Interrupted(number)
 
 
 class Log:
@@ -246,5 +246,6 @@ class Log:
 def watch(steps, text: str, stop: Stop):
     """A progress bar over steps that also hears signals."""
     for item in tqdm(steps, text, disable=None):
-        stop.check()
+        if stop.signal:
+            raise Interrupted(stop.signal)
         yield item

@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,7 +64,13 @@ def quiet() -> None:
     """Of processes that torchrun started one speaks; tracebacks of the others still show."""
     if int(os.environ.get("RANK", 0)):
         sys.stdout = sys.stderr = open(os.devnull, "w")
-        sys.excepthook = lambda kind, error, trace: sys.__excepthook__(kind, error, trace)
+        sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
+
+
+def alone(program: str) -> None:
+    """Raise UserError under torchrun."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise UserError(f"this is for one process: python {program}, without torchrun")
 
 
 @contextmanager
@@ -94,16 +101,14 @@ def laid_out(count: int, each: int, context: int, index: int = 0) -> Layout:
 def processes(device: str, context: int, program: str):
     """Inside, this process is one of those that torchrun started; or the only one."""
     global here
-    count, index = (int(os.environ.get(name, i)) for name, i in (("WORLD_SIZE", 1), ("RANK", 0)))
-    each = int(os.environ.get("LOCAL_WORLD_SIZE", count))
-    here = laid_out(count, each, context, index)
-    if count == 1:
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        here = laid_out(1, 1, context)
         yield
         return
-    files.writes = index == 0
+    files.writes = not int(os.environ["RANK"])
     try:
-        join(device, each)
-        threading.Thread(target=watch, args=(listen(), program), daemon=True).start()
+        here = join(device, context, program)
+        meshes(device)
         yield
         gather(None)  # nobody leaves while another can still fail
         dist.destroy_process_group()
@@ -116,24 +121,39 @@ def processes(device: str, context: int, program: str):
         files.writes, here = True, Layout()
 
 
-def join(device: str, each: int) -> None:
-    """Meet the others. Raises UserError where nodes are unlike."""
+def join(device: str, context: int, program: str) -> Layout:
+    """Meet the others. Raises UserError where they cannot be laid out."""
+    if device not in ("cpu", "cuda"):
+        raise UserError("several processes run on --device cuda, or cpu")
     store, index, count = next(dist.rendezvous("env://"))
     groups["store"] = dist.PrefixStore("run", store)
+    threading.Thread(target=watch, args=(listen(), program), daemon=True).start()
+    local, each = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
     if device == "cuda":
-        local = int(os.environ["LOCAL_RANK"])
         if local >= torch.cuda.device_count():
             raise UserError(f"{each} processes on a node of {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(local)
-    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
     dist.init_process_group(
-        backend, store=dist.PrefixStore("join", store), rank=index, world_size=count
+        "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
+        store=dist.PrefixStore("join", store),
+        rank=index,
+        world_size=count,
+        timeout=timedelta(hours=1),  # disks differ, and all wait for the slowest to load
     )
     # for what one does while the others wait: embedding prompts takes hours
     groups["patient"] = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-    if set(gather((each, here.context))) != {(each, here.context)}:
-        raise UserError("nodes have unlike numbers of processes; give each as many")
-    by_node = (each,) if here.nodes == 1 else (here.nodes, each)
+    numbers = [None] * count
+    dist.all_gather_object(numbers, each, group=groups["patient"])
+    if len(set(numbers)) > 1:
+        raise UserError(
+            f"nodes of {min(numbers)} and of {max(numbers)} processes; all must be alike"
+        )
+    return laid_out(count, each, context, index)
+
+
+def meshes(device: str) -> None:
+    """Who shares what with whom."""
+    by_node = (here.sharers,) if here.nodes == 1 else (here.nodes, here.sharers)
     names = ("node", "cut")[-len(by_node) :]
     groups["cut"] = init_device_mesh(device, by_node, mesh_dim_names=names)
     both = (here.shares, here.context)
@@ -149,7 +169,7 @@ def tell(error: BaseException) -> str:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, who sees that end too
         for _ in range(20):
             time.sleep(0.0 if heard() else 0.1)
-        return heard() or LOST
+        return heard() or f"{LOST} ({first_line(error)[:120]})"
     mine = str(error) if isinstance(error, UserError) else first_line(error)
     with contextlib.suppress(RuntimeError):
         if not heard():

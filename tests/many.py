@@ -95,8 +95,8 @@ class Sent(TorchDispatchMode):
         return operation(*args, **(kwargs or {}))
 
 
-def memory(out: str, small: bool = False, context: int = 1, copies: bool = False, **settings):
-    """A generator's and a fake's update of each phase: bytes of tensors, of the process, sent."""
+def memory(out: str, small: bool = False, copies: bool = False, **settings):
+    """An iteration of each phase (large: of the second): bytes of tensors, of the process, sent."""
     libc = ctypes.CDLL(None)
     libc.mallopt(-3, 2**20), libc.mallopt(-1, 2**20)  # what is freed goes back at once
     row = weights.TEACHERS["wan22-tiny"]
@@ -105,7 +105,7 @@ def memory(out: str, small: bool = False, context: int = 1, copies: bool = False
         weights.TEACHERS["wan22-tiny"] = row._replace(settings=size)
     cfg = train.config("wan22-tiny", steps=2, fake_updates=1, frames=1, size=("64x64",), **settings)
     found = []
-    with parallel.processes("cpu", context, "test"):
+    with parallel.processes("cpu", 1, "test"):
         held = train.moe.held(train.phases_of(cfg), False, 0.875)
         phases, shapes = train.phases_of(cfg), large.buckets(cfg)
         shape = plan.biggest(shapes)
@@ -123,7 +123,7 @@ def memory(out: str, small: bool = False, context: int = 1, copies: bool = False
 
         train.apply = apply
         extra = []
-        for k in (1, 2):
+        for k in (1, 2) if small else (2,):
             train.begin_phase(run, k)
             run.i = 0
             extra += [weights.random("wan22-tiny")] if copies else []

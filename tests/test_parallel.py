@@ -102,8 +102,9 @@ def test_two_processes_are_one(tmp_path, mix):
 @pytest.mark.slow
 @pytest.mark.parametrize("mix", OTHERS, ids="-".join)
 def test_two_processes_are_one_in_other_mixes(tmp_path, mix):
-    """Ten iterations in each phase; and four processes as two nodes, tokens cut or not."""
-    assert_same(compared(tmp_path, mix, WAYS | MANY, iters=10))
+    """And four processes as two nodes, tokens cut or not; of Qwen-Image without truncation."""
+    how = dict(truncate="off", reuse_rollouts=True, warmup=1) if "qwen" in mix[0] else {}
+    assert_same(compared(tmp_path, mix, WAYS | MANY, batch=8, **how))
 
 
 @pytest.mark.parametrize(
@@ -347,21 +348,22 @@ def test_bytes_sent_are_the_plans(tmp_path, generator, fake):
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="memory as Linux tells it")
 def test_memory_falls_with_the_number_of_processes_as_planned(tmp_path):
-    """Bases of 540 MB on 1, 2 and 4 processes: tensors within 1 %, the process's peak within 10 %.
+    """Phase 2, bases of 540 MB, on 1, 2 and 4 processes: tensors to 1 %, the process's peak to 10 %.
 
     Negative control: one more base an expert, on two processes, is beyond that.
     """
-    how = dict(job="memory", generator="lora", fake="full", rank=64, dtype="bf16", micro_batch=1)
+    how = dict(job="memory", generator="lora", fake="full", rank=64, dtype="bf16", micro_batch=1,
+               guidance=[1.0])  # fmt: skip
     jobs = [dict(how, out=str(tmp_path / str(n)), processes=n, batch=n) for n in (1, 2, 4)]
     jobs.append(dict(jobs[1], out=str(tmp_path / "copies"), copies=True))
     for job, done in zip(jobs, run_all(tmp_path, jobs)):
         assert not any(status for status, _ in done), done
         for process in json.loads(Path(job["out"]).read_text()):
-            for k, phase in enumerate(process):
+            for phase in process:
                 plan, mb = phase["planned"], lambda x: f"{x / 1e6:.0f}"
                 pairs = [(phase[n], plan[n if n != "base" else "bases"])
                          for n in ("base", "roles", "gradients")]  # fmt: skip
-                print(job["processes"], "phase", k + 1, "MB, planned:",
+                print(job["processes"], "processes, MB, planned:",
                       ", ".join(f"{mb(a)} {mb(b)}" for a, b in [*pairs, (phase["peak"], plan["peak"])]))  # fmt: skip
                 assert all(a == pytest.approx(b, rel=0.01) for a, b in pairs)
                 assert (abs(phase["peak"] / plan["peak"] - 1) < 0.1) != bool(job.get("copies"))
