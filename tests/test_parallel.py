@@ -104,7 +104,7 @@ def test_two_processes_are_one(tmp_path, mix):
 def test_two_processes_are_one_in_other_mixes(tmp_path, mix):
     """And four processes as two nodes, tokens cut or not; of Qwen-Image without truncation."""
     how = dict(truncate="off", reuse_rollouts=True, warmup=1) if "qwen" in mix[0] else {}
-    assert_same(compared(tmp_path, mix, WAYS | MANY, batch=8, **how))
+    assert_same(compared(tmp_path, mix, WAYS | MANY, batch=8, iters=2, **how))
 
 
 @pytest.mark.parametrize(
