@@ -431,9 +431,10 @@ def write_state(folder: Path, name: str, tensors: dict[str, Tensor], about: dict
     if here.index == 0:
         about = about | {"parts": parts}
         files.write_json(folder / "state.json", about | {"digest": check_of(about)})
-        for old in folder.glob("*.safetensors"):
+        for old in [*folder.glob("*.safetensors"), *folder.glob("*.tmp")]:
             if old.name not in parts:
-                old.unlink()
+                with contextlib.suppress(OSError):  # what stays is only in the way
+                    old.unlink()
 
 
 class Rows:
