@@ -591,6 +591,8 @@ def save_state(run: Run, log_bytes: int, seconds: float) -> None:
 def load_state(run: Run) -> tuple[int, float]:
     """Go on from the folder's state, or from the first phase. Returns log_bytes, seconds."""
     folder = run.out / "state"
+    if (folder / "state.safetensors").exists():
+        raise UserError(f"{folder} is of another version; start over with --overwrite")
     if not parallel.once((folder / "state.json").exists):
         return 0, 0.0
     tensors, about = parallel.read_state(folder, plain(run.cfg), "start over with --overwrite")
@@ -616,6 +618,8 @@ def prepare(args, cfg: Config, stop: Stop) -> Run:
         return preset.start(cfg, out, lambda steps, text: watch(steps, text, stop), device)
 
     start = parallel.once(begin)
+    if len(set(parallel.gather(preset.boundary(cfg)))) > 1:
+        raise UserError("nodes read unlike weights; give all the same")
     stop.check()
     run = new_run(cfg, start, device, out)
     begin_phase(run, 1)
@@ -629,7 +633,8 @@ def new_run(cfg: Config, start: dict[str, Tensor], device: torch.device, out: Pa
     meter = Meter(roles.velocity)
     roles = roles._replace(velocity=meter)
     held = moe.held(phases, cfg.fake_per_depth, preset.boundary(cfg))
-    way = preset.record(cfg, held, device) if cfg.record == "auto" else cfg.record
+    auto = cfg.record == "auto"  # by one GPU's memory, for all
+    way = parallel.once(lambda: preset.record(cfg, held, device)) if auto else cfg.record
     batch = preset.data(cfg, out)
     return Run(cfg, phases, held, roles, batch, device, out, meter, way == "last")
 
@@ -874,7 +879,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         args, cfg = parse(argv)
         if args.dry_run:
-            with parallel.planned(args.processes or "1", args.context_parallel):
+            with parallel.planned(args.processes, args.context_parallel):
                 validate(cfg, files=False)
                 dry_run(cfg, args.device, args.tflops)
             return 0

@@ -2,7 +2,6 @@
 
 import contextlib
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -14,7 +13,6 @@ import safetensors
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 
 writes = True  # whether this process does: of several, one
@@ -34,19 +32,18 @@ class Interrupted(Exception):
 def write(path: Path, *contents: bytes | Iterable, everyone: bool = False) -> None:
     """Write a file so that a crash leaves the old one or the new one, never a part of it.
 
-    contents: bytes, or things that yield bytes: more than memory holds may go by. Processes that
-    do not write run through them too, since what others yield may need their part; unless each
-    process has a file of its own, `everyone`.
+    contents: bytes, or things that yield bytes: more than memory holds may go by. everyone: each
+    of several processes has a file of its own.
     """
-    contents = [iter([content] if isinstance(content, bytes) else content) for content in contents]
     if not (writes or everyone):
-        return exhaust(contents)
+        return
     temporary = path.with_name(path.name + ".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
-            for piece in itertools.chain(*contents):
-                file.write(piece)
+            for content in contents:
+                for piece in [content] if isinstance(content, bytes) else content:
+                    file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -54,14 +51,7 @@ def write(path: Path, *contents: bytes | Iterable, everyone: bool = False) -> No
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
-        exhaust(contents)
         raise cannot_write(path, error) from error
-
-
-def exhaust(contents: list[Iterator]) -> None:
-    """Run to the end of all."""
-    for _ in itertools.chain(*contents):
-        pass
 
 
 def cannot_write(path: Path, error: OSError) -> UserError:
@@ -104,6 +94,11 @@ def write_tensors(
     From any device, one tensor at a time: no second copy of them all. Returns the digest. Tensors
     that are cut over processes are written whole, by one; so all must call.
     """
+    tensors = dict(sorted(tensors.items()))
+    if not (writes or everyone):  # but the writer needs the parts that are here, twice
+        for x in [*tensors.values(), *tensors.values()]:
+            whole(x)
+        return ""
     shapes = {name: (x.dtype, tuple(x.shape)) for name, x in tensors.items()}
     found = digest(tensors)
     header, _ = _header(shapes, about | {"digest": found})
@@ -111,11 +106,14 @@ def write_tensors(
     return found
 
 
+def whole(x: Tensor) -> Tensor:
+    """All of a tensor; every process that has a part must ask."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
 def raw(x: Tensor) -> numpy.ndarray:
     """A tensor's bytes."""
-    x = x.detach()
-    x = x.full_tensor() if isinstance(x, DTensor) else x
-    return x.cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return whole(x.detach()).cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
 
 
 def pieces(arrays: Iterable, size: int = 2**24) -> Iterator[bytes]:

@@ -106,7 +106,8 @@ def config_of(settings, config: dict, out: Path):
 
 def clear(out: Path) -> None:
     """Remove a run but for its config.json, which the new run replaces at once. Nothing else."""
-    inside = [out / "state" / "state.json", *(out / "state").glob("*.safetensors")]
+    state = out / "state"
+    inside = [state / "state.json", *state.glob("*.safetensors"), *state.glob("*.tmp")]
     inside += [out / "samples" / "samples.png"]
     inside += [out / "samples" / "samples.npy", out / "samples" / "latents.safetensors"]
     inside += [*(out / name for name in OURS), *(out / "looks").glob("phase*-*")]
@@ -132,6 +133,7 @@ def environment(device: str) -> dict:
         "threads": torch.get_num_threads(),
         "device": device,
         "processes": parallel.here.processes,
+        "context_parallel": parallel.here.context,
         "commit": commit or "unknown",
     }
 

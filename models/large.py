@@ -116,11 +116,14 @@ def check_shared(cfg, here: parallel.Layout) -> None:
     passes, settings = -(-cfg.batch // cfg.micro_batch), weights.row_of(cfg.teacher).settings
     if passes % here.shares:
         raise UserError(
-            f"--batch {cfg.batch} is {passes} passes of --micro-batch {cfg.micro_batch}, which "
-            f"{here.shares} {'processes' if here.context == 1 else 'groups'} cannot share evenly"
+            f"--batch {cfg.batch} is {passes} {'passes' if passes > 1 else 'pass'} of --micro-batch "
+            f"{cfg.micro_batch}, which {here.shares} "
+            f"{'processes' if here.context == 1 else 'groups of processes'} cannot share evenly"
         )
     if cfg.offload != "none":
         raise UserError("--offload is of one process; several share the bases: leave it out")
+    if cfg.compile and here.context > 1:
+        raise UserError("--compile does not go together with --context-parallel")
     if cfg.depths == "mixed":
         raise UserError("--depths mixed asks processes for unlike calls; several take drawn")
     number = settings.get("num_heads") or settings["num_attention_heads"]
@@ -321,13 +324,13 @@ def parts(cfg, device: torch.device, out: Path, expert, roles: list[str]) -> tup
 def load(cfg, device: torch.device, e: int, adapters: list[str]) -> nn.Module:
     """The teacher's expert e, frozen; where processes share it, with all that will hang on it."""
 
-    def place(net: nn.Module, device) -> None:
+    def make_room(net: nn.Module, device) -> None:
         for role in adapters if parallel.here.processes > 1 else ():
             lora.add_adapter(net, role, cfg.rank, cfg.alpha)
         parallel.place(net, device)
 
     where = device if cfg.offload == "none" else "cpu"
-    how = dict(dtype=plan.dtype_named(cfg.dtype), device=where, place=place)
+    how = dict(dtype=plan.dtype_named(cfg.dtype), device=where, make_room=make_room)
     if is_random(cfg):
         return dress(cfg, weights.random(cfg.teacher, **how, seed=e))
     path = weights.locate(cfg.teacher, *cfg.weights)[0][e - 1]
@@ -505,7 +508,7 @@ def closing(run, fake_lag) -> str:
     """What a phase took, beside the plan. The lag of the fakes would cost hours: see loss_by_t."""
     rows = [json.loads(line) for line in (run.out / "log.jsonl").read_text().splitlines()]
     rows = [row for row in rows if row["phase"] == run.k]
-    passes = -(-run.cfg.batch // run.cfg.micro_batch)
+    passes = -(-run.cfg.batch // run.cfg.micro_batch) // parallel.here.shares
     way = "last" if run.record_last else "first"
     planned = plan.memory(
         run.cfg, run.held[run.k - 1], plan.biggest(buckets(run.cfg)), run.cfg.offload, way

@@ -25,9 +25,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 
 from models import files
 from models.files import Interrupted, UserError, first_line
@@ -75,8 +72,13 @@ def alone(program: str) -> None:
 
 @contextmanager
 def planned(text: str, context: int):
-    """Inside, this stands where a run on `8`, or `4x8` of 4 nodes, would: for plans. UserError."""
+    """Inside, this stands where a run on `8`, or `4x8` of 4 nodes, would: for plans. UserError.
+
+    Without a text: as many as torchrun started.
+    """
     global here
+    count, each = (int(os.environ.get(f"{name}WORLD_SIZE", 1)) for name in ("", "LOCAL_"))
+    text = text or f"{count // each}x{each}"
     numbers = text.split("x")
     if len(numbers) > 2 or not all(n.isdecimal() and 0 < int(n) < 10**5 for n in numbers):
         raise UserError(f"--processes {text} is not a number, as 8, or NODESxEACH, as 4x8")
@@ -93,7 +95,10 @@ def laid_out(count: int, each: int, context: int, index: int = 0) -> Layout:
     if count % each:
         raise UserError(f"{count} processes are not {each} on every node; nodes must be alike")
     if context < 1 or each % context:
-        raise UserError(f"--context-parallel {context} does not divide the {each} of a node")
+        raise UserError(
+            f"--context-parallel {context} does not divide the processes of a node, here {each}; "
+            "torchrun starts them, and --dry-run plans for --processes"
+        )
     return Layout(count, count // each, context, index)
 
 
@@ -153,6 +158,8 @@ def join(device: str, context: int, program: str) -> Layout:
 
 def meshes(device: str) -> None:
     """Who shares what with whom."""
+    from torch.distributed.device_mesh import init_device_mesh  # a second to read, for some only
+
     by_node = (here.sharers,) if here.nodes == 1 else (here.nodes, here.sharers)
     names = ("node", "cut")[-len(by_node) :]
     groups["cut"] = init_device_mesh(device, by_node, mesh_dim_names=names)
@@ -165,25 +172,27 @@ def tell(error: BaseException) -> str:
     """What to say of an error; all others end too, and the first of them says the same."""
     if "store" not in groups or isinstance(error, (SystemExit, KeyboardInterrupt, Interrupted)):
         return str(error)
+    groups["told"] = True  # from here on this process speaks for itself
+    mine = str(error) if isinstance(error, UserError) else first_line(error)
     if is_lost(error):  # why the other one ended it may have said
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, who sees that end too
         for _ in range(20):
             time.sleep(0.0 if heard() else 0.1)
-        return heard() or f"{LOST} ({first_line(error)[:120]})"
-    mine = str(error) if isinstance(error, UserError) else first_line(error)
+        mine = heard() or f"{LOST} ({mine[:120]})"
     with contextlib.suppress(RuntimeError):
         if not heard():
             groups["store"].set("failed", mine)
-    return str(error)
+    return mine if is_lost(error) else str(error)
 
 
 def heard() -> str:
     """The line of the process that failed first."""
-    try:
-        store = groups["store"]
-        return store.get("failed").decode() if store.check(["failed"]) else ""
-    except RuntimeError:  # nobody is there to ask
-        return LOST
+    for _ in range(3):
+        try:
+            store = groups["store"]
+            return store.get("failed").decode() if store.check(["failed"]) else ""
+        except RuntimeError:
+            time.sleep(0.1)
+    return LOST  # nobody is there to ask
 
 
 LOST = "another process ended; --resume goes on from the last state"
@@ -191,9 +200,8 @@ LOST = "another process ended; --resume goes on from the last state"
 
 def is_lost(error: BaseException) -> bool:
     """Whether a collective found nobody at its other end."""
-    said = str(error)
-    gone = any(word in said for word in ("gloo", "NCCL", "Connection", "closed by peer"))
-    return isinstance(error, RuntimeError) and gone
+    words = "Connection closed", "Connection reset", "closed by peer", "remote process exited"
+    return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
 def listen() -> int:
@@ -201,6 +209,7 @@ def listen() -> int:
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    signal.signal(signal.SIGTERM, lambda *_: None)  # until Stop listens, and after: watch decides
     return reading
 
 
@@ -215,22 +224,23 @@ def watch(signals: int, program: str, patience: float = 20.0) -> None:
             os.read(signals, 64)
             deadline = min(deadline, time.monotonic() + patience)
         if line := heard():
-            time.sleep(0.5)  # the one whose error it is speaks for itself
-            say(program, line, 2)
+            time.sleep(0.5)
+            return None if "told" in groups else say(program, line, 2)
     say(program, "stopped inside an iteration; --resume goes on from the last state", 143)
 
 
 def say(program: str, line: str, status: int) -> None:
     """One line, and the end."""
+    sys.stdout.flush()
     print(f"{program}: {line}", file=sys.stderr, flush=True)
     os._exit(status)
 
 
 def launcher() -> str:
     """How this run was started: what stands before train.py."""
-    several = f"torchrun --nproc-per-node {os.environ.get('LOCAL_WORLD_SIZE')}"
-    nodes = f" --nnodes {here.nodes} ..." if here.nodes > 1 else ""
-    return "python" if here.processes == 1 else several + nodes
+    nodes = f"--nnodes {here.nodes} ..." if here.nodes > 1 else "--standalone"
+    several = f"torchrun {nodes} --nproc-per-node {here.sharers}"
+    return several if here.processes > 1 else "python"
 
 
 # -- agreeing ------------------------------------------------------------------------------------
@@ -288,14 +298,16 @@ def place(net: nn.Module, device) -> None:
     """Make room for a network's tensors: FSDP2, a group of parameters a block.
 
     A block is gathered in the dtype of the inside and its gradients are summed in float32; what is
-    outside of blocks stays in its own dtype. What a port keeps in float32 inside of blocks is
+    outside of blocks stays in its own dtype. What a port uses in float32 inside of blocks is
     small: everyone has it, and its gradients are summed as they come.
     """
     if here.processes == 1:
         net.to_empty(device=device)
         return
-    blocks, whole = blocks_of(net), set(kept(net))
-    how = dict(mesh=groups["cut"], reshard_after_forward=True, ignored_params=whole)
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    blocks, small = blocks_of(net), set(kept(net))
+    how = dict(mesh=groups["cut"], reshard_after_forward=True, ignored_params=small)
     inside = MixedPrecisionPolicy(net.dtype, torch.float32, cast_forward_inputs=False)
     for block in blocks:
         fully_shard(block, mp_policy=inside, **how)
@@ -315,8 +327,8 @@ def blocks_of(net: nn.Module) -> nn.ModuleList:
 
 
 def kept(net: nn.Module) -> list[nn.Parameter]:
-    """Norms and modulation inside of blocks, where they are float32."""
-    small = lambda name: any(part in name for part in net.float32)
+    """Norms, and modulation that is float32, inside of blocks: used in float32 where they learn."""
+    small = lambda name: any(part in name for part in ("norm", *net.float32))
     return [p for block in blocks_of(net) for name, p in block.named_parameters() if small(name)]
 
 
@@ -329,7 +341,7 @@ def summed(grad: Tensor) -> Tensor:
 
 def rows(x: Tensor) -> tuple[int, int]:
     """From which row to which this process has a tensor."""
-    if not isinstance(x, DTensor):
+    if not is_cut(x):
         return 0, len(x)
     each = -(-len(x) // here.sharers)
     first = min(len(x), each * x.device_mesh.get_local_rank(mesh_dim=-1))
@@ -338,12 +350,12 @@ def rows(x: Tensor) -> tuple[int, int]:
 
 def part(x: Tensor) -> Tensor:
     """What this process has of a tensor."""
-    return x.to_local() if isinstance(x, DTensor) else x
+    return x.to_local() if is_cut(x) else x
 
 
-def whole(x: Tensor) -> Tensor:
-    """All of a tensor; every process must ask."""
-    return x.full_tensor() if isinstance(x, DTensor) else x
+def is_cut(x: Tensor) -> bool:
+    """Whether this is a DTensor, of which every process has a part."""
+    return hasattr(x, "to_local")
 
 
 @torch.no_grad()
@@ -357,10 +369,10 @@ def norm(grads: list[Tensor]) -> Tensor:
     """The root of the sum of all squares."""
     if here.processes == 1:
         return torch.nn.utils.get_total_norm(grads)
-    mine = [part(g) for g in grads if isinstance(g, DTensor)]
+    mine = [part(g) for g in grads if is_cut(g)]
     square = torch.nn.utils.get_total_norm(mine).square()
     dist.all_reduce(square, group=groups["cut"].get_group(mesh_dim=-1))
-    rest = [g for g in grads if not isinstance(g, DTensor)]
+    rest = [g for g in grads if not is_cut(g)]
     return (square + torch.nn.utils.get_total_norm(rest).to(square.device).square()).sqrt()
 
 
@@ -369,12 +381,12 @@ def norm(grads: list[Tensor]) -> Tensor:
 
 def cut_tokens(x: Tensor, dim: int = 1) -> Tensor:
     """This process's part of the tokens, which are dimension `dim` of x."""
-    return x if here.context == 1 else moved(x, Replicate(), Shard(dim), x.shape)
+    return x if here.context == 1 else moved(x, None, dim, x.shape)
 
 
 def all_tokens(x: Tensor, count: int) -> Tensor:
     """All `count` tokens (B, L, D) again, on every process, from each one's part of them."""
-    return x if here.context == 1 else moved(x, Shard(1), Replicate(), (len(x), count, x.shape[2]))
+    return x if here.context == 1 else moved(x, 1, None, (len(x), count, x.shape[2]))
 
 
 def to_heads(x: Tensor, streams: tuple) -> Tensor:
@@ -386,7 +398,7 @@ def to_heads(x: Tensor, streams: tuple) -> Tensor:
         return x
     parts = x.split([length(n) for n in streams], 1)
     whole = [(len(x), n, *x.shape[2:]) for n in streams]
-    return torch.cat([moved(y, Shard(1), Shard(2), n) for y, n in zip(parts, whole)], 1)
+    return torch.cat([moved(y, 1, 2, n) for y, n in zip(parts, whole)], 1)
 
 
 def to_tokens(x: Tensor, streams: tuple) -> Tensor:
@@ -394,11 +406,17 @@ def to_tokens(x: Tensor, streams: tuple) -> Tensor:
     if here.context == 1 or not streams:
         return x
     shape = lambda y: (*y.shape[:2], y.shape[2] * here.context, y.shape[3])
-    return torch.cat([moved(y, Shard(2), Shard(1), shape(y)) for y in x.split(streams, 1)], 1)
+    return torch.cat([moved(y, 2, 1, shape(y)) for y in x.split(streams, 1)], 1)
 
 
-def moved(x: Tensor, then: Placement, now: Placement, shape: tuple) -> Tensor:
-    """This process's part of a tensor of this shape, placed differently; with gradient."""
+def moved(x: Tensor, then: int | None, now: int | None, shape: tuple) -> Tensor:
+    """A tensor of this shape, cut along dimension `now` in place of `then` (None: not cut).
+
+    x and the result are this process's part of it. With gradient.
+    """
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+
+    then, now = (Replicate() if dim is None else Shard(dim) for dim in (then, now))
     mesh, stride = groups["tokens"], torch.empty(shape, device="meta").stride()
     there = DTensor.from_local(
         x.contiguous(), mesh, [then], run_check=False, shape=torch.Size(shape), stride=stride
@@ -422,7 +440,7 @@ def write_state(folder: Path, name: str, tensors: dict[str, Tensor], about: dict
     """
     file, digest = f"{name}.{here.index + 1}of{here.sharers}.safetensors", None
     if here.index < here.sharers:  # one node has all
-        mine = {n: x for n, x in tensors.items() if here.index == 0 or isinstance(x, DTensor)}
+        mine = {n: x for n, x in tensors.items() if here.index == 0 or is_cut(x)}
         where = {n: [rows(x)[0], len(x)] for n, x in mine.items()}
         about_part = {"kind": "part of a state", "rows": where}
         mine = {n: part(x) for n, x in mine.items()}

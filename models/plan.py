@@ -278,8 +278,8 @@ def memory(cfg, held, shape: tuple, offload: str, record: str) -> Memory:
 def weight_of(cfg, role: str) -> float:
     """Bytes of a role's parameters in a process; as many are its gradients, and its moments."""
     own = kind(cfg, role) == "full"
-    here = shared(cfg.teacher, own, int(not own), cfg.rank, dtype_named(cfg.dtype), parallel.here)
-    return here.learnt
+    dtype, layout = dtype_named(cfg.dtype), parallel.here
+    return shared(cfg.teacher, own, int(not own), cfg.rank, dtype, layout).learnt
 
 
 def cost_of(cfg, shape: tuple, role: str) -> Cost:
@@ -390,7 +390,7 @@ def report(cfg, phases, held: list, shapes: dict, device: str, rate: float) -> s
     if here.processes > 1:
         nodes = f"{here.nodes} nodes of {here.sharers}" if here.nodes > 1 else f"{here.sharers}"
         tokens = f", {here.context} to a sample" if here.context > 1 else ""
-        lines.append(f"\nin each of the processes, {nodes}{tokens}:")
+        lines.append(f"\nin each process of {nodes}{tokens}:")
     for phase, there in zip(phases, held):
         m = memory(cfg, there, largest, cfg.offload, record)
         lines.append(f"\nphase {phase.k}{'':22}weights  gradients  moments   GB")
@@ -417,12 +417,12 @@ def report(cfg, phases, held: list, shapes: dict, device: str, rate: float) -> s
         if here.processes > 1:
             sent = traffic(cfg, phase, there, shapes, record)
             lines.append(
-                f"  each sends {sent / 1e9:,.4g} GB meanwhile: {sent / seconds / 1e9:,.3g} GB/s"
+                f"  each sends {sent / 1e9:,.1f} GB meanwhile: {sent / seconds / 1e9:,.3g} GB/s"
             )
     last = held[-1]
-    weight = lambda role: size.own if kind(cfg, role) == "full" else size.lora  # of all
-    students = sum(map(weight, [r for r in last.frozen + last.trained if r[0] == "s"]))
-    state = sum(map(weight, last.frozen)) + 2 * sum(map(weight, last.trained))
+    whole = lambda role: size.own if kind(cfg, role) == "full" else size.lora
+    students = sum(map(whole, [r for r in last.frozen + last.trained if r[0] == "s"]))
+    state = sum(map(whole, last.frozen)) + 2 * sum(map(whole, last.trained))
     disk = 2 * state + (1 + cfg.keep) * students  # an old state stays until the new one is whole
     lines.append(
         f"\n{len(phases)} x {cfg.iters} iterations: {days:,.3g} days at that rate, which products "

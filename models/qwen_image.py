@@ -102,7 +102,7 @@ class Block(nn.Module):
         y_image = self.img_mlp(modulate(image, shift2, scale2, self.eps), adapter)
         image = torch.addcmul(image, y_image, gate2)
         if self.last:  # nobody reads the text after it
-            return image, text
+            return image, None
         text = torch.addcmul(text, self.attn.to_add_out(y_text, adapter), gate3)
         y_text = self.txt_mlp(modulate(text, shift4, scale4, self.eps), adapter)
         return image, torch.addcmul(text, y_text, gate4)

@@ -263,25 +263,25 @@ def build(network: type, settings: dict, dtype: torch.dtype) -> nn.Module:
 
 
 def fill(
-    net: nn.Module, tensors: Iterable[tuple[str, Tensor]], device, place=nn.Module.to_empty
+    net: nn.Module, tensors: Iterable[tuple[str, Tensor]], device, make_room=nn.Module.to_empty
 ) -> nn.Module:
     """Give a network of the meta device its tensors, one by one; in eval mode.
 
-    place(net, device=...) makes room for them; where processes share them, for a part of each.
+    make_room(net, device=...): where processes share them, for a part of each.
     """
-    place(net, device=device)
+    make_room(net, device=device)
     places = dict(net.named_parameters())
     for name, tensor in tensors:
         parallel.put(places[name], tensor)
     return net.eval()
 
 
-def copy(net: nn.Module, old: nn.Module | None, device, place=nn.Module.to_empty) -> nn.Module:
+def copy(net: nn.Module, old: nn.Module | None, device, make_room=nn.Module.to_empty) -> nn.Module:
     """The same network with float32 parameters of its own, which learn; old ones are written over.
 
     Inside it computes in net's dtype, so that at first it computes exactly what net does.
     """
-    new = old or fill(build(type(net), net.settings, net.dtype).float(), (), device, place)
+    new = old or fill(build(type(net), net.settings, net.dtype).float(), (), device, make_room)
     mine = {name: p for name, p in net.named_parameters() if not p.requires_grad}
     with torch.no_grad():
         for name, p in new.named_parameters():
@@ -295,13 +295,13 @@ def load(
     device="cpu",
     teacher_lora=None,
     teacher="",
-    place=nn.Module.to_empty,
+    make_room=nn.Module.to_empty,
 ) -> nn.Module:
     """A network from published weights, in eval mode and frozen, dtype inside.
 
     folder holds config.json and safetensors of either layout, or is a single safetensors file.
     Never more memory than the network, one shard and the LoRA: tensors are cast as they are read.
-    A teacher_lora is merged in float32. With the name of a teacher its kind is checked. place: see
+    A teacher_lora is merged in float32. With the name of a teacher its kind is checked. make_room: see
     fill. Raises UserError for all that is not a whole network.
     """
     net, stored = plan(Path(folder), dtype, teacher)
@@ -319,7 +319,7 @@ def load(
                 bar.update(tensor.numel())
                 del tensor  # the last hold on a mapped shard
 
-    return fill(net.requires_grad_(False), tensors(), device, place)
+    return fill(net.requires_grad_(False), tensors(), device, make_room)
 
 
 def check_values(tensor: Tensor, there: Stored) -> None:
@@ -487,15 +487,15 @@ def check_kind(name: str, network: type, settings: dict, path: Path) -> None:
 
 
 def random(
-    name: str, dtype=torch.bfloat16, device="cpu", seed: int = 0, place=nn.Module.to_empty
+    name: str, dtype=torch.bfloat16, device="cpu", seed: int = 0, make_room=nn.Module.to_empty
 ) -> nn.Module:
     """A network of a teacher's size with random weights: to size, to time. 14B takes a minute."""
     row = row_of(name)
-    return random_network(row.network, row.settings, dtype, device, seed, place)
+    return random_network(row.network, row.settings, dtype, device, seed, make_room)
 
 
 def random_network(
-    network: type, settings: dict, dtype, device="cpu", seed: int = 0, place=nn.Module.to_empty
+    network: type, settings: dict, dtype, device="cpu", seed: int = 0, make_room=nn.Module.to_empty
 ) -> nn.Module:
     """A network in eval mode, frozen: linear layers keep the scale of their input."""
     net = build(network, settings, dtype).requires_grad_(False)
@@ -511,7 +511,7 @@ def random_network(
                 std = shape[1:].numel() ** -0.5 if len(shape) > 1 else 0.02
                 yield key, tensor.normal_(std=std, generator=generator)
 
-    return fill(net, tensors(), device, place)
+    return fill(net, tensors(), device, make_room)
 
 
 # -- the command ---------------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
-from models import large, parallel, pictures, plan, weights
+from models import files, large, parallel, pictures, plan, weights
 from models.draws import normal
 from tests.test_crash import FailingCall
 
@@ -40,7 +40,7 @@ def losses(out: str, context: int = 1, mistake: str = "", **settings) -> None:
         for found in train.train(run):
             rows += found
             if run.i == run.cfg.iters:
-                whole = {n: parallel.whole(x).clone() for n, x in train.tensors_of(run).items()}
+                whole = {n: files.whole(x).clone() for n, x in train.tensors_of(run).items()}
                 kept |= {f"phase{run.k}/{n}": x for n, x in whole.items()}
                 kept |= {f"phase{run.k}/v{i}": v for i, v in enumerate(answers(run))}
         if parallel.here.index == 0:
@@ -89,9 +89,8 @@ class Sent(TorchDispatchMode):
         elif "c10d._reduce_scatter_base_" in name:
             self.bytes["summed"] += (n - 1) * min(x.nbytes for x in tensors)
         elif "c10d.allreduce_" in name:
-            self.bytes["reduced"] += sum(x.nbytes for x in tensors)
-        elif "shard_dim_alltoall" in name or "all_gather_into_tensor" in name:
-            self.bytes["tokens"] += sum(x.nbytes for x in tensors)
+            size = torch.distributed.ProcessGroup.unbox(args[1]).size()
+            self.bytes["reduced"] += 2 * (size - 1) / size * sum(x.nbytes for x in tensors)
         return operation(*args, **(kwargs or {}))
 
 
@@ -196,6 +195,39 @@ def unrotated():
     moved_wrongly.usual = usual
 
 
+def tokens(out: str, teacher: str) -> None:
+    """Bytes that one forward of a sample exchanges in attention, and the plan of them."""
+    with parallel.processes("cpu", 2, "test"):
+        run = train.new_run(train.config(teacher, dtype="bf16"), {}, torch.device("cpu"), Path(out))
+        sent, usual = [0], parallel.moved
+
+        def moved(x, then, now, shape):
+            sent[0] += x.nbytes // 2 * (then is not None and now is not None)
+            return usual(x, then, now, shape)
+
+        parallel.moved = moved
+        c, shape = run.batch(1, "tokens", 0)
+        plan.TEXT = c["text"].shape[1]
+        with torch.no_grad():
+            run.roles.velocity("student1", torch.zeros(1, *shape), torch.ones(1), c)
+        if parallel.here.index == 0:
+            Path(out).write_text(json.dumps([sent[0], plan.exchanged(run.cfg, shape)]))
+
+
+def perturbed(out: str, teacher: str, by: float) -> None:
+    """v of a student of all parameters in bf16, whose norms moved by less than bf16 resolves."""
+    with parallel.processes("cpu", 1, "test"):
+        cfg = train.config(teacher, generator="full", dtype="bf16", size=("48x80",), frames=1)
+        run = train.new_run(cfg, {}, torch.device("cpu"), Path(out))
+        train.begin_phase(run, 1)
+        for name, p in run.roles.parameters_of("student1").items():
+            if "norm" in name and "blocks" in name:
+                parallel.part(p.detach()).add_(by)
+        v = answers(run)[0]
+        if parallel.here.index == 0:
+            save_file({"v": v}, out)
+
+
 def moved_wrongly(x, then, now, shape):
     """The rope of the first tokens for everyone."""
     if x.is_complex():
@@ -223,7 +255,8 @@ def launch(processes: int = 1, nodes: int = 1, kill: int | None = None, job: str
         child = os.fork()
         if not child:
             if processes > 1:
-                os.environ.update(several, RANK=str(index), LOCAL_RANK=str(index % nodes))
+                os.environ.update(several, RANK=str(index))
+                os.environ["LOCAL_RANK"] = str(index % (processes // nodes))
             os.dup2(said.fileno(), 2)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             sys.stderr = open(2, "w", closefd=False)

@@ -288,6 +288,17 @@ def test_one_kind_of_file_in_the_place_of_another_is_refused(finished, capsys):
         refused(capsys, ["--student", finished], sample.main)
 
 
+def test_a_state_of_the_version_before_is_not_thrown_away(finished, capsys):
+    """state.safetensors, and no state.json: one line, and all stays as it is."""
+    (finished / "metrics.json").unlink()
+    (finished / "state" / "state.json").unlink()
+    old, log = finished / "state" / "state.safetensors", (finished / "log.jsonl").read_bytes()
+    (finished / part_of_state(finished)).rename(old)
+    assert train.main(["--resume", "--out", str(finished)]) == 2
+    assert "another version" in capsys.readouterr().err
+    assert old.exists() and (finished / "log.jsonl").read_bytes() == log
+
+
 def test_a_log_that_lost_lines_is_not_padded(finished, capsys):
     (finished / "metrics.json").unlink()
     (finished / "log.jsonl").unlink()
