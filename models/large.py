@@ -115,10 +115,10 @@ def check_shared(cfg, here: parallel.Layout) -> None:
     """Raise UserError for settings that these processes cannot share evenly."""
     passes, settings = -(-cfg.batch // cfg.micro_batch), weights.row_of(cfg.teacher).settings
     if passes % here.shares:
+        who = "processes" if here.context == 1 else "groups of processes"
         raise UserError(
-            f"--batch {cfg.batch} is {passes} {'passes' if passes > 1 else 'pass'} of --micro-batch "
-            f"{cfg.micro_batch}, which {here.shares} "
-            f"{'processes' if here.context == 1 else 'groups of processes'} cannot share evenly"
+            f"--batch {cfg.batch} is {passes} {'passes' if passes > 1 else 'pass'} of "
+            f"--micro-batch {cfg.micro_batch}, which {here.shares} {who} cannot share evenly"
         )
     if cfg.offload != "none":
         raise UserError("--offload is of one process; several share the bases: leave it out")

@@ -301,8 +301,8 @@ def load(
 
     folder holds config.json and safetensors of either layout, or is a single safetensors file.
     Never more memory than the network, one shard and the LoRA: tensors are cast as they are read.
-    A teacher_lora is merged in float32. With the name of a teacher its kind is checked. make_room: see
-    fill. Raises UserError for all that is not a whole network.
+    A teacher_lora is merged in float32. With the name of a teacher its kind is checked. make_room
+    as in fill. Raises UserError for all that is not a whole network.
     """
     net, stored = plan(Path(folder), dtype, teacher)
     changes = read_lora(net, Path(teacher_lora)) if teacher_lora else {}

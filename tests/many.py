@@ -1,6 +1,6 @@
-"""Runs jobs for test_parallel.py, each on processes of its own, forked so that torch is read once.
+"""Runs jobs for test_parallel.py, each on processes of its own, forked: torch is read once.
 
-python tests/many.py JOBS.json, a list of {"processes", "nodes", "job": name below, ...: its arguments}.
+python tests/many.py JOBS.json, a list of {"processes", "nodes", "job": name below, its arguments}.
 Writes what became of each, [[exit status, standard error] by process], beside it.
 """
 
@@ -58,7 +58,7 @@ def answers(run) -> list:
 
 
 def command(argv: list, cut: int = 0, fail: int = 0, at: int = 0, folder: str = "") -> None:
-    """train.py. cut: a signal comes after so many iterations. Call number `fail` fails on `at`."""
+    """train.py. cut: a signal comes at that question for one. Call `fail` fails on process `at`."""
     if cut:
         calls, usual = Counter(), parallel.any_of
         parallel.any_of = lambda n: calls.update("a") or usual(15 if calls["a"] == cut else n)
