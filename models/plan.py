@@ -382,54 +382,66 @@ def rate_of(dtype: torch.dtype, device: str) -> float:
 def report(cfg, phases, held: list, shapes: dict, device: str, rate: float) -> str:
     """The plan as text. rate: operations a second; 0 to measure it here."""
     rate = rate or rate_of(dtype_named(cfg.dtype), device)
-    record, room = record_of(cfg, held, shapes, device), room_of(device)
-    size, largest = sizes(cfg.teacher, cfg.rank, dtype_named(cfg.dtype)), biggest(shapes)
-    weight, here = lambda role: weight_of(cfg, role), parallel.here
-    base = shared(cfg.teacher, False, 0, cfg.rank, dtype_named(cfg.dtype), here).mine
+    record, largest, here = record_of(cfg, held, shapes, device), biggest(shapes), parallel.here
     lines, days = [], 0.0
     if here.processes > 1:
         nodes = f"{here.nodes} nodes of {here.sharers}" if here.nodes > 1 else f"{here.sharers}"
         tokens = f", {here.context} to a sample" if here.context > 1 else ""
         lines.append(f"\nin each process of {nodes}{tokens}:")
     for phase, there in zip(phases, held):
-        m = memory(cfg, there, largest, cfg.offload, record)
-        lines.append(f"\nphase {phase.k}{'':22}weights  gradients  moments   GB")
-        lines += [f"  base {e}, frozen{'':12}{gb(base)}" for e in there.experts]
-        lines += [f"  {r + ', frozen':27}{gb(weight(r))}" for r in there.frozen]
-        lines += [
-            f"  {r + ', ' + kind(cfg, r):27}{gb(weight(r))}{gb(weight(r), 11)}{gb(weight(r), 9)}"
-            for r in there.trained
-        ]
-        lines.append(
-            f"  activations{'':16}{gb(m.activations)}   {cfg.micro_batch} x {text(largest)}"
-        )
-        if here.processes > 1:
-            lines.append(f"  gathered from others{'':7}{gb(m.gathered)}   and a block's gradients")
-        where = "" if cfg.offload == "none" else f", {m.host / 1e9:.1f} in pinned host memory"
-        lines.append(f"  peak{'':23}{gb(m.peak)}   one role has gradients at a time{where}")
         w = work(cfg, phase, shapes, record)
-        seconds = (w.wanted + w.again) / rate / parallel.here.processes
+        seconds = (w.wanted + w.again) / rate / here.processes
+        sent = traffic(cfg, phase, there, shapes, record)
+        lines += [f"\nphase {phase.k}{'':22}weights  gradients  moments   GB"]
+        lines += memory_lines(cfg, there, largest, record) + work_lines(cfg, w, rate, seconds, sent)
         days += seconds * cfg.iters / 86400
-        lines.append(
-            f"  an iteration of {cfg.batch} samples: {w.wanted / 1e12:,.4g} Tflop and "
-            f"{w.again / 1e12:,.4g} recomputed; {seconds:,.3g} s at {rate / 1e12:,.4g} Tflop/s"
-        )
-        if here.processes > 1:
-            sent = traffic(cfg, phase, there, shapes, record)
-            lines.append(
-                f"  each sends {sent / 1e9:,.1f} GB meanwhile: {sent / seconds / 1e9:,.3g} GB/s"
-            )
-    last = held[-1]
+    lines.append(
+        f"\n{len(phases)} x {cfg.iters} iterations: {days:,.3g} days at that rate, which products "
+        f"alone may reach; {disk(cfg, held[-1])}"
+    )
+    return "\n".join(lines + options(cfg, held, largest, record, room_of(device)))
+
+
+def memory_lines(cfg, held, shape: tuple, record: str) -> list[str]:
+    """What a phase holds, a line a network."""
+    m, weight = memory(cfg, held, shape, cfg.offload, record), lambda r: weight_of(cfg, r)
+    base = shared(cfg.teacher, False, 0, cfg.rank, dtype_named(cfg.dtype), parallel.here).mine
+    lines = [f"  base {e}, frozen{'':12}{gb(base)}" for e in held.experts]
+    lines += [f"  {r + ', frozen':27}{gb(weight(r))}" for r in held.frozen]
+    lines += [
+        f"  {r + ', ' + kind(cfg, r):27}{gb(weight(r))}{gb(weight(r), 11)}{gb(weight(r), 9)}"
+        for r in held.trained
+    ]
+    lines.append(f"  activations{'':16}{gb(m.activations)}   {cfg.micro_batch} x {text(shape)}")
+    if parallel.here.processes > 1:
+        lines.append(f"  gathered from others{'':7}{gb(m.gathered)}   and a block's gradients")
+    where = "" if cfg.offload == "none" else f", {m.host / 1e9:.1f} in pinned host memory"
+    return [*lines, f"  peak{'':23}{gb(m.peak)}   one role has gradients at a time{where}"]
+
+
+def work_lines(cfg, w: Work, rate: float, seconds: float, sent: float) -> list[str]:
+    """What an iteration computes, and what a process sends meanwhile."""
+    lines = [
+        f"  an iteration of {cfg.batch} samples: {w.wanted / 1e12:,.4g} Tflop and "
+        f"{w.again / 1e12:,.4g} recomputed; {seconds:,.3g} s at {rate / 1e12:,.4g} Tflop/s"
+    ]
+    if parallel.here.processes > 1:
+        speed = f"{sent / seconds / 1e9:,.3g} GB/s"
+        lines.append(f"  each sends {sent / 1e9:,.1f} GB meanwhile: {speed}")
+    return lines
+
+
+def disk(cfg, last) -> str:
+    """What the folder of a run takes, of all processes; last: the Held of the last phase."""
+    size = sizes(cfg.teacher, cfg.rank, dtype_named(cfg.dtype))
     whole = lambda role: size.own if kind(cfg, role) == "full" else size.lora
     students = sum(map(whole, [r for r in last.frozen + last.trained if r[0] == "s"]))
     state = sum(map(whole, last.frozen)) + 2 * sum(map(whole, last.trained))
-    disk = 2 * state + (1 + cfg.keep) * students  # an old state stays until the new one is whole
-    lines.append(
-        f"\n{len(phases)} x {cfg.iters} iterations: {days:,.3g} days at that rate, which products "
-        f"alone may reach; disk: {disk / 1e9:,.3g} GB (state 2 x {state / 1e9:.3g}, "
+    total = 2 * state + (1 + cfg.keep) * students  # an old state stays until the new one is whole
+    return (
+        f"disk: {total / 1e9:,.3g} GB (state 2 x {state / 1e9:.3g}, "
         f"1 + {cfg.keep} students of {students / 1e9:.3g})"
     )
-    return "\n".join(lines + options(cfg, held, largest, record, room))
 
 
 def options(cfg, held: list, shape: tuple, record: str, room: float) -> list[str]:
