@@ -122,6 +122,8 @@ def memory(out: str, small: bool = False, copies: bool = False, **settings):
 
         train.apply = apply
         extra = []
+        if not small:
+            run.roles.reset("student1")  # which phase 1 would have
         for k in (1, 2) if small else (2,):
             train.begin_phase(run, k)
             run.i = 0

@@ -244,7 +244,7 @@ linux = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="memory
 
 @slow
 @linux
-@pytest.mark.parametrize("generator,fake", [("lora", "lora"), ("lora", "full"), ("full", "full")])
+@pytest.mark.parametrize("generator,fake", [("lora", "lora"), ("full", "full")])
 def test_peak_memory_is_the_plans(generator, fake):
     """Bases of 500 MB and more, phase 1 with one and phase 2 with two: within 10 % of the plan."""
     for base, peak, expected in measured(generator, fake):
