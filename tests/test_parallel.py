@@ -212,8 +212,8 @@ def test_calls_of_either_process_may_fail_and_the_run_resumes(tmp_path):
     whole, counts = student(tmp_path / "whole"), []
     for at in (0, 1):
         n, ended = 0, False
-        while not ended:  # twenty at a time, so that torch is read once for them
-            numbers = range(n + 1, n + 1 + 20 * EVERY[at], EVERY[at])
+        while not ended:  # eight at a time, so that torch is read once for them
+            numbers = range(n + 1, n + 1 + 8 * EVERY[at], EVERY[at])
             jobs = []
             for i in numbers:
                 out = tmp_path / f"{at}-{i}"
