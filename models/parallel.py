@@ -176,7 +176,9 @@ def tell(error: BaseException) -> str:
     mine = str(error) if isinstance(error, UserError) else first_line(error)
     if is_lost(error):  # why the other one ended it may have said
         for _ in range(20):
-            time.sleep(0.0 if heard() else 0.1)
+            if heard():
+                break
+            time.sleep(0.1)
         mine = heard() or f"{LOST} ({mine[:120]})"
     with contextlib.suppress(RuntimeError):
         if not heard():

@@ -273,6 +273,7 @@ def fill(
     places = dict(net.named_parameters())
     for name, tensor in tensors:
         parallel.put(places[name], tensor)
+        del tensor  # may be the last hold on a mapped shard
     return net.eval()
 
 
