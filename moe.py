@@ -153,10 +153,14 @@ def shared_networks(
     return Roles(velocity, parameters_of, reset)
 
 
+def owners(phases: list[Phase]) -> list[str]:
+    """The student's role that takes each of the N steps."""
+    return [student_role(phase.k) for phase in phases for _ in range(phase.depths)]
+
+
 def by_step(velocity: Callable, phases: list[Phase]) -> list[Callable]:
     """The student's network of each of the N steps: v = nets[i](x_t, t, c)."""
-    owners = [student_role(phase.k) for phase in phases for _ in range(phase.depths)]
-    return [partial(velocity, role) for role in owners]
+    return [partial(velocity, role) for role in owners(phases)]
 
 
 def by_time(high: Callable, low: Callable, boundary_t: float) -> Callable:

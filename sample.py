@@ -2,23 +2,34 @@
 
 python sample.py --student out/toy2d                     a picture, an array and numbers
 python sample.py --student out/toy2d --trajectory        with x at every step
+python sample.py --student out/wan22 --prompt "A fox runs through snow." --size 480x832 --frames 81
+python sample.py --teacher wan22 --prompt "A fox runs through snow."          the teacher, 40 steps
+python sample.py --teacher wan22 --lora high.safetensors low.safetensors --prompt "A fox."
+python sample.py --student out/wan22 --export DIR        for diffusers, ComfyUI and others
 """
 
 import sys
 import time
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Callable, Iterator
+from types import SimpleNamespace
+from typing import Callable, Iterator, NamedTuple
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import moe
-from models import parallel
+from models import export, parallel
 from models.draws import normal
 from models.flags import Parser, is_out_of_memory, pick_device
 from models.folder import check_files, config_of, contents
-from models.files import UserError, read_json, read_tensors, write
-from phases import Phase
+from models.files import UserError, read_json, verified, write
+from models.sampling import Wear, student_wear, teacher_times, worn
+from models.wan import Wan
+from models.weights import TEACHERS
+from phases import Phase, step_times
 from sde import step
 
 
@@ -77,73 +88,233 @@ def recorded(nets: list[Callable], phase: Phase, x: Tensor, t: Tensor | None, c)
 # -- the command ---------------------------------------------------------------------------------
 
 
-def load_student(path: Path, device: torch.device):
-    """The run of a finished folder, or of one of its looks/*.safetensors. Raises UserError."""
+class Source(NamedTuple):
+    """What is sampled: who takes which step. Nothing is loaded yet."""
+
+    cfg: object  # train.Config
+    times: tuple[float, ...]
+    roles: list[str]  # who takes each step
+    experts: dict[str, int]  # role -> the teacher's expert whose network it is on
+    wear: Callable  # wear(role) -> sampling.Wear, what makes that network the role's
+    home: Path  # the run's folder
+    student: export.Student | None = None
+
+
+def student_of(args) -> Source:
+    """The student of a finished folder, or of one of its looks/*.safetensors. Raises UserError."""
     import train  # knows the presets; it imports this file for the sampler
 
-    folder, file = (
+    path, refuse = (
+        args.student,
+        [n for n in ("steps", "shift", "guidance", "lora") if args.given(n)],
+    )
+    if refuse:
+        raise UserError(f"--{refuse[0]} is for --teacher; a student has its own steps, and no CFG")
+    home, file = (
         (path.parent.parent, path) if path.is_file() else (path, path / "student.safetensors")
     )
-    advice = f"train it again with: python train.py --out {folder} --overwrite"
+    advice = f"train it again with: python train.py --out {home} --overwrite"
     if not file.is_file():
+        raise UserError(f"{home} holds no student.safetensors; {NO_RUN}")
+    config = read_json(home / "config.json", advice)
+    cfg = config_of(train.Config, config, home)
+    if args.weights:
+        cfg = replace(cfg, weights=tuple(map(train.in_full, args.weights)))
+    train.validate(cfg, files=False)
+    needed = set(map(str, train.PRESETS[cfg.teacher].base(cfg)))
+    check_files({name: x for name, x in config["files"].items() if name in needed})
+    opened, about = verified(file, "student", config["settings"], advice)
+    phases, boundary_t = train.phases_of(cfg), train.PRESETS[cfg.teacher].boundary(cfg)
+    if about["phase"] < len(phases):
         raise UserError(
-            f"{folder} holds no student.safetensors; give --student the folder of a finished run"
+            f"{file} is of phase {about['phase']} of {len(phases)}: not a whole student"
         )
-    config = read_json(folder / "config.json", advice)
-    cfg = config_of(train.Config, config, folder)
-    train.validate(cfg)
-    check_files(config["files"])
-    tensors, about = read_tensors(file, "student", config["settings"], advice)
-    run = train.new_run(cfg, {}, device, folder)
-    if about["phase"] < len(run.phases):
-        raise UserError(
-            f"{file} is of phase {about['phase']} of {len(run.phases)}: not a whole student"
-        )
-    run.k = len(run.phases)
-    for phase in run.phases:
-        role = moe.student_role(phase.k)
-        for name, p in run.roles.parameters_of(role).items():
-            p.data.copy_(tensors[f"{role}/{name}"])
-    return run
+    roles = moe.owners(phases)
+    experts = {role: moe.expert_of(role, phases, boundary_t) for role in roles}
+    student = export.Student(cfg, phases, boundary_t, experts, opened, config)
+    cfg = changed(replace(cfg, guidance=(1.0,)), args)
+    times = step_times(cfg.steps, cfg.shift)
+    return Source(cfg, times, roles, experts, partial(student_wear, cfg, opened), home, student)
+
+
+def changed(cfg, args):
+    """The settings as the flags of this command change them. Raises UserError."""
+    import train
+
+    cfg = replace(cfg, dtype=args.dtype) if args.dtype else cfg
+    args.n = train.PRESETS[cfg.teacher].samples if args.n is None else args.n
+    return train.PRESETS[cfg.teacher].settled(cfg, args)
+
+
+def teacher_of(args) -> Source:
+    """The teacher itself, or with LoRA files that were made of it. Raises UserError."""
+    import train
+
+    train.check_teacher(SimpleNamespace(teacher=args.teacher))
+    preset, large_one = train.PRESETS[args.teacher], args.teacher in TEACHERS
+    if args.lora and not large_one:
+        raise UserError(f"--lora is for large teachers, not for {args.teacher}")
+    steps, shift = TEACHERS[args.teacher].usual if large_one else (40, 1.0)
+    given = {} if not args.lora else {"guidance": (1.0,), "generator": "lora"}
+    given |= {"steps": 4} if args.lora else {"steps": steps}
+    given |= {n: getattr(args, n) for n in ("steps", "guidance", "weights") if args.given(n)}
+    given["weights"] = tuple(map(train.in_full, given.get("weights", ())))
+    given["guidance"] = tuple(given.get("guidance", preset.settings.get("guidance", (1.0,))))
+    cfg = changed(train.config(args.teacher, **given, phases=1), args)
+    train.check(cfg)
+    preset.base(cfg)
+    boundary_t = preset.boundary(cfg)
+    home = args.out or Path("out") / f"{args.teacher}-samples"
+    if args.lora:
+        S = args.shift or cfg.shift
+        asked = bool(args.steps or args.shift)
+        one = worn(cfg, args.lora, asked, step_times(cfg.steps, S), boundary_t)
+        return Source(cfg, one.times, one.roles, one.experts, one.wear, home)
+    if large_one:
+        times = teacher_times(cfg, args.shift)
+    else:
+        cfg = replace(cfg, shift=args.shift or shift)
+        times = step_times(cfg.steps, cfg.shift)
+    roles = [moe.teacher_role(moe.expert_at(t, boundary_t)) for t in times[:-1]]
+    return Source(cfg, times, roles, {r: int(r[-1]) for r in roles}, lambda role: Wear(), home)
+
+
+def drawn(source: Source, c, shape, total: int, args, device) -> list[Tensor]:
+    """x at every time, on the CPU. The networks are gone when this returns."""
+    import train
+
+    cfg, n = source.cfg, args.n
+    velocity = train.PRESETS[cfg.teacher].sampler(
+        cfg, source.experts, source.wear, device, source.home, args.offload
+    )
+    z = torch.stack([normal(shape, args.seed, "sample", j, "z") for j in range(n)])
+    z = z.repeat(total // n, *[1] * len(shape)).to(device)  # every prompt sees the same noises
+    with tqdm(total=len(source.roles) * total, unit=" evaluations", disable=None) as bar:
+        nets = [counted(partial(velocity, role), bar) for role in source.roles]
+        nets = [moe.in_passes(net, cfg.micro_batch or total) for net in nets]
+        with torch.no_grad():
+            return [x.cpu() for x in trajectory(nets, source.times, z, moe.move(c, device))]
+
+
+def counted(net: Callable, bar: tqdm) -> Callable:
+    """The network, which moves the bar."""
+
+    def asked(x_t, t, c=None):
+        v = net(x_t, t, c)
+        bar.update(len(x_t))
+        return v
+
+    return asked
+
+
+def evaluations(source: Source) -> int:
+    """Of a network, for one sample: a guided step asks twice."""
+    scales = source.cfg.guidance
+    scale = lambda role: scales[min(source.experts[role], len(scales)) - 1]
+    guided = lambda role: scale(role) != 1 and source.cfg.teacher in TEACHERS
+    return sum(1 + guided(role) for role in source.roles)
+
+
+def work(args) -> None:
+    """Sample, or export. Raises UserError."""
+    import train
+
+    check_args(args)
+    source = student_of(args) if args.student else teacher_of(args)
+    preset = train.PRESETS[source.cfg.teacher]
+    if args.export:
+        return exported(source, args)
+    out = args.out or (source.home / "samples" if args.student else source.home)
+    if "config.json" in contents(out):
+        raise UserError(f"{out} holds a run; choose another --out")
+    device = torch.device(pick_device(args.device, preset.device))
+    cfg, c, shape, names = preset.ask(source.cfg, args, out, source.home, device)
+    source = source._replace(cfg=cfg)
+    total, began = len(names) or args.n, time.time()
+    xs = drawn(source, c, shape, total, args, device)
+    how = f"{evaluations(source)} network evaluations each, {time.time() - began:.2f} s"
+    print(f"{total} samples, {how}{official(args)}")
+    found, files = preset.present(cfg, c, xs, args, names, device)
+    for name, content in files:
+        write(out / name, content)
+    train.show(found, out)
+
+
+def official(args) -> str:
+    """What the published sampler of a teacher does otherwise."""
+    wan = args.teacher in TEACHERS and not args.lora and TEACHERS[args.teacher].network is Wan
+    return "; Euler steps, where the official sampler takes UniPC's" if wan else ""
+
+
+def exported(source: Source, args) -> None:
+    """Files for other tools, and what they are."""
+    if source.student is None or source.cfg.teacher not in TEACHERS:
+        raise UserError("--export is for students of large teachers: --student DIR")
+    for path in export.export(source.student, args.export, args.merge, args.bf16):
+        print(f"{path.stat().st_size / 1e6:12.3f} MB  {path}")
+
+
+def check_args(args) -> None:
+    """Raise UserError for flags that do not go together."""
+    if bool(args.student) == bool(args.teacher):
+        raise UserError(f"{NO_RUN}, or --teacher the name of one")
+    if not 1 <= (1 if args.n is None else args.n) <= 10**6 or args.seed < 0:
+        raise UserError("--n must be from 1 to a million, and --seed at least 0")
+    if (args.merge or args.bf16) and not args.export:
+        raise UserError("--merge and --bf16 are of --export DIR")
+    if (args.steps is not None and not 1 <= args.steps <= 1000) or not 0 <= (args.shift or 0) < 100:
+        raise UserError("--steps must be from 1 to 1000, and --shift above 0 and below 100")
+
+
+def parser() -> Parser:
+    """The flags."""
+    made = Parser(__doc__)
+    add = made.add_argument
+    # fmt: off
+    add("--student", type=Path,
+        help="folder of a finished run, such as out/toy2d, or a file of its looks/")
+    add("--teacher", help="sample a teacher in place of a student: wan22, qwen-image, ...")
+    add("--n", type=int, help="samples, of each prompt (default: toys 10000, large teachers 4)")
+    add("--seed", type=int, default=0, help="of the noise (default 0)")
+    add("--out", type=Path, help="folder (default STUDENT/samples, or out/TEACHER-samples)")
+    add("--trajectory", action="store_true", help="keep x at every step, noise first")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="toys: cpu")
+    group = made.add_argument_group("large teachers")
+    add = group.add_argument
+    add("--prompt", help="what to show; needs the text encoder (default: prompts of the run)")
+    add("--prompts", type=Path, help="text, one a line, csv, or embeddings of models.text")
+    add("--image", type=Path, help="image to video: the first frame")
+    add("--size", help="pixels, HEIGHTxWIDTH (default: the first of the run)")
+    add("--frames", type=int, help="of a video, 4n + 1; 1 is a picture (default: the run's)")
+    add("--weights", nargs="+", default=[], help="where they are, if not where the run had them")
+    add("--dtype", choices=("bf16", "float32"), help="inside networks (default: the run's, bf16)")
+    add("--offload", default="auto", choices=("auto", "none", "blocks"),
+        help="blocks: they stay in host memory and come one by one (auto: if the GPU is small)")
+    add("--tiles", action="store_true", help="decode in tiles: less memory, slightly other edges")
+    add("--latents", action="store_true", help="keep latents alone, decode nothing")
+    group = made.add_argument_group("with --teacher")
+    add = group.add_argument
+    add("--steps", type=int, help="(default: as published, 40 or 50; with --lora 4)")
+    add("--shift", type=float, help="of the times (default: as published; with --lora 5, Qwen 3)")
+    add("--guidance", type=float, nargs="+", help="one number, or high-noise low-noise; 1: none")
+    add("--lora", type=Path, nargs="+", metavar="FILE",
+        help="LoRA, one a transformer (or a phase, if we wrote them); no guidance by default")
+    group = made.add_argument_group("for other tools")
+    add = group.add_argument
+    add("--export", type=Path, metavar="DIR", help="write the student's LoRA files and their card")
+    add("--merge", action="store_true", help="full weights, in the base's layout and names")
+    add("--bf16", action="store_true", help="bf16 twins in DIR/bf16; with full weights: bf16 alone")
+    # fmt: on
+    return made
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit status: 0, or 2 for a user's error."""
-    import train
-
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add("--student", type=Path, required=True,
-        help="folder of a finished run, such as out/toy2d, or a file of its looks/")  # fmt: skip
-    add("--n", type=int, help="number of samples (default: toys 10000, large teachers 4)")
-    add("--seed", type=int, default=0, help="of the noise (default 0)")
-    add("--out", type=Path, help="folder to write to (default STUDENT/samples)")
-    add("--trajectory", action="store_true", help="keep x at every step, noise first")
-    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="toys: cpu")
     try:
-        args = parser.parse_args(argv)
+        args = parser().parse_args(argv)
+        args.given = lambda name: getattr(args, name) not in (None, [])
         parallel.alone("sample.py")
-        if not 1 <= (1 if args.n is None else args.n) <= 10**6 or args.seed < 0:
-            raise UserError("--n must be from 1 to a million, and --seed at least 0")
-        home = args.student.parent.parent if args.student.is_file() else args.student
-        out = args.out or home / "samples"
-        if "config.json" in contents(out):
-            raise UserError(f"{out} holds a run; choose another --out")
-        teacher = read_json(home / "config.json", NO_RUN).get("settings", {}).get("teacher")
-        usual = train.PRESETS[teacher].device if teacher in train.PRESETS else "cpu"
-        run = load_student(args.student, torch.device(pick_device(args.device, usual)))
-        preset, began = train.PRESETS[run.cfg.teacher], time.time()
-        n = preset.samples if args.n is None else args.n
-        c, shape = run.batch(n, args.seed, "sample", 0)
-        z = normal((n, *shape), args.seed, "sample", "z").to(run.device)
-        nets = [moe.in_passes(net, run.cfg.micro_batch or n) for net in run.student]
-        with torch.no_grad():
-            xs = [x.cpu() for x in trajectory(nets, run.times, z, moe.move(c, run.device))]
-        print(f"{n} samples, {len(nets)} network evaluations each, {time.time() - began:.2f} s")
-        found, files = preset.present(run.cfg, c, xs, args.trajectory)
-        for name, content in files.items():
-            write(out / name, content)
-        train.show(found, out)
+        work(args)
         return 0
     except UserError as error:
         print(f"sample.py: {error}", file=sys.stderr)
@@ -151,11 +322,12 @@ def main(argv: list[str] | None = None) -> int:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        print("sample.py: out of memory; a smaller --n, or --device cpu", file=sys.stderr)
+        print(f"sample.py: out of memory; {MEMORY}", file=sys.stderr)
         return 2
 
 
 NO_RUN = "give --student the folder of a finished run"
+MEMORY = "a smaller --n or --size, --offload blocks, --tiles, or --device cpu"
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -26,7 +26,7 @@ from tqdm import tqdm
 import losses
 import moe
 import phases as ph
-from models import large, parallel
+from models import large, parallel, sampling
 from models.adamw import AdamW
 from models.draws import normal, uniform
 from models.flags import (
@@ -156,11 +156,15 @@ class Preset:
     roles: Callable  # roles(cfg, phases, device, out, start) -> moe.Roles
     data: Callable  # data(cfg, out) -> batch(n, *where) -> (c, shape)
     report: Callable  # report(run, look) -> numbers, png
-    present: Callable  # present(cfg, c, xs, keep_all) -> numbers, {file name: bytes}
     record: Callable  # record(cfg, held, device) -> first or last, for --record auto
     plan: Callable  # plan(cfg, phases, held, device, rate) -> text for --dry-run
     speed: Callable  # speed(run, calls of Meter, seconds) -> numbers for the log
     closing: Callable  # closing(run, fake_lag) -> what to say at the end of a phase
+    base: Callable  # base(cfg) -> the files of its networks, each looked at
+    settled: Callable  # settled(cfg, flags of sample.py) -> cfg
+    ask: Callable  # ask(cfg, flags, out, run's folder, device) -> cfg, conditions, shape, names
+    sampler: Callable  # sampler(cfg, experts, wear, device, folder, offload) -> velocity
+    present: Callable  # present(cfg, c, xs, flags, names, device) -> numbers, (file name, bytes)
     device: str = "auto"  # that --device auto means
     threads: int = 0  # of the CPU while training; 0 leaves torch's own choice
     samples: int = 4  # of sample.py
@@ -191,8 +195,9 @@ def toy(**settings) -> Preset:
     """A row of an exact distribution. One thread: at this size a second one only waits."""
     return Preset(
         settings, toy2d.check, toy2d.files, lambda cfg: None, toy2d.start, toy2d.roles,
-        toy2d.data, toy2d.report, toy2d.present, lambda *_: "first", toy2d.plan, lambda *_: {},
-        toy2d.closing, "cpu", threads=1, samples=10_000,
+        toy2d.data, toy2d.report, lambda *_: "first", toy2d.plan, lambda *_: {},
+        toy2d.closing, toy2d.files, toy2d.settled, toy2d.ask, toy2d.sampler, toy2d.present,
+        "cpu", threads=1, samples=10_000,
     )  # fmt: skip
 
 
@@ -200,8 +205,8 @@ def base(**settings) -> Preset:
     """A row of a large teacher, or of a small one of its architecture."""
     return Preset(
         settings, large.check, large.files, large.boundary, large.start, base_roles,
-        large.data, large.report, large.present, large.record, large.plan_of, large.speed,
-        large.closing,
+        large.data, large.report, large.record, large.plan_of, large.speed, large.closing,
+        large.base_files, sampling.settled, sampling.ask, sampling.sampler, sampling.present,
     )  # fmt: skip
 
 

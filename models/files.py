@@ -5,8 +5,9 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy
 import safetensors
@@ -101,9 +102,25 @@ def write_tensors(
         return ""
     shapes = {name: (x.dtype, tuple(x.shape)) for name, x in tensors.items()}
     found = digest(tensors)
-    header, _ = _header(shapes, about | {"digest": found})
-    write(path, header, pieces(raw(x) for x in tensors.values()), everyone=everyone)
+    head, _ = header(shapes, said(about | {"digest": found}))
+    write(path, head, pieces(raw(x) for x in tensors.values()), everyone=everyone)
     return found
+
+
+class Entry(NamedTuple):
+    """A tensor of a file to come."""
+
+    dtype: torch.dtype
+    shape: tuple
+    read: Callable[[], Tensor]  # its values, when their turn comes
+
+
+def write_entries(path: Path, entries: dict[str, Entry], metadata: dict[str, str]) -> int:
+    """Safetensors as other tools read them; one tensor at a time is in memory. Returns its size."""
+    wide_first = sorted(entries.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
+    head, size = header({key: (e.dtype, e.shape) for key, e in wide_first}, metadata)
+    write(path, head, pieces(raw(e.read().to(e.dtype)) for _, e in wide_first))
+    return size
 
 
 def whole(x: Tensor) -> Tensor:
@@ -117,15 +134,18 @@ def raw(x: Tensor) -> numpy.ndarray:
 
 
 def pieces(arrays: Iterable, size: int = 2**24) -> Iterator[bytes]:
-    """Many small arrays of bytes as few large ones."""
+    """Many small arrays of bytes as few large ones; large ones as they are."""
     held = bytearray()
     for array in arrays:
-        held += array.data
-        if len(held) >= size:
+        if len(held) + array.nbytes >= size:
             yield bytes(held)
             held.clear()
-    if held:
-        yield bytes(held)
+        if array.nbytes >= size:
+            yield array.data
+        else:
+            held += array.data
+        del array  # let go before the next is read
+    yield bytes(held)
 
 
 def digest(tensors) -> str:
@@ -160,13 +180,18 @@ def read_tensors(path: Path, kind: str, settings: dict, what_to_do: str) -> tupl
 
     A UserError if the file is truncated, garbled, of another kind or of another run.
     """
+    file, about = verified(path, kind, settings, what_to_do)
+    return {name: file.get_tensor(name) for name in file.keys()}, about
+
+
+def verified(path: Path, kind: str, settings: dict, what_to_do: str):
+    """The file of read_tensors, open, and its `about`: one tensor at a time was in memory."""
     file, about = opened(path, kind, what_to_do)
-    tensors = {name: file.get_tensor(name) for name in file.keys()}
-    if about["digest"] != digest(tensors):
+    if about["digest"] != digest(file):
         raise UserError(f"{path} is damaged; {what_to_do}")
     if about.get("settings") != settings:
         raise UserError(f"{path} is of another run; {what_to_do}")
-    return tensors, about
+    return file, about
 
 
 def first_line(error: Exception) -> str:
@@ -185,7 +210,9 @@ def check_out(out: Path, overwrite: bool) -> None:
         raise UserError(f"{out} is there already; give --overwrite, or another --out")
 
 
-NAMES = {torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64"}
+NAMES = {
+    torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.int64: "I64",
+}  # fmt: skip
 
 
 class Part:
@@ -201,28 +228,28 @@ class Part:
     ):
         self.path, self.file = path, path.with_name(path.name + ".part")
         self.progress = path.with_name(path.name + ".part.json")
-        header, size = _header(shapes, about)
-        if not self._same(header, size):
+        head, size = header(shapes, said(about))
+        if not self._same(head, size):
             if self.file.exists() and not replace:
                 raise UserError(
                     f"{self.file} is what another command left unfinished; repeat that one, "
                     "or give --overwrite, or another --out"
                 )
-            self._create(header, size)
+            self._create(head, size)
         self.done = self._progress(total)
         self.mapped = numpy.memmap(self.file, numpy.uint8, "r+")
-        self.tensors, start = {}, len(header)
+        self.tensors, start = {}, len(head)
         for name, (dtype, shape) in shapes.items():
             end = start + dtype.itemsize * math.prod(shape)
             self.tensors[name] = torch.from_numpy(self.mapped[start:end]).view(dtype).view(shape)
             start = end
 
-    def _same(self, header: bytes, size: int) -> bool:
+    def _same(self, head: bytes, size: int) -> bool:
         """Whether the file there is of this request."""
         if not self.file.exists() or self.file.stat().st_size != size:
             return False
         with open(self.file, "rb") as file:
-            return file.read(len(header)) == header
+            return file.read(len(head)) == head
 
     def _progress(self, total: int) -> int:
         """How many pieces are done; none where the count is damaged."""
@@ -231,12 +258,12 @@ class Part:
             return done if type(done) is int and 0 <= done <= total else 0
         return 0
 
-    def _create(self, header: bytes, size: int) -> None:
+    def _create(self, head: bytes, size: int) -> None:
         try:
             self.progress.unlink(missing_ok=True)
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.file, "wb") as file:
-                file.write(header)
+                file.write(head)
                 file.flush()
                 if hasattr(os, "posix_fallocate"):  # a full disk shows now, not in an hour
                     os.posix_fallocate(file.fileno(), 0, size)
@@ -262,14 +289,19 @@ class Part:
             raise cannot_write(self.path, error) from error
 
 
-def _header(shapes: dict[str, tuple], about: dict) -> tuple[bytes, int]:
-    """The header of a safetensors file, and the size of the whole."""
-    entries, start = {"__metadata__": {"about": json.dumps(about, ensure_ascii=False)}}, 0
+def said(about: dict) -> dict[str, str]:
+    """JSON values as the metadata of a header, which is strings."""
+    return {"about": json.dumps(about, ensure_ascii=False)}  # unescaped: a third of the bytes
+
+
+def header(shapes: dict[str, tuple], metadata: dict[str, str]) -> tuple[bytes, int]:
+    """The header of a safetensors file, name -> (dtype, shape), and the size of the whole."""
+    entries, start = {"__metadata__": metadata}, 0
     for name, (dtype, shape) in shapes.items():
         end = start + dtype.itemsize * math.prod(shape)
         entries[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
         start = end
-    text = json.dumps(entries, ensure_ascii=False).encode()  # unescaped: a third of the bytes
+    text = json.dumps(entries, ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     if len(text) > 100_000_000:
         raise UserError("names and texts fill more than the 100 MB that safetensors allows; split")

@@ -110,6 +110,8 @@ def clear(out: Path) -> None:
     inside = [state / "state.json", *state.glob("*.safetensors"), *state.glob("*.tmp")]
     inside += [out / "samples" / "samples.png"]
     inside += [out / "samples" / "samples.npy", out / "samples" / "latents.safetensors"]
+    inside += [out / "samples" / "prompts.safetensors"]
+    inside += [*(out / "samples").glob("[0-9]*.mp4"), *(out / "samples").glob("[0-9]*.png")]
     inside += [*(out / name for name in OURS), *(out / "looks").glob("phase*-*")]
     try:
         for path in inside:

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from models import lora, parallel, pictures, plan, qwen_image, text, vae, wan, weights
@@ -155,8 +154,8 @@ def boundary(cfg) -> float | None:
     return weights.locate(cfg.teacher, *cfg.weights)[1]
 
 
-def files(cfg) -> list[Path]:
-    """Every file that a run reads, each looked at: weights by their headers. Raises UserError."""
+def base_files(cfg) -> list[Path]:
+    """The files of the frozen networks, each looked at by its header. Raises UserError."""
     found = []
     if not is_random(cfg):
         paths, _ = weights.locate(cfg.teacher, *cfg.weights)
@@ -169,6 +168,12 @@ def files(cfg) -> list[Path]:
                 one = Path(lora.high_first(cfg.teacher_lora)[i])
                 weights.read_lora(net, one)
                 found.append(one)
+    return found
+
+
+def files(cfg) -> list[Path]:
+    """Every file that a run reads, each looked at. Raises UserError."""
+    found = base_files(cfg)
     prompts, images = prompts_of(cfg), Path(cfg.images) if cfg.images else None
     texts = texts_of(cfg, prompts) if prompts else []
     if is_image(cfg) and not is_random(cfg) and not (images and cfg.prompts):
@@ -321,8 +326,11 @@ def parts(cfg, device: torch.device, out: Path, expert, roles: list[str]) -> tup
     return bases, expert, adapt, copy, guided(cfg, null_of(cfg, out))
 
 
-def load(cfg, device: torch.device, e: int, adapters: list[str]) -> nn.Module:
-    """The teacher's expert e, frozen; where processes share it, with all that will hang on it."""
+def load(cfg, device: torch.device, e: int, adapters: list[str], changes=None) -> nn.Module:
+    """The teacher's expert e, frozen; where processes share it, with all that will hang on it.
+
+    changes: of weights.read_lora, to be merged into published weights.
+    """
 
     def make_room(net: nn.Module, device) -> None:
         for role in adapters if parallel.here.processes > 1 else ():
@@ -335,7 +343,8 @@ def load(cfg, device: torch.device, e: int, adapters: list[str]) -> nn.Module:
         return dress(cfg, weights.random(cfg.teacher, **how, seed=e))
     path = weights.locate(cfg.teacher, *cfg.weights)[0][e - 1]
     one = lora.high_first(cfg.teacher_lora)[e - 1] if cfg.teacher_lora else None
-    return dress(cfg, weights.load(path, teacher_lora=one, teacher=cfg.teacher, **how))
+    how |= dict(teacher_lora=one, teacher=cfg.teacher, changes=changes)
+    return dress(cfg, weights.load(path, **how))
 
 
 def dress(cfg, net: nn.Module, new: bool = True) -> nn.Module:
@@ -485,13 +494,6 @@ def decoder(cfg, device):
         return (shown[:, :, 0] if x.ndim == 5 else shown).movedim(1, -1)
 
     return decode
-
-
-def present(cfg, c, xs: list[Tensor], keep_all: bool) -> tuple[dict, dict[str, bytes]]:
-    """Samples xs at each time as numbers, and as files: latents, and a sheet of them."""
-    kept = {f"x{i}": x for i, x in enumerate(xs)} if keep_all else {"x": xs[-1]}
-    files = {"latents.safetensors": save(kept), "samples.png": pictures.sheet(kept, None)}
-    return {"diversity": diversity(xs[-1])} if len(xs[-1]) > 1 else {}, files
 
 
 def record(cfg, held, device) -> str:

@@ -61,6 +61,29 @@ def parameters(net: nn.Module, name: str) -> dict[str, nn.Parameter]:
     return {f"{key}.{x}": p for key, one in found.items() for x, p in one.named_parameters()}
 
 
+class Factors(NamedTuple):
+    """What an adapter is: it adds scale up down x."""
+
+    up: Tensor  # (outputs, rank) float32
+    down: Tensor  # (rank, inputs) float32
+    scale: float  # alpha / rank
+
+
+def attach(net: nn.Module, name: str, factors: dict[str, Factors]) -> None:
+    """Give every adapted layer an adapter of this name, whose factors are these, frozen."""
+    for key, layer in adapted(net).items():
+        up, down, scale = factors[key]
+        layer.adapters[name] = adapter = Adapter(layer, len(down), 1.0).requires_grad_(False)
+        adapter.scale = scale
+        adapter.up.copy_(up)
+        adapter.down.copy_(down)
+
+
+def has_adapter(net: nn.Module, name: str) -> bool:
+    """Whether the adapted layers have one of this name."""
+    return any(name in layer.adapters for layer in adapted(net).values())
+
+
 def start_adapter(
     net: nn.Module, name: str, where: tuple, rank: int = 64, alpha: float = 8, device=None
 ) -> dict[str, nn.Parameter]:
@@ -88,10 +111,25 @@ SUFFIX = re.compile(
 
 
 def high_first(files) -> list:
-    """Two files in the order high noise, low noise, if both names tell; as they come otherwise."""
-    says = [re.search(r"(?<![a-z])(high|low)(?![a-z])", Path(f).name.lower()) for f in files]
-    swapped = [word and word[0] for word in says] == ["low", "high"]
-    return list(files)[::-1] if swapped else list(files)
+    """Two files in the order high noise, low noise, if both say it; as they come otherwise."""
+    says = [noise_of(file) for file in files]
+    return list(files)[::-1] if says == ["low", "high"] else list(files)
+
+
+def noise_of(file) -> str:
+    """high, low, or nothing: by the metadata that models/export.py writes, or the file's name."""
+    said = metadata(file).get("noise")
+    found = re.search(r"(?<![a-z])(high|low)(?![a-z])", Path(file).name.lower())
+    return said or (found[0] if found else "")
+
+
+def metadata(file) -> dict[str, str]:
+    """What the header of a file says besides tensors; nothing where there is no such file."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return opened.metadata() or {}
+    except (OSError, SafetensorError, ValueError):
+        return {}
 
 
 class Change(NamedTuple):
@@ -99,6 +137,21 @@ class Change(NamedTuple):
 
     shape: tuple  # that the parameter must have
     merge: Callable[[Tensor], Tensor]  # W -> W + alpha / rank up down
+    factors: Factors | None = None  # where it is of that kind
+
+
+def split(changes: dict[str, Change], net: nn.Module) -> tuple[dict[str, Factors], dict]:
+    """A file's changes as adapters of all adapted layers, and the rest, which must be merged.
+
+    As adapters they keep float32 factors over a bf16 base. None, where a layer has none.
+    """
+    layers = {f"{key}.weight": key for key in adapted(net)}
+    found = {
+        k: changes[w].factors for w, k in layers.items() if w in changes and changes[w].factors
+    }
+    if len(found) < len(layers):
+        return {}, changes
+    return found, {name: change for name, change in changes.items() if name not in layers}
 
 
 def read(path: Path, aliases: dict[str, str]) -> dict[str, Change]:
@@ -171,9 +224,91 @@ def changes_of(module: str, parts: dict[str, Tensor], alpha: float | None, path:
     own = parts["alpha"].item() if "alpha" in parts else alpha
     scale = 1.0 if own is None else own / rank
     merge = lambda w: w.addmm(up, down, alpha=scale)
-    return changes | {module + ".weight": Change((len(up), down.shape[1]), merge)}
+    change = Change((len(up), down.shape[1]), merge, Factors(up, down, scale))
+    return changes | {module + ".weight": change}
 
 
 def adder(change: Tensor) -> Change:
     """w -> w + change."""
     return Change(tuple(change.shape), lambda w: w + change)
+
+
+# -- who takes which file ------------------------------------------------------------------------
+
+
+class Key(NamedTuple):
+    """A key of a LoRA file, taken apart."""
+
+    prefix: str  # diffusion_model. transformer. lora_unet_ or nothing
+    module: str
+    part: str  # up, down, alpha, diff
+    word: str  # lora_down, lora_up, lora_A, lora_B, alpha, diff
+
+
+def taken_apart(key: str) -> Key:
+    """The parts of a key. Raises UserError where its end is none of a LoRA's."""
+    suffix = SUFFIX.search(key)
+    if not suffix:
+        raise UserError(f"{key} ends in nothing that a LoRA has (lora_down.weight, lora_up.weight, "
+                        "lora_A.weight, lora_B.weight, alpha)")  # fmt: skip
+    head = re.match(r"diffusion_model\.|transformer\.|lora_unet_|", key)[0]
+    part = "diff" if suffix["diff"] else suffix.lastgroup
+    word = suffix[part] if part != "diff" else "diff"
+    return Key(head, key[len(head) : suffix.start()], part, word)
+
+
+def refusals(dtypes: dict[str, str], wan: bool) -> dict[str, str]:
+    """Consumer -> why it refuses a file, key -> dtype, or silently does the wrong thing.
+
+    As read in their code of 2025-11 to 2026-08; an empty reason: it takes the file.
+    """
+    found = [taken_apart(key) for key in dtypes]
+    float32 = all(
+        kind == "F32" for key, kind in zip(found, dtypes.values()) if key.part in ("up", "down")
+    )
+    prefixes, words = {key.prefix for key in found}, {key.word for key in found}
+    factors = {key.module for key in found if key.part in ("up", "down")}
+    scaled = {key.module for key in found if key.part == "alpha"}
+    ab, every, some = bool(words & {"lora_A", "lora_B"}), factors <= scaled, bool(scaled)
+    outside = [key for key in found if not re.match(r"(transformer_)?blocks[._]", key.module)]
+    renamed = any(re.search(r"attn[12][._]to_|ffn[._]net[._]", key.module) for key in found)
+    native = wan and renamed  # diffusers' names of Wan's layers
+    foreign = prefixes - {"diffusion_model.", ""}
+    reasons = {
+        "diffusers": [
+            (wan and "" in prefixes, "Wan's names without a prefix load nothing, or raise"),
+            (wan and some and bool(outside), f"it raises on alpha of {first(outside)}"),
+            (wan and any("patch_embedding" in key.module for key in outside),
+             "it raises on a change of patch_embedding"),
+            ("transformer." in prefixes and not ab,
+             "it doubles the prefix transformer. of lora_down and lora_up, and loads nothing"),
+            (not wan and not ab and not every, "lora_down and lora_up need an alpha"),
+            (not wan and ab and some, "it drops the alpha of lora_A and lora_B"),
+            ("diff" in words, "whole differences (.diff)"),
+        ],
+        "ComfyUI": [
+            (native, "it has no map for diffusers' names of Wan's layers"),
+            (wan and "" in prefixes, "Wan's names need the prefix diffusion_model."),
+            ("transformer." in prefixes, "it has no map for the prefix transformer."),
+        ],
+        "LightX2V": [
+            (native, "it knows the original names alone"),
+            (bool(foreign), f"it does not strip the prefix {min(foreign, default='')}"),
+        ],
+    }  # fmt: skip
+    if wan:
+        reasons["Wan2.2-Lightning"] = [
+            (native or bool(foreign), "it knows the original names alone"),
+            (ab, "it ignores lora_A and lora_B"),
+            (not every, "it needs an alpha for every layer"),
+            (not float32, "up and down must be float32"),
+            ("diff" in words, "whole differences (.diff)"),
+        ]
+    return {
+        who: next((reason for wrong, reason in rows if wrong), "") for who, rows in reasons.items()
+    }
+
+
+def first(keys: list[Key]) -> str:
+    """The module of the first key, for a message."""
+    return keys[0].module if keys else ""

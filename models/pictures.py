@@ -47,20 +47,28 @@ def sheet(rows: dict[str, Tensor], decode: Callable | None) -> bytes:
     """Latents by name -> a png with a row each; decode(x) -> RGB (n, h, w, 3), or a preview."""
     latents = [x.float().cpu() for x in rows.values()]
     shown = preview([frame(x) for x in latents]) if decode is None else map(decode, latents)
-    columns = len(latents[0])
-    h, w = latents[0].shape[-2:]
+    how = "decoded, first frame" if decode else "linear preview of latents, middle frame"
+    return grid(dict(zip(rows, shown)), how if latents[0].ndim == 5 else how.split(",")[0])
+
+
+def grid(rows: dict[str, Tensor], title: str) -> bytes:
+    """Pictures (n, h, w, 3) by name -> a png with a row each."""
+    held = list(rows.values())
+    columns, (h, w) = max(map(len, held)), held[0].shape[1:3]
     wide, high = (2 * n / max(h, w) for n in (w, h))  # inches
     size = (wide * columns + 0.6, high * len(rows) + 0.6)
     figure, axes = plt.subplots(
         len(rows), columns, figsize=size, squeeze=False, layout="constrained"
     )
-    for line, name, pictures in zip(axes, rows, shown):
+    for line, (name, pictures) in zip(axes, rows.items()):
         line[0].set_ylabel(name.replace(" at ", "\nat ").replace(", ", ",\n"), fontsize=7)
+        for ax in line:
+            ax.set(xticks=[], yticks=[])
         for ax, picture in zip(line, pictures):
             ax.imshow(picture.numpy())
-            ax.set(xticks=[], yticks=[])
-    how = "decoded, first frame" if decode else "linear preview of latents, middle frame"
-    figure.suptitle(how if latents[0].ndim == 5 else how.split(",")[0], fontsize=8)
+        for ax in line[len(pictures) :]:
+            ax.set_axis_off()
+    figure.suptitle(title, fontsize=8)
     return png(figure)
 
 

@@ -238,13 +238,24 @@ def embed(args) -> None:
     check_out(args.out, args.overwrite)
     if args.batch < 1:
         raise UserError(f"--batch {args.batch} is below 1")
-    encoder = load_encoder(args.teacher, args.weights, pick_device(args.device, "auto"))
-    usual = WAN_NEGATIVE if encoder.wan else QWEN_NEGATIVE
-    negative = usual if args.negative is None else args.negative
-    folder = str(component(args.teacher, args.weights, "text_encoder").resolve())
-    about = {"kind": "embeddings", "teacher": args.teacher, "encoder": folder}
-    write(args.out, encoder, prompts, negative, about, args.batch, args.overwrite)
+    embed_all(
+        args.teacher, args.weights, prompts, args.negative, args.out, args.batch,
+        pick_device(args.device, "auto"), args.overwrite,
+    )  # fmt: skip
     print(f"{args.out}: {len(prompts)} prompts")
+
+
+def embed_all(
+    teacher: str, folder: Path | None, prompts: list[str], negative: str | None, out: Path,
+    size: int, device: str, replace: bool,
+) -> None:  # fmt: skip
+    """Prompts -> a file of embeddings; the encoder is gone afterwards. negative: None: published."""
+    encoder = load_encoder(teacher, folder, device)
+    usual = WAN_NEGATIVE if encoder.wan else QWEN_NEGATIVE
+    negative = usual if negative is None else negative
+    held = str(component(teacher, folder, "text_encoder").resolve())
+    about = {"kind": "embeddings", "teacher": teacher, "encoder": held}
+    write(out, encoder, prompts, negative, about, size, replace)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ class Row(NamedTuple):
     settings: dict  # of the network
     repository: str = ""  # none: random weights only
     boundary: float | None = None  # two experts: high noise for t >= boundary
+    usual: tuple[int, float | None] = (50, 5.0)  # steps and shift it is sampled with; None: by size
 
 
 A14B = dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
@@ -46,20 +47,23 @@ TEACHERS = {
         Wan,
         dict(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30),
         "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        usual=(50, 8.0),
     ),
     "wan21": Row(Wan, A14B, "Wan-AI/Wan2.1-T2V-14B-Diffusers"),
-    "wan22": Row(Wan, A14B, "Wan-AI/Wan2.2-T2V-A14B-Diffusers", 0.875),
-    "wan22-i2v": Row(Wan, A14B | dict(in_dim=36), "Wan-AI/Wan2.2-I2V-A14B-Diffusers", 0.9),
+    "wan22": Row(Wan, A14B, "Wan-AI/Wan2.2-T2V-A14B-Diffusers", 0.875, (40, 12.0)),
+    "wan22-i2v": Row(
+        Wan, A14B | dict(in_dim=36), "Wan-AI/Wan2.2-I2V-A14B-Diffusers", 0.9, (40, 5.0)
+    ),
     "wan22-5b": Row(
         Wan,
         dict(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48),
         "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
     ),
-    "qwen-image": Row(QwenImage, QWEN, "Qwen/Qwen-Image"),
+    "qwen-image": Row(QwenImage, QWEN, "Qwen/Qwen-Image", usual=(50, None)),
     "wan21-tiny": Row(Wan, TINY),
-    "wan22-tiny": Row(Wan, TINY, boundary=0.875),
-    "wan22-i2v-tiny": Row(Wan, TINY | dict(in_dim=36), boundary=0.9),
-    "qwen-image-tiny": Row(QwenImage, QWEN_TINY),
+    "wan22-tiny": Row(Wan, TINY, boundary=0.875, usual=(40, 12.0)),
+    "wan22-i2v-tiny": Row(Wan, TINY | dict(in_dim=36), boundary=0.9, usual=(40, 5.0)),
+    "qwen-image-tiny": Row(QwenImage, QWEN_TINY, usual=(50, None)),
 }
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -297,30 +301,38 @@ def load(
     teacher_lora=None,
     teacher="",
     make_room=nn.Module.to_empty,
+    changes=None,
 ) -> nn.Module:
     """A network from published weights, in eval mode and frozen, dtype inside.
 
     folder holds config.json and safetensors of either layout, or is a single safetensors file.
     Never more memory than the network, one shard and the LoRA: tensors are cast as they are read.
-    A teacher_lora is merged in float32. With the name of a teacher its kind is checked. make_room
-    as in fill. Raises UserError for all that is not a whole network.
+    A teacher_lora is merged in float32, then `changes` of read_lora. With the name of a teacher its
+    kind is checked. make_room as in fill. Raises UserError for all that is not a whole network.
     """
     net, stored = plan(Path(folder), dtype, teacher)
-    changes = read_lora(net, Path(teacher_lora)) if teacher_lora else {}
+    merges = [read_lora(net, Path(teacher_lora)) if teacher_lora else {}, changes or {}]
     total = sum(p.numel() for p in net.parameters())
 
     def tensors():
         with tqdm(total=total, desc=str(folder), unit=" weights", unit_scale=True,
                   disable=None) as bar:  # fmt: skip
             for name, tensor in stream(stored):
-                if name in changes:
-                    tensor = changes[name].merge(tensor.float())
+                tensor = merged(tensor, name, merges)
                 check_values(tensor, stored[name])
                 yield name, tensor
                 bar.update(tensor.numel())
                 del tensor  # the last hold on a mapped shard
 
     return fill(net.requires_grad_(False), tensors(), device, make_room)
+
+
+def merged(tensor: Tensor, name: str, merges: list[dict[str, lora.Change]]) -> Tensor:
+    """A parameter with the changes that LoRAs make of it, one after the other, in float32."""
+    for changes in merges:
+        if name in changes:
+            tensor = changes[name].merge(tensor.float())
+    return tensor
 
 
 def check_values(tensor: Tensor, there: Stored) -> None:

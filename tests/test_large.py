@@ -623,7 +623,9 @@ def test_published_weights_are_distilled_and_watched_for_changes(tmp_path, capsy
     held = json.loads((out / "config.json").read_text())["files"]
     assert len(held) == 5 and str(prompts) in held
     assert sample.main(["--student", str(out), "--n", "2"]) == 0
-    embeddings(prompts, prompts=("x", "y", "z", "w"))
+    embeddings(prompts, prompts=("x", "y", "z", "w"))  # of no matter for sampling
+    assert sample.main(["--student", str(out), "--n", "2"]) == 0
+    save_file({key: 2 * x for key, x in tensors.items()}, files[-1])
     capsys.readouterr()
     assert sample.main(["--student", str(out)]) == 2 and "has changed" in capsys.readouterr().err
 

@@ -83,6 +83,32 @@ def roles(cfg, phases, device, out, start: dict[str, Tensor]) -> Roles:
     return separate_networks(names, lambda: network(cfg).to(device), start, teacher(cfg, device))
 
 
+def sampler(cfg, experts, wear, device, out, offload):
+    """velocity(role, x_t, t, c) of a finished student, or of the exact teacher."""
+    exact, nets = teacher(cfg, device), {}
+    for role in experts:
+        if role.startswith("student"):
+            nets[role] = network(cfg).to(device)
+            nets[role].load_state_dict(dict(wear(role).own()))
+    return lambda role, x_t, t, c=None: nets.get(role, exact)(x_t, t, c)
+
+
+def settled(cfg, args):
+    """The settings as they are: sample.py's other flags are for large teachers. UserError."""
+    flags = ("prompt", "prompts", "image", "size", "frames", "weights", "latents", "tiles", "dtype")
+    given = [name for name in flags if getattr(args, name)]
+    if given:
+        raise UserError(f"--{given[0]} is for large teachers, not for toy2d")
+    if args.n < 2:
+        raise UserError("--n is at least 2: the numbers are of distances between samples")
+    return cfg
+
+
+def ask(cfg, args, out, home, device):
+    """Settings, conditions, shape, names (none) of the samples."""
+    return cfg, *data(cfg)(args.n, args.seed, "sample", 0), []
+
+
 def plan(cfg, phases, held, device, rate) -> str:
     """Every role's parameters, counted on the meta device."""
     with torch.device("meta"):
@@ -201,11 +227,10 @@ def evaluate(cfg, student, phases, device) -> dict:
     return metrics
 
 
-def present(cfg, c, xs: list[Tensor], keep_all: bool) -> tuple[dict, dict[str, bytes]]:
+def present(cfg, c, xs: list[Tensor], args, names, device) -> tuple[dict, list]:
     """Samples xs at each time as numbers, and as files in the unit of the data: picture and npy."""
-    target, times = mixture(cfg), step_times(cfg.steps, cfg.shift)
-    if len(xs[-1]) < 2:
-        raise UserError("--n is at least 2: the numbers are of distances between samples")
+    keep_all, target = args.trajectory, mixture(cfg)
+    times = step_times(cfg.steps, cfg.shift)
     centre, scale = target.unit
     kept = list(zip(times, xs))[0 if keep_all else -1 :]
     array = torch.stack([x for _, x in kept]).double() * scale + centre
@@ -217,7 +242,8 @@ def present(cfg, c, xs: list[Tensor], keep_all: bool) -> tuple[dict, dict[str, b
         panel(ax, x, nearest, len(target.means), reach=reach_of(x))
         ax.set_title(f"t = {t:.3g}")
     y = target.sample(len(xs[-1]), stream("exact", cfg.seed))
-    return numbers(cfg, xs[-1], c, y), {"samples.png": png(figure), "samples.npy": file.getvalue()}
+    files = [("samples.png", png(figure)), ("samples.npy", file.getvalue())]
+    return numbers(cfg, xs[-1], c, y), files
 
 
 def picture(cfg, student, phases, device, n: int = 3000) -> bytes:

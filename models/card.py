@@ -1,0 +1,253 @@
+"""The card beside exported files: how the student was trained, and how to run it elsewhere."""
+
+import json
+
+from models import weights
+from models.qwen_image import QwenImage
+
+DTYPE = "torch.bfloat16"
+
+
+def text(student, experts, said: list[dict], full: bool) -> str:
+    """The card, markdown. said: the metadata of each expert's file."""
+    row = weights.row_of(student.cfg.teacher)
+    parts = [head(student, row, said), training(student, said)]
+    parts += [diffusers(student, row, experts, full)]
+    if not full:
+        parts += [comfyui(student, row, experts), *others(student, row, experts)]
+    return "\n".join(parts)
+
+
+def head(student, row, said) -> str:
+    """What it is, in the words of a model hub."""
+    cfg = student.cfg
+    base = row.repository or said[0]["base"]
+    times = ", ".join(f"{1000 * t:.6g}" for t in json.loads(said[0]["times"])[:-1])
+    how = f"in {cfg.phases} phases" if cfg.phases > 1 else "in one phase, which is DMD2"
+    return lines(
+        "---",
+        "license: apache-2.0",
+        *([f"base_model: {base}"] if row.repository else []),
+        "tags: [phased-dmd, few-step, distillation]",
+        "---",
+        f"# {base}, {cfg.steps} steps",
+        "",
+        f"A student of {cfg.steps} steps, distilled by Phased DMD ({said[0]['paper']}) {how}.",
+        f"Sample it with Euler steps at t x 1000 = **{times}**, and then 0 (shift {cfg.shift:g}),",
+        "without guidance (CFG 1).",
+        "",
+    )
+
+
+def lines(*texts: str) -> str:
+    """Texts, a line each."""
+    return "\n".join(texts)
+
+
+def training(student, said) -> str:
+    """How it was trained, and what each file is."""
+    cfg = student.cfg
+    rank = f", rank {cfg.rank}, alpha {cfg.alpha:g}" if cfg.generator == "lora" else ""
+    about = {
+        "base": " with ".join(said[0][key] for key in ("base", "base_lora") if key in said[0]),
+        "student": f"{cfg.generator}{rank}; {cfg.iters} updates a phase at {cfg.lr:g}",
+        "fake": f"{cfg.fake}, {'one a depth' if cfg.fake_per_depth else 'one'}; "
+        f"{cfg.fake_updates} updates at {cfg.fake_lr:g} for each of the student",
+        "batch": str(cfg.batch),
+        "sizes": f"{', '.join(cfg.size)}; {cfg.frames} frames where they name none",
+        "guidance of the teacher": ", ".join(f"{g:g}" for g in cfg.guidance),
+        "target, weight, truncation": f"{cfg.target}, {cfg.weight}, {cfg.truncate}",
+        "seed": str(cfg.seed),
+        "times in the network": "rounded as the pipeline does in bfloat16: run it so"
+        if said[0]["timestep_rounding"] == "bf16" else "float32",
+    }  # fmt: skip
+    rows = [f"| {name} | {value} |" for name, value in about.items()]
+    return lines(*phase_rows(said), "", "| trained with | |", "|---|---|", *rows, "")
+
+
+def phase_rows(said) -> list[str]:
+    """A table: which phase is which transformer's, and takes which steps."""
+    rows = ["| phase | transformer | steps | re-noised in |", "|---|---|---|---|"]
+    for one in said:
+        who = f"{one['noise']} noise" if "noise" in one else "its own adapter"
+        steps = ", ".join(str(1 + i) for i in json.loads(one["steps"]))
+        rows.append(f"| {one['phase']} | {who} | {steps} | {one['interval']} |")
+    return rows
+
+
+# -- diffusers -----------------------------------------------------------------------------------
+
+
+def diffusers(student, row, experts, full: bool) -> str:
+    """The snippet that gives these times and these experts; a test runs it."""
+    cfg, qwen = student.cfg, row.network is QwenImage
+    kind = "QwenImagePipeline" if qwen else "WanPipeline"
+    kind = "WanImageToVideoPipeline" if row.settings.get("in_dim") == 36 else kind
+    base = row.repository or "FOLDER OF THE BASE"
+    loads = full_loads(kind, row, experts) if full else lora_loads(kind, experts)
+    code = [
+        "import torch",
+        f"from diffusers import FlowMatchEulerDiscreteScheduler, {kind}",
+        *(["from diffusers import " + network(qwen)] if full else []),
+        "",
+        f'base, here = "{base}", "."  # here: the folder of this card',
+        *loads,
+        *schedule(cfg, qwen),
+        'pipe.to("cuda")',
+        "",
+        *call(cfg, kind, switching(experts)),
+    ]
+    why = (
+        "The scheduler's own `shift` alone would be applied twice, and end at another time."
+        if not qwen else "The scheduler of the base shifts by size and ends at 0.02."
+    )  # fmt: skip
+    return lines("## diffusers", "", "```python", *code, "```", why, "")
+
+
+def network(qwen: bool) -> str:
+    """diffusers' class of the transformer."""
+    return "QwenImageTransformer2DModel" if qwen else "WanTransformer3DModel"
+
+
+def switching(experts) -> bool:
+    """Whether several experts take turns on one transformer."""
+    return not experts[0].noise and len(experts) > 1
+
+
+def lora_loads(kind: str, experts) -> list[str]:
+    """The pipeline of the base, and its adapters."""
+    code = [f"pipe = {kind}.from_pretrained(base, torch_dtype={DTYPE})"]
+    for one in experts:
+        file = f'pipe.load_lora_weights(here, weight_name="{one.stem}.safetensors"'
+        name = f', adapter_name="{one.stem}"'
+        into = ", load_into_transformer_2=True" if one.noise == "low" else ""
+        code.append(f"{file}{name}{into})")
+    if switching(experts):
+        owners = [one.stem for one in experts for _ in range(one.phase.depths)]
+        code += [
+            f"experts = {json.dumps(owners)}  # of each step",
+            "pipe.set_adapters(experts[0])",
+            "",
+            "def switch(pipe, i, t, kwargs):  # after step i: the expert of the next one",
+            "    if i + 1 < len(experts):",
+            "        pipe.set_adapters(experts[i + 1])",
+            "    return kwargs",
+            "",
+        ]
+    return code
+
+
+def full_loads(kind: str, row, experts) -> list[str]:
+    """The pipeline of the base with transformers of these files."""
+    name = network(row.network is QwenImage)
+    get = f"{name}.from_pretrained(here, subfolder="
+    if switching(experts):
+        folders = [f"phase{one.phase.k}/transformer" for one in experts]
+        owners = [k for k, one in enumerate(experts) for _ in range(one.phase.depths)]
+        return [
+            f"folders = {json.dumps(folders)}",
+            f"nets = [{get}f, torch_dtype={DTYPE}) for f in folders]",
+            f"experts = {owners}  # of each step",
+            f"pipe = {kind}.from_pretrained(base, transformer=nets[0], torch_dtype={DTYPE})",
+            "",
+            "def switch(pipe, i, t, kwargs):  # after step i: the expert of the next one",
+            "    if i + 1 < len(experts):",
+            "        pipe.transformer = nets[experts[i + 1]]",
+            "    return kwargs",
+            "",
+        ]
+    slots = {"high": "transformer", "low": "transformer_2", "": "phase1/transformer"}
+    given = ", ".join(
+        f'{slots[one.noise].split("/")[-1]}={get}"{slots[one.noise]}", torch_dtype={DTYPE})'
+        for one in experts
+    )
+    return [f"pipe = {kind}.from_pretrained(base, {given}, torch_dtype={DTYPE})"]
+
+
+def schedule(cfg, qwen: bool) -> list[str]:
+    """The scheduler with exactly the student's times."""
+    if qwen:  # the pipeline hands it 1, 1 - 1/N, ...: shifted once
+        return [f"pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift={cfg.shift})"]
+    return [
+        "scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0)",
+        f"scheduler.sigma_min = 1 / {cfg.steps}",
+        f"scheduler.set_shift({cfg.shift})",
+        "pipe.scheduler = scheduler",
+    ]
+
+
+def call(cfg, kind: str, switches: bool) -> list[str]:
+    """Sampling, and the file."""
+    size = cfg.size[0].split(":")[0].split("x")[-2:]
+    frames = 1 if kind.startswith("Qwen") else cfg.frames
+    frames = int(cfg.size[0].split("x")[0]) if cfg.size[0].count("x") == 2 else frames
+    about = [f"num_inference_steps={cfg.steps}", f"height={size[0]}, width={size[1]}"]
+    about += ["true_cfg_scale=1.0" if kind.startswith("Qwen") else "guidance_scale=1.0"]
+    about += [f"num_frames={frames}"] if not kind.startswith("Qwen") else []
+    about += ["callback_on_step_end=switch"] if switches else []
+    image = "image, " if "Image" in kind and "Qwen" not in kind else ""
+    first = [f"settings = dict({', '.join(about)})", 'prompt = "A fox runs through snow."']
+    if image:
+        first.append('image = diffusers.utils.load_image("first.png").resize(('
+                     f"{size[1]}, {size[0]}))")  # fmt: skip
+        first.insert(0, "import diffusers")
+    if kind.startswith("Qwen"):
+        return [*first, 'pipe(prompt=prompt, **settings).images[0].save("image.png")']
+    return [
+        "from diffusers.utils import export_to_video",
+        *first,
+        f"frames = pipe({image and 'image=image, '}prompt=prompt, **settings).frames[0]",
+        f'export_to_video(frames, "video.mp4", fps={24 if cfg.teacher == "wan22-5b" else 16})',
+    ]
+
+
+# -- the others ----------------------------------------------------------------------------------
+
+
+def comfyui(student, row, experts) -> str:
+    """Nodes and their values."""
+    cfg = student.cfg
+    shift = "ModelSamplingAuraFlow" if row.network is QwenImage else "ModelSamplingSD3"
+    rows = []
+    for i, one in enumerate(experts, 1):
+        model = f"the {one.noise}-noise model" if one.noise else "the model of the base"
+        noise, left = (
+            "enable" if yes else "disable" for yes in (one is experts[0], one is not experts[-1])
+        )
+        rows += [
+            f"{i}. {model}, LoraLoaderModelOnly `{one.stem}.safetensors` at 1.0, {shift} shift",
+            f"   {cfg.shift:g}, KSamplerAdvanced: steps {cfg.steps}, cfg 1.0, sampler euler,",
+            f"   scheduler simple, start_at_step {one.phase.first}, end_at_step {one.phase.last},",
+            f"   add_noise {noise}, return_with_leftover_noise {left}",
+        ]
+    return lines("## ComfyUI", "", "Not run by us. Latents go from node to node:", "", *rows, "")
+
+
+def others(student, row, experts) -> list[str]:
+    """LightX2V, and Wan2.2-Lightning, where they fit."""
+    cfg, two = student.cfg, bool(experts[0].noise)
+    if len(experts) > 1 and not two:
+        many = f"{len(experts)} take turns on this student's"
+        return [lines("## LightX2V", "", f"It loads one LoRA for a transformer, and {many}.", "")]
+    config = {
+        "infer_steps": cfg.steps,
+        "denoising_step_list": [round(1000 * (1 - i / cfg.steps), 4) for i in range(cfg.steps)],
+        "sample_shift": cfg.shift, "enable_cfg": False,
+    }  # fmt: skip
+    config |= {"boundary_step_index": experts[0].phase.last} if two else {}
+    config["lora_configs"] = [
+        ({"name": one.stem} if two else {}) | {"path": f"{one.stem}.safetensors", "strength": 1.0}
+        for one in experts
+    ]
+    told = [
+        "## LightX2V", "", "Not run by us. Into the configuration of a distilled model:", "",
+        "```json", json.dumps(config, indent=1), "```", "",
+    ]  # fmt: skip
+    if two and (cfg.steps, cfg.shift) == (4, 5.0):
+        task = "i2v-A14B" if row.settings.get("in_dim") == 36 else "t2v-A14B"
+        told += [
+            "## Wan2.2-Lightning", "", "Not run by us. Its four steps are these:", "", "```bash",
+            f'python generate.py --task {task} --ckpt_dir BASE --lora_dir . --prompt "..."', "```",
+            "",
+        ]  # fmt: skip
+    return [lines(*told)]

@@ -1,0 +1,535 @@
+"""Claims about sampling large teachers and about LoRA files, of others and ours, without extras."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import moe
+import sample
+import train
+from models import export, lora, sampling, weights
+from models.draws import normal
+from models.files import UserError, header
+from models.qwen_image import QwenImage
+from phases import step_times
+from students import embeddings, student
+
+LIGHTNING = ("diffusers", "ComfyUI", "LightX2V", "Wan2.2-Lightning")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """runs(teacher, *flags): a finished student, made once."""
+    held = {}
+
+    def of(teacher, *flags):
+        if (teacher, flags) not in held:
+            out = tmp_path_factory.mktemp("run") / teacher
+            held[teacher, flags] = student(out, teacher, "--dtype", "float32", *flags)
+        return held[teacher, flags]
+
+    return of
+
+
+def said(capsys, *line):
+    """What the command prints; it must go well."""
+    capsys.readouterr()
+    assert sample.main([*map(str, line)]) == 0
+    return capsys.readouterr().out
+
+
+def refused(capsys, *line):
+    """The one line of the error."""
+    capsys.readouterr()
+    assert sample.main([*map(str, line)]) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1, shown
+    return shown
+
+
+# -- sampling ------------------------------------------------------------------------------------
+
+
+def latents(folder):
+    return load_file(folder / "latents.safetensors")
+
+
+@pytest.mark.parametrize("teacher", ["wan22-tiny", "wan22-i2v-tiny", "qwen-image-tiny"])
+@pytest.mark.parametrize("generator", ["lora", "full"])
+def test_what_is_sampled_is_what_the_run_had_in_memory(runs, tmp_path, teacher, generator):
+    """One network at a time computes what all roles beside each other do; other experts do not."""
+    folder = runs(teacher, "--generator", generator)
+    line = ["--student", folder, "--n", "2", "--trajectory", "--out", tmp_path]
+    assert sample.main([*map(str, line)]) == 0
+    xs, run = latents(tmp_path), loaded(folder)
+    c, shape = run.batch(2, 0, "sample", 0)
+    z = torch.stack([normal(xs["x0"].shape[1:], 0, "sample", j, "z") for j in range(2)])
+    assert torch.equal(z, xs["x0"])
+    with torch.no_grad():
+        wanted = list(sample.trajectory(run.student, run.times, z, c))
+        swapped = list(sample.trajectory(run.student[::-1], run.times, z, c))
+    for i, x in enumerate(wanted):
+        assert torch.allclose(xs[f"x{i}"], x, atol=1e-5)
+    assert not torch.allclose(swapped[-1], wanted[-1], atol=1e-2)
+
+
+def loaded(folder):
+    """The run with all of its roles, as training has them."""
+    cfg = json.loads((folder / "config.json").read_text())
+    cfg = train.Config(**{k: tuple(v) if isinstance(v, list) else v
+                          for k, v in cfg["settings"].items()})  # fmt: skip
+    cfg = train.replace(cfg, size=cfg.size[:1])
+    run = train.new_run(cfg, {}, torch.device("cpu"), folder)
+    run.k = len(run.phases)
+    tensors = load_file(folder / "student.safetensors")
+    for role in moe.owners(run.phases):
+        for name, p in run.roles.parameters_of(role).items():
+            p.data.copy_(tensors[f"{role}/{name}"])
+    return run
+
+
+def test_seeds_and_prompts_share_their_noises(runs, tmp_path):
+    """Sample j of every prompt begins at the same noise; fewer samples are the first of more."""
+    folder = runs("wan22-tiny")
+    prompt = embeddings(tmp_path / "p.safetensors", "wan22-tiny", ["a", "b"])
+    line = ["--student", folder, "--prompts", prompt, "--trajectory"]
+    for n, seed in ((2, 0), (1, 0), (1, 1)):
+        out = tmp_path / f"{n}{seed}"
+        assert sample.main([*map(str, [*line, "--n", n, "--seed", seed, "--out", out])]) == 0
+    two, one, other = (latents(tmp_path / name) for name in ("20", "10", "11"))
+    assert torch.equal(two["x0"][:2], two["x0"][2:])
+    assert not torch.allclose(two["x4"][:2], two["x4"][2:], atol=1e-3)
+    assert torch.allclose(one["x4"], two["x4"][[0, 2]], atol=1e-5)
+    assert not torch.allclose(one["x0"], other["x0"], atol=1e-3)
+    names = json.loads(lora.metadata(tmp_path / "20" / "latents.safetensors")["about"])["names"]
+    assert names == ["000-00", "000-01", "001-00", "001-01"]
+
+
+def test_the_teacher_is_sampled_with_its_own_steps_and_guidance(tmp_path, capsys):
+    """Two evaluations for a guided step; it says that it is not the official solver."""
+    out = said(capsys, "--teacher", "wan22-tiny", "--n", 2, "--out", tmp_path / "a")
+    assert "80 network evaluations" in out and "UniPC" in out
+    line = ["--teacher", "wan22-tiny", "--n", 2, "--steps", 8, "--guidance", 1, 3]
+    out = said(capsys, *line, "--out", tmp_path / "b")
+    high = sum(t >= 0.875 for t in step_times(8, 12.0)[:-1])
+    assert f"{high + 2 * (8 - high)} network evaluations" in out and 0 < high < 8
+    out = said(capsys, "--teacher", "qwen-image-tiny", "--n", 1, "--out", tmp_path / "c")
+    assert "100 network evaluations" in out and "UniPC" not in out
+
+
+def test_the_times_of_qwen_image_are_those_of_its_published_scheduler():
+    """s = e^mu by size, stretched to end at 0.02; at 1328 x 1328 mu is 0.8343, s 2.303."""
+    cfg = train.replace(train.config("qwen-image"), steps=50, size=("1328x1328",))
+    times = sampling.teacher_times(cfg, None)
+    u, s = 0.5, 2.718281828**0.834296875
+    plain = lambda u: s * u / (1 + (s - 1) * u)
+    wanted = 1 - (1 - plain(u)) * 0.98 / (1 - plain(1 / 50))
+    assert times[0] == 1 and times[-2:] == (pytest.approx(0.02), 0.0)
+    assert times[25] == pytest.approx(wanted, abs=1e-4)
+    assert sampling.teacher_times(train.replace(cfg, steps=4), 3.0) == pytest.approx(
+        step_times(4, 3.0)
+    )
+
+
+@pytest.mark.parametrize("flags,says", [
+    ("--size 50x64", "nearest that fits is 48x64"), ("--size 48", "HEIGHTxWIDTH"),
+    ("--frames 8", "nearest: 9"), ("--size 1x48x64 --frames 9", "do not agree"),
+    ("--steps 4", "--steps is for --teacher"), ("--guidance 4", "--guidance is for --teacher"),
+    ("--lora a.safetensors", "--lora is for --teacher"), ("--merge", "--export"),
+    ("--bf16", "--export"), ("--image a.png", "takes none"), ("--n 0", "--n must"),
+    ("--prompt fox", "no text encoder"), ("--prompts none.safetensors", "holds no embeddings"),
+])  # fmt: skip
+def test_flags_that_do_not_fit_are_one_line_and_write_nothing(runs, tmp_path, capsys, flags, says):
+    out = tmp_path / "out"
+    line = ["--student", runs("wan22-tiny"), "--out", out, *flags.split()]
+    assert says in refused(capsys, *line) and not out.exists()
+
+
+def test_large_flags_are_refused_for_toys_and_toys_for_export(tmp_path, capsys):
+    line = ["--teacher", "toy2d", "--out", tmp_path / "out"]
+    assert "--prompt is for large" in refused(capsys, *line, "--prompt", "fox")
+    assert "--lora is for large" in refused(capsys, *line, "--lora", "a.safetensors")
+    assert "--export is for students" in refused(capsys, *line, "--export", tmp_path / "e")
+    assert "nearest" in refused(capsys, "--teacher", "wan23", "--out", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    out = said(capsys, *line, "--n", 500)  # the exact teacher, by the same command
+    assert "40 network evaluations" in out and "precision" in out
+
+
+def test_5b_sizes_are_divisible_by_32(capsys):
+    line = ["--teacher", "wan22-5b", "--weights", "random", "--size", "720x1280"]
+    assert "nearest that fits is 704x1280" in refused(capsys, *line)
+
+
+@pytest.mark.slow
+def test_toy_tiny_and_full_size_go_through_the_same_lines(tmp_path, monkeypatch, capsys):
+    """1.4 billion random weights, bf16: train one iteration, sample, export; drawn() is everyone's."""
+    seen, plain = [], sample.drawn
+    monkeypatch.setattr(
+        sample, "drawn", lambda source, *a: seen.append(source.cfg.teacher) or plain(source, *a)
+    )
+    for teacher, flags in (
+        ("toy2d", ["--iters", "1", "--warmup", "1"]), ("wan22-tiny", []),
+        ("wan21-1.3b", ["--weights", "random", "--size", "1x64x64", "--generator", "lora"]),
+    ):  # fmt: skip
+        out = tmp_path / teacher
+        if teacher == "toy2d":
+            assert train.main(["--out", str(out), *flags]) == 0
+        else:
+            student(out, teacher, *flags)
+        assert sample.main(["--student", str(out), "--n", "2"]) == 0
+        if teacher != "toy2d":
+            said(capsys, "--student", out, "--export", tmp_path / f"{teacher}-out")
+    assert seen == ["toy2d", "wan22-tiny", "wan21-1.3b"]
+    sizes = {p.name: p.stat().st_size for p in (tmp_path / "wan21-1.3b-out").iterdir()}
+    assert sizes["phase1.safetensors"] == sizes["phase2.safetensors"] > 2e8
+
+
+# -- LoRA files of others ------------------------------------------------------------------------
+
+
+def full_size(path, teacher, kind="F32"):
+    """A file with the keys, ranks and sizes of the published one; its zeros take no disk."""
+    row = weights.row_of(teacher)
+    net = weights.build(row.network, row.settings, torch.bfloat16)
+    prefix, shapes = "" if row.network is QwenImage else "diffusion_model.", {}
+    for name, layer in lora.adapted(net).items():
+        shapes[f"{prefix}{name}.lora_down.weight"] = kind, (64, layer.in_features)
+        shapes[f"{prefix}{name}.lora_up.weight"] = kind, (layer.out_features, 64)
+        shapes[f"{prefix}{name}.alpha"] = torch.int64, ()
+    head, size = header(shapes, {})
+    with open(path, "wb") as file:
+        file.write(head)
+        file.truncate(size)
+    return net, shapes, size
+
+
+@pytest.mark.parametrize("teacher,tensors,bytes_there", [
+    ("wan22", 1200, 1_226_000_000), ("wan22-i2v", 1200, 1_226_000_000),
+    ("qwen-image", 2160, 1_698_951_104),
+])  # fmt: skip
+def test_files_of_the_published_size_load_on_the_meta_device(
+    tmp_path, teacher, tensors, bytes_there
+):
+    """Keys, rank 64, shapes of the Lightning files; every layer gets its adapter."""
+    path = tmp_path / "lightning.safetensors"
+    net, shapes, size = full_size(path, teacher, torch.float32)
+    assert len(shapes) == tensors and abs(size - bytes_there) < 3e6
+    cfg = train.config(teacher, weights=("random",))
+    sampling.check_lora(cfg, path, {})  # no consumer minds
+    factors, rest = lora.split(weights.read_lora(net, path), net)
+    assert not rest and len(factors) == tensors // 3
+    lora.attach(net.to("meta"), "student1", factors)
+    held = lora.parameters(net, "student1")
+    assert len(held) == 2 * tensors // 3 and all(p.is_meta for p in held.values())
+    assert sum(p.numel() for p in held.values()) * 4 == size - 8 * tensors // 3 - head_of(path)
+
+
+def head_of(path):
+    """Bytes before the tensors."""
+    with open(path, "rb") as file:
+        return 8 + int.from_bytes(file.read(8), "little")
+
+
+def tiny_file(path, form, teacher="wan22-tiny", seed=0, rank=2):
+    """A LoRA of all adapted layers in one of the published forms. Returns alpha / rank as meant."""
+    row = weights.row_of(teacher)
+    net = weights.build(row.network, row.settings, torch.float32)
+    tensors, about, scale = {}, {}, 0.5
+    for name, layer in lora.adapted(net).items():
+        down = normal((rank, layer.in_features), form, seed, name, "down")
+        up = normal((layer.out_features, rank), form, seed, name, "up") / 10
+        prefix, words, key = "diffusion_model.", ("lora_down", "lora_up"), name
+        if form == "native":
+            prefix, words, key = "transformer.", ("lora_A", "lora_B"), net.diffusers_name(name)
+        if form in ("AB", "AB alpha"):
+            words = "lora_A", "lora_B"
+        if form == "bare":
+            prefix = ""
+        if form == "musubi":
+            prefix, key = "lora_unet_", name.replace(".", "_")
+        if form == "doubled":
+            prefix, key = "transformer.", net.diffusers_name(name)
+        tensors[f"{prefix}{key}.{words[0]}.weight"] = down
+        tensors[f"{prefix}{key}.{words[1]}.weight"] = up
+        if form not in ("AB", "native", "no alpha"):
+            tensors[f"{prefix}{key}.alpha"] = torch.tensor(float(rank * scale))
+    if form == "native":
+        about = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": rank * scale})}
+    save_file(tensors, path, about)
+    return 1.0 if form in ("AB", "no alpha") else scale
+
+
+FORMS = ["lightning", "AB", "AB alpha", "native", "bare", "musubi", "no alpha"]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("teacher", ["wan22-tiny", "qwen-image-tiny"])
+def test_every_form_of_file_is_read_with_its_alpha(tmp_path, capsys, teacher, form):
+    """The adapter of each layer is the file's, at its scale; a base merged by hand agrees."""
+    path = tmp_path / "x.safetensors"
+    scale = tiny_file(path, form, teacher)
+    net = weights.random(teacher, torch.float32, seed=1)
+    factors, rest = lora.split(weights.read_lora(net, path), net)
+    assert not rest and {one.scale for one in factors.values()} == {scale}
+    lora.attach(net, "student1", factors)
+    cfg = train.config(teacher)
+    c, shape = train.large.data(cfg, tmp_path)(2, 0, 0)
+    x, t = normal((2, *shape), "x"), torch.tensor([0.9, 0.3])
+    with torch.no_grad():
+        found = net(x, t, c, adapter="student1")
+        plain = net(x, t, c)
+        for key, one in factors.items():
+            net.get_submodule(key).weight.addmm_(one.up, one.down, alpha=scale)
+        merged = net(x, t, c)
+    assert torch.allclose(found, merged, atol=1e-4) and not torch.allclose(found, plain, atol=1e-2)
+
+
+REFUSED = [  # form, teacher, consumer, why
+    ("no alpha", "wan22-tiny", "Wan2.2-Lightning", "needs an alpha"),
+    ("AB", "wan22-tiny", "Wan2.2-Lightning", "ignores lora_A"),
+    ("bare", "wan22-tiny", "diffusers", "load nothing"),
+    ("bare", "wan22-tiny", "ComfyUI", "need the prefix"),
+    ("native", "wan22-tiny", "ComfyUI", "no map"),
+    ("native", "wan22-tiny", "LightX2V", "original names"),
+    ("native", "wan22-tiny", "Wan2.2-Lightning", "original names"),
+    ("no alpha", "qwen-image-tiny", "diffusers", "need an alpha"),
+    ("AB alpha", "qwen-image-tiny", "diffusers", "drops the alpha"),
+    ("doubled", "qwen-image-tiny", "diffusers", "doubles the prefix"),
+    ("doubled", "qwen-image-tiny", "ComfyUI", "no map"),
+    ("doubled", "qwen-image-tiny", "LightX2V", "does not strip"),
+    ("native", "qwen-image-tiny", "LightX2V", "does not strip"),
+]
+
+
+@pytest.mark.parametrize("form,teacher,who,why", REFUSED)
+def test_what_a_consumer_refuses_is_said_with_the_reason(tmp_path, capsys, form, teacher, who, why):
+    """And refused where nobody takes it."""
+    path = tmp_path / "high.safetensors"
+    tiny_file(path, form, teacher)
+    cfg = train.config(teacher)
+    if form == "doubled":
+        with pytest.raises(UserError, match=f"fits nobody.*{who}: .*{why}"):
+            sampling.check_lora(cfg, path, {})
+    else:
+        sampling.check_lora(cfg, path, {})
+        lines = capsys.readouterr().out.splitlines()
+        assert [line for line in lines if f"not for {who}" in line and why in line]
+
+
+@pytest.mark.parametrize("key,who,why", [
+    ("diffusion_model.head.head.alpha", "diffusers", "raises on alpha of head.head"),
+    ("diffusion_model.patch_embedding.lora_up.weight", "diffusers", "patch_embedding"),
+    ("diffusion_model.blocks.0.ffn.0.diff", "diffusers", "differences"),
+    ("diffusion_model.blocks.0.ffn.0.diff_b", "Wan2.2-Lightning", "differences"),
+])  # fmt: skip
+def test_keys_that_break_consumers_are_never_written(tmp_path, key, who, why):
+    """Of the four, all take what we write; with one such key more, one of them does not."""
+    tiny_file(tmp_path / "x.safetensors", "lightning")
+    kinds = dict.fromkeys(load_file(tmp_path / "x.safetensors"), "F32")
+    assert lora.refusals(kinds, True) == dict.fromkeys(LIGHTNING, "")
+    assert why in lora.refusals(kinds | {key: "F32"}, True)[who]
+    name = next(key for key in kinds if "lora_up" in key)
+    assert "float32" in lora.refusals(kinds | {name: "BF16"}, True)["Wan2.2-Lightning"]
+
+
+def test_high_and_low_are_told_apart_and_it_says_how(tmp_path, capsys):
+    """By name, or in the order given; swapped on purpose, the latents are others."""
+    names = {"named": ("my_high.safetensors", "my_low.safetensors"), "plain": ("a", "b")}
+    found = {}
+    for kind, (high, low) in names.items():
+        for seed, name in enumerate((high, low)):
+            tiny_file(tmp_path / name, "lightning", seed=seed)
+        for order in ((high, low), (low, high)):
+            line = ["--teacher", "wan22-tiny", "--n", 1, "--dtype", "float32", "--lora"]
+            out = tmp_path / f"{kind}-{order[0]}-out"
+            told = said(capsys, *line, *(tmp_path / name for name in order), "--out", out)
+            assert ("by metadata or name" if kind == "named" else "order given") in told
+            assert "4 network evaluations" in told
+            found[kind, order[0] == high] = latents(out)["x"]
+    assert torch.equal(found["named", True], found["named", False])
+    assert torch.equal(found["named", True], found["plain", True])
+    assert not torch.allclose(found["plain", True], found["plain", False], atol=1e-3)
+
+
+def test_what_is_not_of_adapted_layers_is_merged(tmp_path, capsys):
+    """.diff and .diff_b, as some published files have them; a random base takes none."""
+    net = weights.random("wan21-tiny", torch.float32, seed=1)
+    save_file(dict(net.named_parameters()), tmp_path / "base.safetensors")
+    (tmp_path / "config.json").write_text(json.dumps(
+        {"_class_name": "WanModel"} | weights.row_of("wan21-tiny").settings))  # fmt: skip
+    tiny_file(tmp_path / "x.safetensors", "lightning", "wan21-tiny")
+    tensors = load_file(tmp_path / "x.safetensors")
+    tensors["diffusion_model.head.head.diff_b"] = torch.ones(64)
+    save_file(tensors, tmp_path / "y.safetensors")
+    prompt = embeddings(tmp_path / "p.safetensors", "wan21-tiny", ["a"])
+    base = ["--weights", tmp_path / "base.safetensors", "--prompts", prompt, "--n", 1, "--steps", 1,
+            "--dtype", "float32", "--teacher", "wan21-tiny", "--latents"]  # fmt: skip
+    for name in "xy":
+        said(capsys, *base, "--lora", tmp_path / f"{name}.safetensors", "--out", tmp_path / name)
+    x, y = (latents(tmp_path / name)["x"] for name in "xy")
+    assert torch.allclose(y, x - 1, atol=1e-4)  # one Euler step of a velocity that is 1 more
+    line = ["--teacher", "wan21-tiny", "--lora", tmp_path / "y.safetensors"]
+    assert "published base" in refused(capsys, *line)
+
+
+def test_loras_that_do_not_fit_are_one_line(runs, tmp_path, capsys):
+    high, low, qwen, odd = (tmp_path / f"{n}.safetensors" for n in ("high", "low", "qwen", "odd"))
+    tiny_file(high, "lightning"), tiny_file(low, "lightning", seed=1)
+    tiny_file(qwen, "lightning", "qwen-image-tiny")
+    tensors = load_file(high)
+    save_file(tensors | {"diffusion_model.blocks.0.ffn.0.lokr_w1": torch.ones(2)}, odd)
+    line = ["--teacher", "wan22-tiny", "--out", tmp_path / "out", "--lora"]
+    assert "--lora takes 2, one for each transformer, got 1" in refused(capsys, *line, high)
+    assert "no layer of this network" in refused(capsys, *line, qwen, qwen)
+    assert "ends in nothing that a LoRA has" in refused(capsys, *line, odd, low)
+    assert "cannot read" in refused(capsys, *line, tmp_path / "absent", low)
+    key = "diffusion_model.blocks.0.ffn.0.lora_up.weight"
+    save_file(tensors | {key: torch.ones(7, 2)}, odd)
+    assert "has not the shape" in refused(capsys, *line, odd, low)
+    out = tmp_path / "ours"
+    said(capsys, "--student", runs("wan22-tiny"), "--export", out)
+    files = out / "high_noise_model.safetensors", out / "low_noise_model.safetensors"
+    assert "name each once" in refused(capsys, *line, files[0], files[0])
+    assert "of 2" in refused(capsys, *line, files[0])
+    other = ["--teacher", "wan22-i2v-tiny", "--lora", *files]
+    assert "is for wan22-tiny" in refused(capsys, *other)
+    assert not (tmp_path / "out").exists()
+
+
+# -- export --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags,says", [
+    (["--shift", "7"], "takes the step at t x 1000 = 875 with the low-noise transformer"),
+    (["--phases", "4"], "phases 1 and 2 are both on the high-noise transformer"),
+    (["--phases", "1"], "phase 1 takes the step at t x 1000 = 1000 with the low-noise"),
+])  # fmt: skip
+def test_students_that_routing_by_t_would_break_are_not_exported(
+    runs, tmp_path, capsys, flags, says
+):
+    """Shift 7 is 3 + 1 by t and 2 + 2 by step; the default goes out."""
+    folder, out = runs("wan22-tiny", *flags), tmp_path / "out"
+    assert says in refused(capsys, "--student", folder, "--export", out) and not out.exists()
+    assert sample.main(["--student", str(folder), "--n", "1", "--out", str(tmp_path / "s")]) == 0
+
+
+def test_exported_files_are_what_all_four_take(runs, tmp_path, capsys):
+    """Keys, float32, alpha of no dimensions; a bf16 twin on request; names that Lightning wants."""
+    out = tmp_path / "out"
+    said(capsys, "--student", runs("wan22-tiny"), "--export", out, "--bf16")
+    for name in ("high_noise_model", "low_noise_model"):
+        tensors, twin = (load_file(x / f"{name}.safetensors") for x in (out, out / "bf16"))
+        assert len(tensors) == 3 * 10 * 2
+        dtypes = {key: x.dtype for key, x in tensors.items()}
+        assert set(dtypes.values()) == {torch.float32}
+        alphas = [x for key, x in tensors.items() if key.endswith(".alpha")]
+        assert {(x.shape, x.item()) for x in alphas} == {(torch.Size([]), 8.0)}
+        assert lora.refusals(dict.fromkeys(tensors, "F32"), True) == dict.fromkeys(LIGHTNING, "")
+        for key, x in tensors.items():
+            bf16 = x if key.endswith("alpha") else x.bfloat16()
+            assert torch.equal(twin[key], bf16) and twin[key].dtype == bf16.dtype
+    assert "holds other things" in refused(capsys, "--student", runs("wan22-tiny"), "--export", out)
+
+
+def test_full_weights_need_a_base_and_room(runs, tmp_path, capsys, monkeypatch):
+    line = ["--student", runs("wan22-tiny"), "--export", tmp_path / "out"]
+    assert "random ones have none" in refused(capsys, *line, "--merge")
+    full = ["--student", runs("wan22-tiny", "--generator", "full"), "--export", tmp_path / "out"]
+    assert "random ones have none" in refused(capsys, *full)
+    assert "--merge is for adapters" in refused(capsys, *full, "--merge")
+    monkeypatch.setattr(export.shutil, "disk_usage", lambda _: type("D", (), {"free": 10}))
+    assert "needs" in refused(capsys, *line) and not (tmp_path / "out").exists()
+
+
+# -- merging -------------------------------------------------------------------------------------
+
+
+def sharded(folder, net, size):
+    """The weights of a network in original names, in shards of at most `size` bytes."""
+    folder.mkdir(parents=True)
+    shards, room = [{}], size
+    for name, p in net.named_parameters():
+        if p.nbytes > room:
+            shards.append({})
+            room = size
+        shards[-1][name] = p.data
+        room -= p.nbytes
+    names = [f"diffusion_pytorch_model-{i + 1:05}-of-{len(shards):05}.safetensors"
+             for i in range(len(shards))]  # fmt: skip
+    for name, tensors in zip(names, shards):
+        save_file(tensors, folder / name)
+    where = {key: name for name, tensors in zip(names, shards) for key in tensors}
+    index = {"metadata": {"total_size": sum(p.nbytes for p in net.parameters())}, "weight_map": where}
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps({"_class_name": "WanModel"} | net.settings))
+
+
+@pytest.mark.parametrize("dtype,bound", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
+def test_merged_weights_compute_what_base_and_adapter_compute(
+    runs, tmp_path, capsys, dtype, bound
+):
+    """In the base's shards, names and dtypes; base alone is far from it. --bf16 halves float32."""
+    for e, name in enumerate(("high_noise_model", "low_noise_model"), 1):
+        sharded(tmp_path / "base" / name, weights.random("wan22-tiny", dtype, seed=e), 400_000)
+    out, folder = tmp_path / "out", runs("wan22-tiny")
+    line = ["--student", folder, "--weights", tmp_path / "base", "--merge", "--export"]
+    said(capsys, *line, out)
+    base, new = (sorted(p.relative_to(root) for p in root.rglob("*.*"))
+                 for root in (tmp_path / "base", out))  # fmt: skip
+    assert base == [p for p in new if p.name != "README.md"] and len(base) > 8
+    tensors = load_file(folder / "student.safetensors")
+    c, x, t = {"text": normal((2, 9, 64), "c")}, normal((2, 16, 1, 6, 8), "x"), torch.tensor([0.9, 0.3])
+    for e, name in enumerate(("high_noise_model", "low_noise_model"), 1):
+        net = weights.load(tmp_path / "base" / name, dtype)
+        given = {n.removeprefix(f"student{e}/"): y for n, y in tensors.items() if f"student{e}/" in n}
+        layers = {n[:-3] for n in given if n.endswith(".up")}
+        lora.attach(net, "a", {n: lora.Factors(given[f"{n}.up"], given[f"{n}.down"], 8 / 4)
+                               for n in layers})  # fmt: skip
+        with torch.no_grad():
+            wanted, plain = net(x, t, c, adapter="a"), net(x, t, c)
+            found = weights.load(out / name, dtype)(x, t, c)
+        distance = lambda a: ((a - wanted).norm() / wanted.norm()).item()
+        print(f"{dtype}, expert {e}: merged {distance(found):.1e}, base alone {distance(plain):.1e}")
+        assert distance(found) < bound < 0.1 < distance(plain)
+    kinds = {there.dtype for there in weights.plan(out / name, dtype)[1].values()}
+    assert kinds == ({"F32"} if dtype == torch.float32 else {"F32", "BF16"})
+
+
+MERGE = """
+import resource, sys
+import sample
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+assert sample.main(["--teacher", "toy2d", "--n", "2", "--out", sys.argv[1] + "/warm"]) == 0
+before = peak()
+assert sample.main(sys.argv[2:]) == 0
+print(peak() - before)
+"""
+
+
+@pytest.mark.slow
+def test_merging_into_2_gb_takes_the_memory_of_two_shards(tmp_path):
+    """And little more: measured in a process of its own; tensors all at once would take 2 GB."""
+    settings = dict(dim=1024, ffn_dim=4096, num_heads=8, num_layers=20, text_dim=64, text_len=16)
+    shard = 250_000_000
+    net = weights.random_network(weights.Wan, settings, torch.float32)
+    sharded(tmp_path / "base", net, shard)
+    size = sum(p.nbytes for p in net.parameters())
+    assert 1.9e9 < size < 2.6e9
+    prompt = embeddings(tmp_path / "p.safetensors", "wan21-tiny", ["a"])
+    student(tmp_path / "run", "wan21-tiny", "--weights", tmp_path / "base", "--prompts", prompt,
+            "--size", "1x32x32", "--phases", "1", "--steps", "1")  # fmt: skip
+    line = ["--student", tmp_path / "run", "--merge", "--export", tmp_path / "out"]
+    found = subprocess.run(
+        [sys.executable, "-c", MERGE, *map(str, [tmp_path, *line])],
+        capture_output=True, text=True, cwd=Path(__file__).parents[1],
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    growth = int(found.stdout.splitlines()[-1])
+    print(f"base {size / 1e6:.0f} MB, shards {shard / 1e6:.0f} MB, growth {growth / 1e6:.0f} MB")
+    assert growth < 2 * shard + 200e6
