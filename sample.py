@@ -161,7 +161,7 @@ def teacher_of(args) -> Source:
     given["weights"] = tuple(map(train.in_full, given.get("weights", ())))
     given["guidance"] = tuple(given.get("guidance", preset.settings.get("guidance", (1.0,))))
     cfg = changed(train.config(args.teacher, **given, phases=1), args)
-    train.check(cfg)
+    train.validate(cfg, files=False)
     preset.base(cfg)
     boundary_t = preset.boundary(cfg)
     home = args.out or Path("out") / f"{args.teacher}-samples"
@@ -233,7 +233,7 @@ def work(args) -> None:
     total, began = len(names) or args.n, time.time()
     xs = drawn(source, c, shape, total, args, device)
     how = f"{evaluations(source)} network evaluations each, {time.time() - began:.2f} s"
-    print(f"{total} samples, {how}{official(args)}")
+    print(f"{total} sample{'s' * (total > 1)}, {how}{official(args)}")
     found, files = preset.present(cfg, c, xs, args, names, device)
     for name, content in files:
         write(out / name, content)

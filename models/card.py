@@ -8,12 +8,12 @@ from models.qwen_image import QwenImage
 DTYPE = "torch.bfloat16"
 
 
-def text(student, experts, said: list[dict], full: bool) -> str:
-    """The card, markdown. said: the metadata of each expert's file."""
+def text(student, experts, said: list[dict], places: list) -> str:
+    """The card, markdown. said: the metadata of each expert's file; places: of full weights."""
     row = weights.row_of(student.cfg.teacher)
     parts = [head(student, row, said), training(student, said)]
-    parts += [diffusers(student, row, experts, full)]
-    if not full:
+    parts += [diffusers(student, row, experts, said, places)]
+    if not places:
         parts += [comfyui(student, row, experts), *others(student, row, experts)]
     return "\n".join(parts)
 
@@ -21,13 +21,13 @@ def text(student, experts, said: list[dict], full: bool) -> str:
 def head(student, row, said) -> str:
     """What it is, in the words of a model hub."""
     cfg = student.cfg
-    base = row.repository or said[0]["base"]
+    base = said[0]["base"]
     times = ", ".join(f"{1000 * t:.6g}" for t in json.loads(said[0]["times"])[:-1])
     how = f"in {cfg.phases} phases" if cfg.phases > 1 else "in one phase, which is DMD2"
     return lines(
         "---",
         "license: apache-2.0",
-        *([f"base_model: {base}"] if row.repository else []),
+        *([f"base_model: {base}"] if base == row.repository else []),
         "tags: [phased-dmd, few-step, distillation]",
         "---",
         f"# {base}, {cfg.steps} steps",
@@ -78,17 +78,18 @@ def phase_rows(said) -> list[str]:
 # -- diffusers -----------------------------------------------------------------------------------
 
 
-def diffusers(student, row, experts, full: bool) -> str:
+def diffusers(student, row, experts, said, places) -> str:
     """The snippet that gives these times and these experts; a test runs it."""
     cfg, qwen = student.cfg, row.network is QwenImage
     kind = "QwenImagePipeline" if qwen else "WanPipeline"
     kind = "WanImageToVideoPipeline" if row.settings.get("in_dim") == 36 else kind
     base = row.repository or "FOLDER OF THE BASE"
-    loads = full_loads(kind, row, experts) if full else lora_loads(kind, experts)
+    base = base if said[0]["base"] in (base, f"{student.cfg.teacher}, random") else said[0]["base"]
+    loads = full_loads(kind, row, experts, places) if places else lora_loads(kind, experts)
     code = [
         "import torch",
         f"from diffusers import FlowMatchEulerDiscreteScheduler, {kind}",
-        *(["from diffusers import " + network(qwen)] if full else []),
+        *(["from diffusers import " + network(qwen)] if places else []),
         "",
         f'base, here = "{base}", "."  # here: the folder of this card',
         *loads,
@@ -101,6 +102,8 @@ def diffusers(student, row, experts, full: bool) -> str:
         "The scheduler's own `shift` alone would be applied twice, and end at another time."
         if not qwen else "The scheduler of the base shifts by size and ends at 0.02."
     )  # fmt: skip
+    if places:
+        why += " Files in the original layout: give their own to from_single_file instead."
     return lines("## diffusers", "", "```python", *code, "```", why, "")
 
 
@@ -137,12 +140,12 @@ def lora_loads(kind: str, experts) -> list[str]:
     return code
 
 
-def full_loads(kind: str, row, experts) -> list[str]:
+def full_loads(kind: str, row, experts, places) -> list[str]:
     """The pipeline of the base with transformers of these files."""
     name = network(row.network is QwenImage)
     get = f"{name}.from_pretrained(here, subfolder="
     if switching(experts):
-        folders = [f"phase{one.phase.k}/transformer" for one in experts]
+        folders = [place.as_posix() for place in places]
         owners = [k for k, one in enumerate(experts) for _ in range(one.phase.depths)]
         return [
             f"folders = {json.dumps(folders)}",
@@ -156,10 +159,9 @@ def full_loads(kind: str, row, experts) -> list[str]:
             "    return kwargs",
             "",
         ]
-    slots = {"high": "transformer", "low": "transformer_2", "": "phase1/transformer"}
     given = ", ".join(
-        f'{slots[one.noise].split("/")[-1]}={get}"{slots[one.noise]}", torch_dtype={DTYPE})'
-        for one in experts
+        f'{slot}={get}"{place.as_posix()}", torch_dtype={DTYPE})'
+        for slot, place in zip(("transformer", "transformer_2"), places)
     )
     return [f"pipe = {kind}.from_pretrained(base, {given}, torch_dtype={DTYPE})"]
 

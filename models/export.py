@@ -107,9 +107,11 @@ def metadata(student: Student, one: Expert) -> dict[str, str]:
 
 def base_name(cfg) -> str:
     """What a base is called: as published, or the user's folder."""
-    if cfg.weights == ("random",) or not (cfg.weights or weights.row_of(cfg.teacher).repository):
+    published = weights.row_of(cfg.teacher).repository
+    if cfg.weights == ("random",) or not (cfg.weights or published):
         return f"{cfg.teacher}, random"
-    return Path(cfg.weights[0]).name if cfg.weights else weights.row_of(cfg.teacher).repository
+    name = Path(cfg.weights[0]).name if cfg.weights else ""
+    return published if name in ("", published.split("/")[-1]) else name
 
 
 def fingerprint(student: Student, e: int) -> str:
@@ -172,8 +174,7 @@ def export_full(student: Student, one: Expert, out: Path, bf16: bool) -> list[Pa
 
     Tensor by tensor: neither the base nor the result is ever in memory.
     """
-    source = weights.locate(student.cfg.teacher, *student.cfg.weights)[0][one.e - 1]
-    home = place_of(source, one, out)
+    source, home = source_of(student, one), place_of(source_of(student, one), one, out)
     net, stored = weights.plan(source, torch.bfloat16, student.cfg.teacher)
     change = changed(student, one, net)
     sizes, written = 0, []
@@ -190,6 +191,16 @@ def export_full(student: Student, one: Expert, out: Path, bf16: bool) -> list[Pa
             write_entries(path, entries, metadata(student, one))
             written.append(path)
     return written + beside(source, home, sizes)
+
+
+def source_of(student: Student, one: Expert) -> Path:
+    """The base's folder, or file, of an expert."""
+    return weights.locate(student.cfg.teacher, *student.cfg.weights)[0][one.e - 1]
+
+
+def homes(student: Student, experts: list[Expert], out: Path) -> list[Path]:
+    """Where each expert's weights go."""
+    return [place_of(source_of(student, one), one, out) for one in experts]
 
 
 def place_of(source: Path, one: Expert, out: Path) -> Path:
@@ -253,7 +264,8 @@ def export(student: Student, out: Path, merge: bool, bf16: bool) -> list[Path]:
             written += export_lora(student, one, out, torch.float32)
             written += export_lora(student, one, out / "bf16", torch.bfloat16) if bf16 else []
     said = [metadata(student, one) for one in experts]
-    write(out / "README.md", card.text(student, experts, said, full).encode())
+    places = [place.relative_to(out) for place in homes(student, experts, out)] if full else []
+    write(out / "README.md", card.text(student, experts, said, places).encode())
     return [*written, out / "README.md"]
 
 
@@ -268,8 +280,7 @@ def check_place(out: Path, student: Student, experts, full: bool, bf16: bool) ->
     numbers = 0  # bytes
     for one in experts:
         if full:
-            path = weights.locate(student.cfg.teacher, *student.cfg.weights)[0][one.e - 1]
-            net, stored = weights.plan(path, torch.bfloat16, student.cfg.teacher)
+            net, stored = weights.plan(source_of(student, one), torch.bfloat16, student.cfg.teacher)
             wide = {name: weights.DTYPES[there.dtype] for name, there in stored.items()}
             numbers += sum(
                 p.numel() * (p if bf16 else wide[name]).itemsize

@@ -69,11 +69,15 @@ class Factors(NamedTuple):
     scale: float  # alpha / rank
 
 
-def attach(net: nn.Module, name: str, factors: dict[str, Factors]) -> None:
-    """Give every adapted layer an adapter of this name, whose factors are these, frozen."""
+def attach(net: nn.Module, name: str, factors: dict[str, Factors], device=None) -> None:
+    """Give every adapted layer an adapter of this name, whose factors are these, frozen.
+
+    device: where a layer computes, if its weights may be elsewhere by now.
+    """
     for key, layer in adapted(net).items():
         up, down, scale = factors[key]
-        layer.adapters[name] = adapter = Adapter(layer, len(down), 1.0).requires_grad_(False)
+        layer.adapters[name] = adapter = Adapter(layer, len(down), 1.0, device)
+        adapter.requires_grad_(False)
         adapter.scale = scale
         adapter.up.copy_(up)
         adapter.down.copy_(down)

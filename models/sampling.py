@@ -190,7 +190,7 @@ def sampler(cfg, experts: dict[str, int], wear: Callable, device, out: Path, off
             free(device)
             held.net, held.key = loaded(cfg, experts[role], on, device, offload), key
         if on.factors and not lora.has_adapter(held.net, role):
-            lora.attach(held.net, role, on.factors)
+            lora.attach(held.net, role, on.factors, device)
         held.role, held.adapter = role, role if on.factors else None
 
     def velocity(role: str, x_t: Tensor, t: Tensor, c=None) -> Tensor:

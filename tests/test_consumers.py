@@ -80,8 +80,12 @@ def pipeline(folder, teacher, dtype):
 def carded(root, card, dtype):
     """The pipeline and the settings that the card's own snippet makes."""
     code = re.search(r"```python\n(.*?)```", card.read_text(), re.S)[1]
-    code = re.sub(r"base, here = .*", f"base, here = {str(root / 'base')!r}, {str(card.parent)!r}", code)
-    code = code.replace("from_pretrained(base,", "from_pretrained(base, text_encoder=None, tokenizer=None,")
+    code = re.sub(
+        r"base, here = .*", f"base, here = {str(root / 'base')!r}, {str(card.parent)!r}", code
+    )
+    code = code.replace(
+        "from_pretrained(base,", "from_pretrained(base, text_encoder=None, tokenizer=None,"
+    )
     before, after = code.split('pipe.to("cuda")')
     if dtype == "float32":
         before = before.replace("torch.bfloat16", "torch.float32")
@@ -328,11 +332,16 @@ def test_one_large_thing_is_in_memory_at_a_time(made, tmp_path, monkeypatch):
         nets = [x for x in gc.get_objects() if isinstance(x, kind)]
         return sum(not next(x.parameters()).is_meta for x in nets)
 
+    before = {kind: alive(kind) for kind in (weights.Wan, diffusers.AutoencoderKLWan)}
+
     def watch(module, name):
         plain = getattr(module, name)
-        before = {kind: alive(kind) for kind in (weights.Wan, diffusers.AutoencoderKLWan)}
-        monkeypatch.setattr(module, name, lambda *a, **k: seen.append(
-            (name, *(alive(kind) - before[kind] for kind in before))) or plain(*a, **k))  # fmt: skip
+
+        def watched(*args, **how):
+            seen.append((name, *(alive(kind) - held for kind, held in before.items())))
+            return plain(*args, **how)
+
+        monkeypatch.setattr(module, name, watched)
 
     watch(weights, "load")
     watch(vae, "load_vae")
@@ -358,7 +367,16 @@ def test_images_prompts_and_extras_that_are_wrong_are_one_line(made, tmp_path, c
     root = made("wan22-i2v-tiny")
     prompt = embeddings(tmp_path / "p.safetensors", "wan22-i2v-tiny", ["a fox"])
     out = tmp_path / "out"
-    line = ["--student", root / "run", "--weights", root / "base", "--prompts", prompt, "--out", out]
+    line = [
+        "--student",
+        root / "run",
+        "--weights",
+        root / "base",
+        "--prompts",
+        prompt,
+        "--out",
+        out,
+    ]
     assert "give --image" in refused(capsys, line)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG no more")
     assert "cannot read" in refused(capsys, [*line, "--image", tmp_path / "broken.png"])
@@ -401,7 +419,9 @@ def test_a_full_disk_while_a_video_is_written_is_one_line_and_leaves_no_part(
 
 def test_ffmpeg_that_fails_is_a_user_error(monkeypatch, tmp_path):
     """A disk with no room for it: /dev/full where there is one."""
-    monkeypatch.setattr(imageio_ffmpeg, "write_frames", partial(write_to_full, imageio_ffmpeg.write_frames))
+    monkeypatch.setattr(
+        imageio_ffmpeg, "write_frames", partial(write_to_full, imageio_ffmpeg.write_frames)
+    )
     with pytest.raises(UserError, match="disk"):
         video.mp4(np.zeros((5, 32, 32, 3), np.uint8), 16)
 
@@ -421,7 +441,10 @@ def test_metadata_says_what_a_student_needs_to_be_run(made):
     from models import lora
 
     said = lora.metadata(made("wan22-tiny") / "out" / "low_noise_model.safetensors")
-    assert json.loads(said["times"]) == list(step_times(4, 5.0)) and json.loads(said["steps"]) == [2, 3]
+    assert json.loads(said["times"]) == list(step_times(4, 5.0)) and json.loads(said["steps"]) == [
+        2,
+        3,
+    ]
     wanted = {"noise": "low", "phase": "2", "boundary": "0.875", "rank": "4", "alpha": "8.0",
               "shift": "5.0", "timestep_rounding": "none", "paper": "arXiv 2510.27684"}  # fmt: skip
     assert wanted.items() <= said.items()

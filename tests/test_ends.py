@@ -16,6 +16,7 @@ diffusers = pytest.importorskip("diffusers", reason="needs requirements-full.txt
 
 from PIL import Image  # noqa: E402
 
+import sample  # noqa: E402
 import train  # noqa: E402
 from models import text, vae, weights  # noqa: E402
 from models.files import UserError  # noqa: E402
@@ -458,3 +459,30 @@ def test_a_run_embeds_its_prompts_and_decodes_what_it_shows(
     capsys.readouterr()
     assert train.main(["--teacher", "wan22-tiny", "--resume", "--out", str(out)]) == 2
     assert "p.txt is gone or has changed" in capsys.readouterr().err
+
+
+def test_a_prompt_becomes_a_video_by_one_command(tmp_path, wan_folder, capsys, monkeypatch):
+    """Text encoder, guided teacher, VAE; asked again it does not embed again, another prompt does."""
+    settings = weights.row_of("wan21-tiny").settings | dict(text_dim=32, text_len=512)
+    net = weights.random_network(weights.Wan, settings, torch.float32)
+    folder = tmp_path / "weights"
+    shutil.copytree(wan_folder, folder)
+    (folder / "transformer").mkdir()
+    save_file(dict(net.named_parameters()), folder / "transformer" / "x.safetensors")
+    config = {"_class_name": "WanModel"} | settings
+    (folder / "transformer" / "config.json").write_text(json.dumps(config))
+    encoders, plain = [], text.load_encoder
+    monkeypatch.setattr(text, "load_encoder", lambda *a: encoders.append(a) or plain(*a))
+    line = ["--teacher", "wan21-tiny", "--weights", folder, "--n", "1", "--steps", "2", "--guidance",
+            "3", "--size", "48x64", "--frames", "5", "--out", tmp_path / "out"]  # fmt: skip
+    found = []
+    for prompt in ("A fox.", "A fox.", "A sign."):
+        assert sample.main([*map(str, line), "--prompt", prompt]) == 0
+        found.append(load_file(tmp_path / "out" / "latents.safetensors")["x"])
+        assert "1 sample, 4 network evaluations each" in capsys.readouterr().out
+    assert len(encoders) == 2 and (tmp_path / "out" / "000-00.mp4").stat().st_size > 500
+    assert torch.equal(found[0], found[1]) and not torch.allclose(found[1], found[2], atol=1e-4)
+    (tmp_path / "p.txt").write_text("A fox.\nA sign.")
+    assert sample.main([*map(str, line), "--prompts", str(tmp_path / "p.txt"), "--latents"]) == 0
+    both = load_file(tmp_path / "out" / "latents.safetensors")["x"]
+    assert close(both, torch.cat(found[1:]))  # the encoder's bf16, in a batch

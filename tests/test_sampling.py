@@ -93,6 +93,14 @@ def loaded(folder):
     return run
 
 
+def test_blocks_that_come_one_by_one_compute_the_same(runs, tmp_path):
+    """--offload blocks, adapters and all."""
+    for way in ("none", "blocks"):
+        line = ["--student", runs("wan22-tiny"), "--n", "1", "--offload", way]
+        assert sample.main([*map(str, line), "--out", str(tmp_path / way)]) == 0
+    assert torch.equal(*(latents(tmp_path / way)["x"] for way in ("none", "blocks")))
+
+
 def test_seeds_and_prompts_share_their_noises(runs, tmp_path):
     """Sample j of every prompt begins at the same noise; fewer samples are the first of more."""
     folder = runs("wan22-tiny")
@@ -168,14 +176,14 @@ def test_5b_sizes_are_divisible_by_32(capsys):
 
 @pytest.mark.slow
 def test_toy_tiny_and_full_size_go_through_the_same_lines(tmp_path, monkeypatch, capsys):
-    """1.4 billion random weights, bf16: train one iteration, sample, export; drawn() is everyone's."""
+    """1.4 billion random weights, bf16: one iteration, samples, export; drawn() is everyone's."""
     seen, plain = [], sample.drawn
     monkeypatch.setattr(
         sample, "drawn", lambda source, *a: seen.append(source.cfg.teacher) or plain(source, *a)
     )
     for teacher, flags in (
         ("toy2d", ["--iters", "1", "--warmup", "1"]), ("wan22-tiny", []),
-        ("wan21-1.3b", ["--weights", "random", "--size", "1x64x64", "--generator", "lora"]),
+        ("wan21-1.3b", ["--weights", "random", "--size", "1x32x32", *"--steps 1 --phases 1".split()]),
     ):  # fmt: skip
         out = tmp_path / teacher
         if teacher == "toy2d":
@@ -187,7 +195,7 @@ def test_toy_tiny_and_full_size_go_through_the_same_lines(tmp_path, monkeypatch,
             said(capsys, "--student", out, "--export", tmp_path / f"{teacher}-out")
     assert seen == ["toy2d", "wan22-tiny", "wan21-1.3b"]
     sizes = {p.name: p.stat().st_size for p in (tmp_path / "wan21-1.3b-out").iterdir()}
-    assert sizes["phase1.safetensors"] == sizes["phase2.safetensors"] > 2e8
+    assert sizes["phase1.safetensors"] > 2e8
 
 
 # -- LoRA files of others ------------------------------------------------------------------------
@@ -465,15 +473,16 @@ def sharded(folder, net, size):
     for name, tensors in zip(names, shards):
         save_file(tensors, folder / name)
     where = {key: name for name, tensors in zip(names, shards) for key in tensors}
-    index = {"metadata": {"total_size": sum(p.nbytes for p in net.parameters())}, "weight_map": where}
+    index = {
+        "metadata": {"total_size": sum(p.nbytes for p in net.parameters())},
+        "weight_map": where,
+    }
     (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     (folder / "config.json").write_text(json.dumps({"_class_name": "WanModel"} | net.settings))
 
 
 @pytest.mark.parametrize("dtype,bound", [(torch.float32, 1e-6), (torch.bfloat16, 2e-2)])
-def test_merged_weights_compute_what_base_and_adapter_compute(
-    runs, tmp_path, capsys, dtype, bound
-):
+def test_merged_weights_compute_what_base_and_adapter_compute(runs, tmp_path, capsys, dtype, bound):
     """In the base's shards, names and dtypes; base alone is far from it. --bf16 halves float32."""
     for e, name in enumerate(("high_noise_model", "low_noise_model"), 1):
         sharded(tmp_path / "base" / name, weights.random("wan22-tiny", dtype, seed=e), 400_000)
@@ -484,10 +493,16 @@ def test_merged_weights_compute_what_base_and_adapter_compute(
                  for root in (tmp_path / "base", out))  # fmt: skip
     assert base == [p for p in new if p.name != "README.md"] and len(base) > 8
     tensors = load_file(folder / "student.safetensors")
-    c, x, t = {"text": normal((2, 9, 64), "c")}, normal((2, 16, 1, 6, 8), "x"), torch.tensor([0.9, 0.3])
+    c, x, t = (
+        {"text": normal((2, 9, 64), "c")},
+        normal((2, 16, 1, 6, 8), "x"),
+        torch.tensor([0.9, 0.3]),
+    )
     for e, name in enumerate(("high_noise_model", "low_noise_model"), 1):
         net = weights.load(tmp_path / "base" / name, dtype)
-        given = {n.removeprefix(f"student{e}/"): y for n, y in tensors.items() if f"student{e}/" in n}
+        given = {
+            n.removeprefix(f"student{e}/"): y for n, y in tensors.items() if f"student{e}/" in n
+        }
         layers = {n[:-3] for n in given if n.endswith(".up")}
         lora.attach(net, "a", {n: lora.Factors(given[f"{n}.up"], given[f"{n}.down"], 8 / 4)
                                for n in layers})  # fmt: skip
@@ -495,41 +510,58 @@ def test_merged_weights_compute_what_base_and_adapter_compute(
             wanted, plain = net(x, t, c, adapter="a"), net(x, t, c)
             found = weights.load(out / name, dtype)(x, t, c)
         distance = lambda a: ((a - wanted).norm() / wanted.norm()).item()
-        print(f"{dtype}, expert {e}: merged {distance(found):.1e}, base alone {distance(plain):.1e}")
+        print(
+            f"{dtype}, expert {e}: merged {distance(found):.1e}, base alone {distance(plain):.1e}"
+        )
         assert distance(found) < bound < 0.1 < distance(plain)
     kinds = {there.dtype for there in weights.plan(out / name, dtype)[1].values()}
     assert kinds == ({"F32"} if dtype == torch.float32 else {"F32", "BF16"})
 
 
 MERGE = """
-import resource, sys
+import sys
+from pathlib import Path
 import sample
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-assert sample.main(["--teacher", "toy2d", "--n", "2", "--out", sys.argv[1] + "/warm"]) == 0
-before = peak()
+from models import export, files
+
+def status(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(name))
+
+def all_at_once(path, entries, metadata):  # the control
+    held = {key: entry._replace(read=entry.read().__class__.clone.__get__(entry.read()))
+            for key, entry in entries.items()}
+    return files.write_entries(path, held, metadata)
+
+if sys.argv[1] == "at once":
+    export.write_entries = all_at_once
+before = status("VmRSS")
+Path("/proc/self/clear_refs").write_text("5")  # the peak, from here on
 assert sample.main(sys.argv[2:]) == 0
-print(peak() - before)
+print(status("VmHWM") - before)
 """
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux says what is used")
 def test_merging_into_2_gb_takes_the_memory_of_two_shards(tmp_path):
-    """And little more: measured in a process of its own; tensors all at once would take 2 GB."""
-    settings = dict(dim=1024, ffn_dim=4096, num_heads=8, num_layers=20, text_dim=64, text_len=16)
-    shard = 250_000_000
-    net = weights.random_network(weights.Wan, settings, torch.float32)
-    sharded(tmp_path / "base", net, shard)
+    """And little more, in a process of its own; one shard with all, read at once, takes 2 GB."""
+    settings = dict(dim=1024, ffn_dim=4096, num_heads=8, num_layers=29, text_dim=64, text_len=16)
+    net, grown = weights.random_network(weights.Wan, settings, torch.float32), {}
     size = sum(p.nbytes for p in net.parameters())
-    assert 1.9e9 < size < 2.6e9
     prompt = embeddings(tmp_path / "p.safetensors", "wan21-tiny", ["a"])
-    student(tmp_path / "run", "wan21-tiny", "--weights", tmp_path / "base", "--prompts", prompt,
-            "--size", "1x32x32", "--phases", "1", "--steps", "1")  # fmt: skip
-    line = ["--student", tmp_path / "run", "--merge", "--export", tmp_path / "out"]
-    found = subprocess.run(
-        [sys.executable, "-c", MERGE, *map(str, [tmp_path, *line])],
-        capture_output=True, text=True, cwd=Path(__file__).parents[1],
-    )  # fmt: skip
-    assert found.returncode == 0, found.stderr
-    growth = int(found.stdout.splitlines()[-1])
-    print(f"base {size / 1e6:.0f} MB, shards {shard / 1e6:.0f} MB, growth {growth / 1e6:.0f} MB")
-    assert growth < 2 * shard + 200e6
+    for way, shard in (("streamed", 250_000_000), ("at once", 3_000_000_000)):
+        folder, run = tmp_path / way / "base", tmp_path / way / "run"
+        sharded(folder, net, shard)
+        student(run, "wan21-tiny", "--weights", folder, "--prompts", prompt, "--size", "1x32x32",
+                "--phases", "1", "--steps", "1")  # fmt: skip
+        line = ["--student", run, "--merge", "--export", tmp_path / way / "out"]
+        found = subprocess.run(
+            [sys.executable, "-c", MERGE, way, *map(str, line)],
+            capture_output=True, text=True, cwd=Path(__file__).parents[1],
+        )  # fmt: skip
+        assert found.returncode == 0, found.stderr
+        grown[way] = int(found.stdout.splitlines()[-1])
+    print(f"base {size / 1e6:.0f} MB in shards of 250 MB: growth {grown['streamed'] / 1e6:.0f} MB; "
+          f"all at once {grown['at once'] / 1e6:.0f} MB")  # fmt: skip
+    assert 1.9e9 < size and grown["streamed"] < 2 * 250e6 + 200e6 < 1.5e9 < grown["at once"]
