@@ -100,19 +100,12 @@ class Source(NamedTuple):
     student: export.Student | None = None
 
 
-def student_of(args) -> Source:
-    """The student of a finished folder, or of one of its looks/*.safetensors. Raises UserError."""
+def opened_student(args) -> tuple[export.Student, Path]:
+    """A finished student whose file is whole, and its run's folder. Raises UserError."""
     import train  # knows the presets; it imports this file for the sampler
 
-    path, refuse = (
-        args.student,
-        [n for n in ("steps", "shift", "guidance", "lora") if args.given(n)],
-    )
-    if refuse:
-        raise UserError(f"--{refuse[0]} is for --teacher; a student has its own steps, and no CFG")
-    home, file = (
-        (path.parent.parent, path) if path.is_file() else (path, path / "student.safetensors")
-    )
+    file = args.student if args.student.is_file() else args.student / "student.safetensors"
+    home = file.parent.parent if args.student.is_file() else args.student  # of looks/, or the run
     advice = f"train it again with: python train.py --out {home} --overwrite"
     if not file.is_file():
         raise UserError(f"{home} holds no student.safetensors; {NO_RUN}")
@@ -121,20 +114,28 @@ def student_of(args) -> Source:
     if args.weights:
         cfg = replace(cfg, weights=tuple(map(train.in_full, args.weights)))
     train.validate(cfg, files=False)
-    needed = set(map(str, train.PRESETS[cfg.teacher].base(cfg)))
-    check_files({name: x for name, x in config["files"].items() if name in needed})
+    preset, phases = train.PRESETS[cfg.teacher], train.phases_of(cfg)
+    needed = set(map(str, preset.base(cfg)))
+    check_files({name: digest for name, digest in config["files"].items() if name in needed})
     opened, about = verified(file, "student", config["settings"], advice)
-    phases, boundary_t = train.phases_of(cfg), train.PRESETS[cfg.teacher].boundary(cfg)
     if about["phase"] < len(phases):
-        raise UserError(
-            f"{file} is of phase {about['phase']} of {len(phases)}: not a whole student"
-        )
-    roles = moe.owners(phases)
-    experts = {role: moe.expert_of(role, phases, boundary_t) for role in roles}
-    student = export.Student(cfg, phases, boundary_t, experts, opened, config)
-    cfg = changed(replace(cfg, guidance=(1.0,)), args)
-    times = step_times(cfg.steps, cfg.shift)
-    return Source(cfg, times, roles, experts, partial(student_wear, cfg, opened), home, student)
+        said = f"{file} is of phase {about['phase']} of {len(phases)}"
+        raise UserError(f"{said}: not a whole student")
+    boundary_t = preset.boundary(cfg)
+    homes = {role: moe.expert_of(role, phases, boundary_t) for role in moe.owners(phases)}
+    return export.Student(cfg, phases, boundary_t, homes, opened, config), home
+
+
+def student_of(args) -> Source:
+    """The student of a finished folder, or of one of its looks/*.safetensors. Raises UserError."""
+    refused = [name for name in ("steps", "shift", "guidance", "lora") if args.given(name)]
+    if refused:
+        raise UserError(f"--{refused[0]} is for --teacher; a student has its own steps, and no CFG")
+    student, home = opened_student(args)
+    cfg = changed(replace(student.cfg, guidance=(1.0,)), args)
+    times, roles = step_times(cfg.steps, cfg.shift), moe.owners(student.phases)
+    wear = partial(student_wear, cfg, student.file)
+    return Source(cfg, times, roles, student.homes, wear, home, student)
 
 
 def changed(cfg, args):
@@ -146,37 +147,40 @@ def changed(cfg, args):
     return train.PRESETS[cfg.teacher].settled(cfg, args)
 
 
+def teacher_settings(args):
+    """The settings of a preset for sampling its teacher, as published, or with a LoRA."""
+    import train
+
+    steps = TEACHERS[args.teacher].usual[0] if args.teacher in TEACHERS else 40
+    given = {"steps": 4, "guidance": (1.0,), "generator": "lora"} if args.lora else {"steps": steps}
+    given |= {name: getattr(args, name) for name in ("steps", "shift") if args.given(name)}
+    given |= {"guidance": tuple(args.guidance)} if args.guidance else {}
+    given |= {"weights": tuple(map(train.in_full, args.weights))}
+    cfg = changed(train.config(args.teacher, **given, phases=1), args)
+    train.validate(cfg, files=False)
+    train.PRESETS[cfg.teacher].base(cfg)
+    return cfg
+
+
 def teacher_of(args) -> Source:
     """The teacher itself, or with LoRA files that were made of it. Raises UserError."""
     import train
 
     train.check_teacher(SimpleNamespace(teacher=args.teacher))
-    preset, large_one = train.PRESETS[args.teacher], args.teacher in TEACHERS
-    if args.lora and not large_one:
+    if args.lora and args.teacher not in TEACHERS:
         raise UserError(f"--lora is for large teachers, not for {args.teacher}")
-    steps, shift = TEACHERS[args.teacher].usual if large_one else (40, 1.0)
-    given = {} if not args.lora else {"guidance": (1.0,), "generator": "lora"}
-    given |= {"steps": 4} if args.lora else {"steps": steps}
-    given |= {n: getattr(args, n) for n in ("steps", "guidance", "weights") if args.given(n)}
-    given["weights"] = tuple(map(train.in_full, given.get("weights", ())))
-    given["guidance"] = tuple(given.get("guidance", preset.settings.get("guidance", (1.0,))))
-    cfg = changed(train.config(args.teacher, **given, phases=1), args)
-    train.validate(cfg, files=False)
-    preset.base(cfg)
-    boundary_t = preset.boundary(cfg)
+    cfg = teacher_settings(args)
+    boundary_t = train.PRESETS[cfg.teacher].boundary(cfg)
     home = args.out or Path("out") / f"{args.teacher}-samples"
+    times = step_times(cfg.steps, cfg.shift)
     if args.lora:
-        S = args.shift or cfg.shift
-        asked = bool(args.steps or args.shift)
-        one = worn(cfg, args.lora, asked, step_times(cfg.steps, S), boundary_t)
+        one = worn(cfg, args.lora, bool(args.steps or args.shift), times, boundary_t)
         return Source(cfg, one.times, one.roles, one.experts, one.wear, home)
-    if large_one:
+    if args.teacher in TEACHERS:
         times = teacher_times(cfg, args.shift)
-    else:
-        cfg = replace(cfg, shift=args.shift or shift)
-        times = step_times(cfg.steps, cfg.shift)
     roles = [moe.teacher_role(moe.expert_at(t, boundary_t)) for t in times[:-1]]
-    return Source(cfg, times, roles, {r: int(r[-1]) for r in roles}, lambda role: Wear(), home)
+    experts = {moe.teacher_role(e): e for e in (1, 2)}
+    return Source(cfg, times, roles, experts, lambda role: Wear(), home)
 
 
 def drawn(source: Source, c, shape, total: int, args, device) -> list[Tensor]:
