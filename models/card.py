@@ -180,25 +180,23 @@ def schedule(cfg, qwen: bool) -> list[str]:
 
 def call(cfg, kind: str, switches: bool) -> list[str]:
     """Sampling, and the file."""
-    size = cfg.size[0].split(":")[0].split("x")[-2:]
-    frames = 1 if kind.startswith("Qwen") else cfg.frames
-    frames = int(cfg.size[0].split("x")[0]) if cfg.size[0].count("x") == 2 else frames
-    about = [f"num_inference_steps={cfg.steps}", f"height={size[0]}, width={size[1]}"]
-    about += ["true_cfg_scale=1.0" if kind.startswith("Qwen") else "guidance_scale=1.0"]
-    about += [f"num_frames={frames}"] if not kind.startswith("Qwen") else []
+    *frames, height, width = cfg.size[0].partition(":")[0].split("x")
+    about = [f"num_inference_steps={cfg.steps}, height={height}, width={width}"]
     about += ["callback_on_step_end=switch"] if switches else []
-    image = "image, " if "Image" in kind and "Qwen" not in kind else ""
-    first = [f"settings = dict({', '.join(about)})", 'prompt = "A fox runs through snow."']
-    if image:
-        first.append('image = diffusers.utils.load_image("first.png").resize(('
-                     f"{size[1]}, {size[0]}))")  # fmt: skip
-        first.insert(0, "import diffusers")
+    prompt = 'prompt = "A fox runs through snow."'
     if kind.startswith("Qwen"):
-        return [*first, 'pipe(prompt=prompt, **settings).images[0].save("image.png")']
+        about.append("true_cfg_scale=1.0")
+        end = 'pipe(prompt=prompt, **settings).images[0].save("image.png")'
+        return [f"settings = dict({', '.join(about)})", prompt, end]
+    about += ["guidance_scale=1.0", f"num_frames={frames[0] if frames else cfg.frames}"]
+    image = "image=image, " if "Image" in kind else ""
+    load = f'image = load_image("first.png").resize(({width}, {height}))'
     return [
-        "from diffusers.utils import export_to_video",
-        *first,
-        f"frames = pipe({image and 'image=image, '}prompt=prompt, **settings).frames[0]",
+        f"from diffusers.utils import export_to_video{', load_image' if image else ''}",
+        f"settings = dict({', '.join(about)})",
+        *([load] if image else []),
+        prompt,
+        f"frames = pipe({image}prompt=prompt, **settings).frames[0]",
         f'export_to_video(frames, "video.mp4", fps={24 if cfg.teacher == "wan22-5b" else 16})',
     ]
 
@@ -207,22 +205,26 @@ def call(cfg, kind: str, switches: bool) -> list[str]:
 
 
 def comfyui(student, row, experts) -> str:
-    """Nodes and their values."""
+    """A chain of nodes for each expert, with their values."""
     cfg = student.cfg
-    shift = "ModelSamplingAuraFlow" if row.network is QwenImage else "ModelSamplingSD3"
-    rows = []
-    for i, one in enumerate(experts, 1):
-        model = f"the {one.noise}-noise model" if one.noise else "the model of the base"
-        noise, left = (
-            "enable" if yes else "disable" for yes in (one is experts[0], one is not experts[-1])
-        )
-        rows += [
-            f"{i}. {model}, LoraLoaderModelOnly `{one.stem}.safetensors` at 1.0, {shift} shift",
-            f"   {cfg.shift:g}, KSamplerAdvanced: steps {cfg.steps}, cfg 1.0, sampler euler,",
-            f"   scheduler simple, start_at_step {one.phase.first}, end_at_step {one.phase.last},",
-            f"   add_noise {noise}, return_with_leftover_noise {left}",
-        ]
-    return lines("## ComfyUI", "", "Not run by us. Latents go from node to node:", "", *rows, "")
+    sampling = "ModelSamplingAuraFlow" if row.network is QwenImage else "ModelSamplingSD3"
+    yes = lambda said: "enable" if said else "disable"
+    values = {
+        "model": lambda one: f"{one.noise} noise" if one.noise else "of the base",
+        "LoraLoaderModelOnly": lambda one: f"{one.stem}.safetensors, 1.0",
+        sampling: lambda one: f"shift {cfg.shift:g}",
+        "KSamplerAdvanced": lambda one: f"steps {cfg.steps}, cfg 1.0, euler, simple",
+        "start_at_step, end_at_step": lambda one: f"{one.phase.first}, {one.phase.last}",
+        "add_noise": lambda one: yes(one is experts[0]),
+        "return_with_leftover_noise": lambda one: yes(one is not experts[-1]),
+    }
+    row_of = lambda cells: f"| {' | '.join(cells)} |"
+    rows = [row_of([name, *map(value, experts)]) for name, value in values.items()]
+    top = [row_of(["node", *[f"phase {one.phase.k}" for one in experts]])]
+    top += ["|---" * (1 + len(experts)) + "|"]
+    return lines(
+        "## ComfyUI", "", "Not run by us. Latents go from left to right.", "", *top, *rows, ""
+    )
 
 
 def others(student, row, experts) -> list[str]:
