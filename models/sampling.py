@@ -348,7 +348,7 @@ def written(cfg, xs: list[Tensor], args, names: list[str], device) -> Iterator[t
         else:
             yield f"{name}.mp4", video.mp4(frames, fps)
         if len(shown) < SHOWN:
-            shown.append((name, frames))
+            shown.append((name, video.few(frames)))
     yield "samples.png", video.contact(shown)
 
 

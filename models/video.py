@@ -51,8 +51,11 @@ def mp4(frames: numpy.ndarray, fps: int) -> bytes:
         return path.read_bytes()
 
 
-def contact(videos: list[tuple[str, numpy.ndarray]], columns: int = 5) -> bytes:
-    """Named videos (F, h, w, 3) as a png, a row each with frames at equal distances."""
-    picked = lambda v: v[numpy.linspace(0, len(v) - 1, min(columns, len(v))).round().astype(int)]
-    rows = {name: torch.from_numpy(picked(video)) for name, video in videos}
-    return grid(rows, "")
+def few(frames: numpy.ndarray, count: int = 5) -> numpy.ndarray:
+    """Some frames (count, h, w, 3) of a video at equal distances, first and last among them."""
+    return frames[numpy.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)]
+
+
+def contact(rows: list[tuple[str, numpy.ndarray]]) -> bytes:
+    """Frames (n, h, w, 3) by name as a png, a row each."""
+    return grid({name: torch.from_numpy(frames) for name, frames in rows}, "")
