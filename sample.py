@@ -26,7 +26,7 @@ from models.draws import normal
 from models.flags import Parser, is_out_of_memory, pick_device
 from models.folder import check_files, config_of, contents
 from models.files import UserError, read_json, verified, write
-from models.sampling import Wear, student_wear, teacher_times, worn
+from models.sampling import Wear, read_latents, student_wear, teacher_times, worn
 from models.wan import Wan
 from models.weights import TEACHERS
 from phases import Phase, step_times
@@ -183,6 +183,19 @@ def teacher_of(args) -> Source:
     return Source(cfg, times, roles, experts, lambda role: Wear(), home)
 
 
+def asked(source: Source, args, out: Path, device) -> tuple:
+    """Settings, conditions, names and x at every time of the samples, and a line about them."""
+    import train
+
+    ask = train.PRESETS[source.cfg.teacher].ask
+    cfg, c, shape, names = ask(source.cfg, args, out, source.home, device)
+    source, total, began = source._replace(cfg=cfg), len(names) or args.n, time.time()
+    xs = drawn(source, c, shape, total, args, device)
+    how = f"{evaluations(source)} network evaluations each, {time.time() - began:.2f} s"
+    print(f"{total} sample{'s' * (total > 1)}, {how}{official(args)}")
+    return cfg, c, names, xs
+
+
 def drawn(source: Source, c, shape, total: int, args, device) -> list[Tensor]:
     """x at every time, on the CPU. The networks are gone when this returns."""
     import train
@@ -232,12 +245,10 @@ def work(args) -> None:
     if "config.json" in contents(out):
         raise UserError(f"{out} holds a run; choose another --out")
     device = torch.device(pick_device(args.device, preset.device))
-    cfg, c, shape, names = preset.ask(source.cfg, args, out, source.home, device)
-    source = source._replace(cfg=cfg)
-    total, began = len(names) or args.n, time.time()
-    xs = drawn(source, c, shape, total, args, device)
-    how = f"{evaluations(source)} network evaluations each, {time.time() - began:.2f} s"
-    print(f"{total} sample{'s' * (total > 1)}, {how}{official(args)}")
+    if args.decode:
+        cfg, c, (names, xs) = source.cfg, None, read_latents(source.cfg, args.decode)
+    else:
+        cfg, c, names, xs = asked(source, args, out, device)
     found, files = preset.present(cfg, c, xs, args, names, device)
     for name, content in files:
         write(out / name, content)
@@ -264,6 +275,8 @@ def check_args(args) -> None:
         raise UserError(f"{NO_RUN}, or --teacher the name of one")
     if not 1 <= (1 if args.n is None else args.n) <= 10**6 or args.seed < 0:
         raise UserError("--n must be from 1 to a million, and --seed at least 0")
+    if args.decode and (args.latents or args.export):
+        raise UserError("--decode makes pictures of latents; drop the other")
     if (args.merge or args.bf16) and not args.export:
         raise UserError("--merge and --bf16 are of --export DIR")
     if (args.steps is not None and not 1 <= args.steps <= 1000) or not 0 <= (args.shift or 0) < 100:
@@ -296,6 +309,7 @@ def parser() -> Parser:
         help="blocks: they stay in host memory and come one by one (auto: if the GPU is small)")
     add("--tiles", action="store_true", help="decode in tiles: less memory, slightly other edges")
     add("--latents", action="store_true", help="keep latents alone, decode nothing")
+    add("--decode", type=Path, metavar="FILE", help="latents of an earlier command: decode those")
     group = made.add_argument_group("with --teacher")
     add = group.add_argument
     add("--steps", type=int, help="(default: as published, 40 or 50; with --lora 4)")

@@ -12,13 +12,14 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from models import large, lora, pictures, text, vae, video, weights
 from models.bases import Blocks
-from models.files import UserError
+from models.files import UserError, first_line
 from models.qwen_image import QwenImage
 
 EXTRAS = "pip install -r requirements-full.txt, or keep the latents alone with --latents"
@@ -328,10 +329,11 @@ def present(cfg, c, xs: list[Tensor], args, names: list[str], device) -> tuple[d
 
 
 def written(cfg, xs: list[Tensor], args, names: list[str], device) -> Iterator[tuple[str, bytes]]:
-    """Latents first: whatever comes after can be done again from them."""
+    """Latents first: whatever comes after can be done again from them, by --decode."""
     kept = {f"x{i}": x for i, x in enumerate(xs)} if args.trajectory else {"x": xs[-1]}
     about = {"kind": "latents", "teacher": cfg.teacher, "seed": args.seed, "names": names}
-    yield "latents.safetensors", save(kept, {"about": json.dumps(about)})
+    if not args.decode:
+        yield "latents.safetensors", save(kept, {"about": json.dumps(about)})
     if args.latents or not has_vae(cfg):
         if not args.latents:
             print("no VAE belongs to random weights: the sheet is a preview of latents")
@@ -350,6 +352,23 @@ def written(cfg, xs: list[Tensor], args, names: list[str], device) -> Iterator[t
         if len(shown) < SHOWN:
             shown.append((name, video.few(frames)))
     yield "samples.png", video.contact(shown)
+
+
+def read_latents(cfg, path: Path) -> tuple[list[str], list[Tensor]]:
+    """Names and latents of an earlier command, to be decoded. Raises UserError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            about = json.loads((file.metadata() or {})["about"])
+            x = file.get_tensor(max(file.keys(), key=lambda key: int(key[1:] or 0)))
+            teacher, names = about["teacher"], about["names"]
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} holds no latents ({first_line(error)})") from error
+    same = weights.TEACHERS[teacher].network is weights.row_of(cfg.teacher).network
+    if not same or x.shape[1] != next(iter(large.buckets(cfg)))[0]:
+        raise UserError(f"{path} is of {teacher}, whose VAE is not {cfg.teacher}'s")
+    if not has_vae(cfg):
+        raise UserError("random weights have no VAE; --weights names a folder with one")
+    return names, [x]
 
 
 SHOWN = 16  # rows of a contact sheet

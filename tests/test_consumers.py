@@ -281,6 +281,25 @@ def test_a_prompt_becomes_videos_of_the_right_length_size_and_rate(made, tmp_pat
     assert difference(frames, wanted) < 6 < difference(frames, wanted[::-1])
 
 
+def test_latents_are_decoded_later_to_the_same_pictures(made, tmp_path, capsys):
+    """By another command; what is no latents, or another VAE's, is one line."""
+    root = made("wan22-tiny")
+    prompt = embeddings(tmp_path / "p.safetensors", "wan22-tiny", ["a fox"])
+    line = ["--student", root / "run", "--weights", root / "base", "--n", "1"]
+    for name, flags in (("a", []), ("b", ["--latents"])):
+        more = ["--prompts", prompt, "--size", "1x48x64", "--out", tmp_path / name]
+        assert sample.main([*map(str, [*line, *more, *flags])]) == 0
+    assert not (tmp_path / "b" / "000-00.png").exists()
+    latents = tmp_path / "b" / "latents.safetensors"
+    assert sample.main([*map(str, [*line, "--out", tmp_path / "b", "--decode", latents])]) == 0
+    first, second = ((tmp_path / name / "000-00.png").read_bytes() for name in "ab")
+    assert first == second
+    assert "holds no latents" in refused(capsys, [*line, "--decode", prompt])
+    qwen = made("qwen-image-tiny")
+    other = ["--student", qwen / "run", "--weights", qwen / "base", "--decode", latents]
+    assert "whose VAE is not" in refused(capsys, other)
+
+
 @pytest.mark.parametrize("fps,channels", [(24, 48), (16, 16)])
 def test_the_5b_model_plays_at_24_frames_a_second(monkeypatch, fps, channels):
     from models import sampling
@@ -290,7 +309,7 @@ def test_the_5b_model_plays_at_24_frames_a_second(monkeypatch, fps, channels):
     monkeypatch.setattr(vae, "decode", lambda model, x: torch.zeros(1, 3, 5, 16, 16))
     monkeypatch.setattr(video, "mp4", lambda frames, rate: seen.append(rate) or b"")
     cfg = train.config("wan22-5b" if channels == 48 else "wan22")
-    args = type("Args", (), dict(trajectory=False, latents=False, seed=0, tiles=False))
+    args = type("Args", (), dict(trajectory=False, latents=False, decode=None, seed=0, tiles=False))
     xs = [torch.zeros(1, channels, 2, 1, 1)]
     list(sampling.written(cfg, xs, args, ["000-00"], "cpu"))
     assert seen == [fps]

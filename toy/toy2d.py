@@ -95,7 +95,8 @@ def sampler(cfg, experts, wear, device, out, offload):
 
 def settled(cfg, args):
     """The settings as they are: sample.py's other flags are for large teachers. UserError."""
-    flags = ("prompt", "prompts", "image", "size", "frames", "weights", "latents", "tiles", "dtype")
+    flags = ("prompt", "prompts", "image", "size", "frames", "weights", "latents", "decode")
+    flags += ("tiles", "dtype")
     given = [name for name in flags if getattr(args, name)]
     if given:
         raise UserError(f"--{given[0]} is for large teachers, not for toy2d")
