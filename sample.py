@@ -8,6 +8,8 @@ python sample.py --teacher wan22 --lora high.safetensors low.safetensors --promp
 python sample.py --student out/wan22 --export DIR        for diffusers, ComfyUI and others
 """
 
+import os
+import re
 import sys
 import time
 from dataclasses import replace
@@ -23,8 +25,8 @@ from tqdm import tqdm
 import moe
 from models import export, parallel
 from models.draws import normal
-from models.flags import Parser, is_out_of_memory, pick_device
-from models.folder import check_files, config_of, contents
+from models.flags import Parser, exit_status, pick_device
+from models.folder import check_files, clear_samples, config_of, contents, hashes, make
 from models.files import UserError, read_json, verified, write
 from models.sampling import Wear, read_latents, student_wear, teacher_times, worn
 from models.wan import Wan
@@ -105,18 +107,17 @@ def opened_student(args) -> tuple[export.Student, Path]:
     import train  # knows the presets; it imports this file for the sampler
 
     file = args.student if args.student.is_file() else args.student / "student.safetensors"
-    home = file.parent.parent if args.student.is_file() else args.student  # of looks/, or the run
+    home = file.parent if file.name == "student.safetensors" else file.parent.parent  # of looks/
     advice = f"train it again with: python train.py --out {home} --overwrite"
-    if not file.is_file():
-        raise UserError(f"{home} holds no student.safetensors; {NO_RUN}")
+    if not file.is_file() or not (home / "config.json").is_file():
+        raise UserError(f"{home} holds no run with a student.safetensors; {NO_RUN}")
     config = read_json(home / "config.json", advice)
     cfg = config_of(train.Config, config, home)
     if args.weights:
         cfg = replace(cfg, weights=tuple(map(train.in_full, args.weights)))
     train.validate(cfg, files=False)
     preset, phases = train.PRESETS[cfg.teacher], train.phases_of(cfg)
-    needed = set(map(str, preset.base(cfg)))
-    check_files({name: digest for name, digest in config["files"].items() if name in needed})
+    check_base(config["files"], preset.base(cfg), bool(args.weights))
     opened, about = verified(file, "student", config["settings"], advice)
     if about["phase"] < len(phases):
         said = f"{file} is of phase {about['phase']} of {len(phases)}"
@@ -124,6 +125,16 @@ def opened_student(args) -> tuple[export.Student, Path]:
     boundary_t = preset.boundary(cfg)
     homes = {role: moe.expert_of(role, phases, boundary_t) for role in moe.owners(phases)}
     return export.Student(cfg, phases, boundary_t, homes, opened, config), home
+
+
+def check_base(files: dict[str, str], base: list[Path], moved: bool) -> None:
+    """Raise UserError where a base has changed since the run; say so where it is another."""
+    if not moved:
+        return check_files({str(path): files.get(str(path), "") for path in base})
+    then = list(files.values())[: len(base)]  # a run's files begin with its base, expert by expert
+    if then != list(hashes(base).values()):
+        print("note: --weights are not the files that the student was trained on: another layout, "
+              "or other weights")  # fmt: skip
 
 
 def student_of(args) -> Source:
@@ -189,6 +200,7 @@ def asked(source: Source, args, out: Path, device) -> tuple:
 
     ask = train.PRESETS[source.cfg.teacher].ask
     cfg, c, shape, names = ask(source.cfg, args, out, source.home, device)
+    make(out)  # what cannot be written shows now
     source, total, began = source._replace(cfg=cfg), len(names) or args.n, time.time()
     xs = drawn(source, c, shape, total, args, device)
     how = f"{evaluations(source)} network evaluations each, {time.time() - began:.2f} s"
@@ -209,8 +221,11 @@ def drawn(source: Source, c, shape, total: int, args, device) -> list[Tensor]:
     with tqdm(total=len(source.roles) * total, unit=" evaluations", disable=None) as bar:
         nets = [counted(partial(velocity, role), bar) for role in source.roles]
         nets = [moe.in_passes(net, cfg.micro_batch or total) for net in nets]
+        xs = []
         with torch.no_grad():
-            return [x.cpu() for x in trajectory(nets, source.times, z, moe.move(c, device))]
+            for x in trajectory(nets, source.times, z, moe.move(c, device)):
+                xs = [*(xs if args.trajectory else []), x.cpu()]
+        return xs
 
 
 def counted(net: Callable, bar: tqdm) -> Callable:
@@ -242,14 +257,14 @@ def work(args) -> None:
     if args.export:
         return exported(source, args)
     out = args.out or (source.home / "samples" if args.student else source.home)
-    if "config.json" in contents(out):
-        raise UserError(f"{out} holds a run; choose another --out")
+    check_out(out)
     device = torch.device(pick_device(args.device, preset.device))
     if args.decode:
         cfg, c, (names, xs) = source.cfg, None, read_latents(source.cfg, args.decode)
     else:
         cfg, c, names, xs = asked(source, args, out, device)
     found, files = preset.present(cfg, c, xs, args, names, device)
+    clear_samples(out)
     for name, content in files:
         write(out / name, content)
     train.show(found, out)
@@ -269,6 +284,18 @@ def exported(source: Source, args) -> None:
         print(f"{path.stat().st_size / 1e6:12.3f} MB  {path}")
 
 
+def check_out(out: Path) -> None:
+    """Raise UserError for a folder with other things in it than earlier samples."""
+    held = contents(out)
+    if "config.json" in held:
+        raise UserError(f"{out} holds a run; choose another --out")
+    others = sorted(n for n in held if not SAMPLES.fullmatch(n) and not n.startswith("."))
+    if others:
+        raise UserError(f"{out} holds other things ({others[0]}); choose another --out")
+    if out.exists() and not os.access(out, os.W_OK):
+        raise UserError(f"{out} cannot be written to; choose another --out")
+
+
 def check_args(args) -> None:
     """Raise UserError for flags that do not go together."""
     if bool(args.student) == bool(args.teacher):
@@ -279,8 +306,15 @@ def check_args(args) -> None:
         raise UserError("--decode makes pictures of latents; drop the other")
     if (args.merge or args.bf16) and not args.export:
         raise UserError("--merge and --bf16 are of --export DIR")
-    if (args.steps is not None and not 1 <= args.steps <= 1000) or not 0 <= (args.shift or 0) < 100:
-        raise UserError("--steps must be from 1 to 1000, and --shift above 0 and below 100")
+    if not 1 <= (1 if args.steps is None else args.steps) <= 1000:
+        raise UserError("--steps must be from 1 to 1000")
+    if not 0 < (1 if args.shift is None else args.shift) < 100:
+        raise UserError("--shift must be above 0 and below 100")
+    if args.prompt is not None and not args.prompt.strip():
+        raise UserError("--prompt is empty")
+    for name in ("prompt", "prompts", "image", "size", "frames", "n", "out", "decode"):
+        if args.export and args.given(name):
+            raise UserError(f"--{name} is for samples; --export makes none")
 
 
 def parser() -> Parser:
@@ -327,24 +361,19 @@ def parser() -> Parser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Returns its exit status: 0, or 2 for a user's error."""
-    try:
+    """The command. Returns its exit status: 0, 2 for a user's error, 130 where it was stopped."""
+
+    def run() -> None:
         args = parser().parse_args(argv)
         args.given = lambda name: getattr(args, name) not in (None, [])
         parallel.alone("sample.py")
         work(args)
-        return 0
-    except UserError as error:
-        print(f"sample.py: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        print(f"sample.py: out of memory; {MEMORY}", file=sys.stderr)
-        return 2
+
+    return exit_status("sample.py", run, MEMORY)
 
 
 NO_RUN = "give --student the folder of a finished run"
+SAMPLES = re.compile(r"\d+(-\d+)?\.(mp4|png)|samples\.(npy|png)|(latents|asked)\.safetensors")
 MEMORY = "a smaller --n or --size, --offload blocks, --tiles, or --device cpu"
 
 if __name__ == "__main__":

@@ -6,13 +6,24 @@ from models import weights
 from models.qwen_image import QwenImage
 
 DTYPE = "torch.bfloat16"
+LAYOUT = """## Layout
+
+These files have the layout and the names of their base: what reads the base reads them in its
+place. diffusers reads its own layout; a base in that layout gives files in it.
+"""
 
 
-def text(student, experts, said: list[dict], places: list) -> str:
-    """The card, markdown. said: the metadata of each expert's file; places: of full weights."""
+def text(student, experts, said: list[dict], places: list, in_diffusers: bool) -> str:
+    """The card, markdown. said: the metadata of each expert's file.
+
+    places: of full weights; in_diffusers: whether those are in its layout.
+    """
     row = weights.row_of(student.cfg.teacher)
-    parts = [head(student, row, said), training(student, said)]
-    parts += [diffusers(student, row, experts, said, places)]
+    parts = [head(student, row, said), training(student, said, bool(places))]
+    if places and not in_diffusers:
+        parts.append(LAYOUT)
+    else:
+        parts.append(diffusers(student, row, experts, said, places))
     if not places:
         parts += [comfyui(student, row, experts), *others(student, row, experts)]
     return "\n".join(parts)
@@ -26,8 +37,7 @@ def head(student, row, said) -> str:
     how = f"in {cfg.phases} phases" if cfg.phases > 1 else "in one phase, which is DMD2"
     return lines(
         "---",
-        "license: apache-2.0",
-        *([f"base_model: {base}"] if base == row.repository else []),
+        *(["license: apache-2.0", f"base_model: {base}"] if base == row.repository else []),
         "tags: [phased-dmd, few-step, distillation]",
         "---",
         f"# {base}, {cfg.steps} steps",
@@ -44,7 +54,7 @@ def lines(*texts: str) -> str:
     return "\n".join(texts)
 
 
-def training(student, said) -> str:
+def training(student, said, full: bool) -> str:
     """How it was trained, and what each file is."""
     cfg = student.cfg
     rank = f", rank {cfg.rank}, alpha {cfg.alpha:g}" if cfg.generator == "lora" else ""
@@ -55,21 +65,23 @@ def training(student, said) -> str:
         f"{cfg.fake_updates} updates at {cfg.fake_lr:g} for each of the student",
         "batch": str(cfg.batch),
         "sizes": f"{', '.join(cfg.size)}; {cfg.frames} frames where they name none",
-        "guidance of the teacher": ", ".join(f"{g:g}" for g in cfg.guidance),
+        "guidance of the teacher": ", ".join(f"{g:g}" for g in cfg.guidance)
+        + " (high noise, low noise)" * (len(cfg.guidance) == 2),
         "target, weight, truncation": f"{cfg.target}, {cfg.weight}, {cfg.truncate}",
         "seed": str(cfg.seed),
-        "times in the network": "rounded as the pipeline does in bfloat16: run it so"
+        "times in the network": "rounded to bfloat16, as diffusers' pipeline does in bfloat16"
         if said[0]["timestep_rounding"] == "bf16" else "float32",
     }  # fmt: skip
     rows = [f"| {name} | {value} |" for name, value in about.items()]
-    return lines(*phase_rows(said), "", "| trained with | |", "|---|---|", *rows, "")
+    return lines(*phase_rows(said, full), "", "| trained with | |", "|---|---|", *rows, "")
 
 
-def phase_rows(said) -> list[str]:
+def phase_rows(said, full: bool) -> list[str]:
     """A table: which phase is which transformer's, and takes which steps."""
     rows = ["| phase | transformer | steps | re-noised in |", "|---|---|---|---|"]
     for one in said:
-        who = f"{one['noise']} noise" if "noise" in one else "its own adapter"
+        alone = "weights of its own" if full else "an adapter of its own"
+        who = f"{one['noise']} noise" if "noise" in one else alone
         steps = ", ".join(str(1 + i) for i in json.loads(one["steps"]))
         rows.append(f"| {one['phase']} | {who} | {steps} | {one['interval']} |")
     return rows
@@ -82,9 +94,8 @@ def diffusers(student, row, experts, said, places) -> str:
     """The snippet that gives these times and these experts; a test runs it."""
     cfg, qwen = student.cfg, row.network is QwenImage
     kind = "QwenImagePipeline" if qwen else "WanPipeline"
-    kind = "WanImageToVideoPipeline" if row.settings.get("in_dim") == 36 else kind
-    base = row.repository or "FOLDER OF THE BASE"
-    base = base if said[0]["base"] in (base, f"{student.cfg.teacher}, random") else said[0]["base"]
+    kind = "WanImageToVideoPipeline" if row.from_image else kind
+    base = row.repository if said[0]["base"] == row.repository else "FOLDER OF THE BASE"
     loads = full_loads(kind, row, experts, places) if places else lora_loads(kind, experts)
     code = [
         "import torch",
@@ -96,14 +107,12 @@ def diffusers(student, row, experts, said, places) -> str:
         *schedule(cfg, qwen),
         'pipe.to("cuda")',
         "",
-        *call(cfg, kind, switching(experts)),
+        *call(cfg, row, kind, switching(experts)),
     ]
     why = (
         "The scheduler's own `shift` alone would be applied twice, and end at another time."
         if not qwen else "The scheduler of the base shifts by size and ends at 0.02."
     )  # fmt: skip
-    if places:
-        why += " Files in the original layout: give their own to from_single_file instead."
     return lines("## diffusers", "", "```python", *code, "```", why, "")
 
 
@@ -131,9 +140,8 @@ def lora_loads(kind: str, experts) -> list[str]:
             f"experts = {json.dumps(owners)}  # of each step",
             "pipe.set_adapters(experts[0])",
             "",
-            "def switch(pipe, i, t, kwargs):  # after step i: the expert of the next one",
-            "    if i + 1 < len(experts):",
-            "        pipe.set_adapters(experts[i + 1])",
+            "def switch(pipe, i, t, kwargs):  # after step i: the next one's; at the end the first",
+            "    pipe.set_adapters(experts[(i + 1) % len(experts)])",
             "    return kwargs",
             "",
         ]
@@ -153,9 +161,11 @@ def full_loads(kind: str, row, experts, places) -> list[str]:
             f"experts = {owners}  # of each step",
             f"pipe = {kind}.from_pretrained(base, transformer=nets[0], torch_dtype={DTYPE})",
             "",
-            "def switch(pipe, i, t, kwargs):  # after step i: the expert of the next one",
-            "    if i + 1 < len(experts):",
-            "        pipe.transformer = nets[experts[i + 1]]",
+            "def switch(pipe, i, t, kwargs):  # after step i: the next one's; at the end the first",
+            "    after = nets[experts[(i + 1) % len(experts)]]",
+            "    if after is not pipe.transformer:",
+            '        pipe.transformer.to("cpu")',
+            '        pipe.transformer = after.to("cuda")',
             "    return kwargs",
             "",
         ]
@@ -178,7 +188,7 @@ def schedule(cfg, qwen: bool) -> list[str]:
     ]
 
 
-def call(cfg, kind: str, switches: bool) -> list[str]:
+def call(cfg, row, kind: str, switches: bool) -> list[str]:
     """Sampling, and the file."""
     *frames, height, width = cfg.size[0].partition(":")[0].split("x")
     about = [f"num_inference_steps={cfg.steps}, height={height}, width={width}"]
@@ -189,7 +199,7 @@ def call(cfg, kind: str, switches: bool) -> list[str]:
         end = 'pipe(prompt=prompt, **settings).images[0].save("image.png")'
         return [f"settings = dict({', '.join(about)})", prompt, end]
     about += ["guidance_scale=1.0", f"num_frames={frames[0] if frames else cfg.frames}"]
-    image = "image=image, " if "Image" in kind else ""
+    image = "image=image, " if row.from_image else ""
     load = f'image = load_image("first.png").resize(({width}, {height}))'
     return [
         f"from diffusers.utils import export_to_video{', load_image' if image else ''}",
@@ -197,7 +207,7 @@ def call(cfg, kind: str, switches: bool) -> list[str]:
         *([load] if image else []),
         prompt,
         f"frames = pipe({image}prompt=prompt, **settings).frames[0]",
-        f'export_to_video(frames, "video.mp4", fps={24 if cfg.teacher == "wan22-5b" else 16})',
+        f'export_to_video(frames, "video.mp4", fps={row.fps})',
     ]
 
 
@@ -228,30 +238,32 @@ def comfyui(student, row, experts) -> str:
 
 
 def others(student, row, experts) -> list[str]:
-    """LightX2V, and Wan2.2-Lightning, where they fit."""
-    cfg, two = student.cfg, bool(experts[0].noise)
-    if len(experts) > 1 and not two:
-        many = f"{len(experts)} take turns on this student's"
-        return [lines("## LightX2V", "", f"It loads one LoRA for a transformer, and {many}.", "")]
+    """LightX2V and Wan2.2-Lightning, where their samplers take Euler steps at our times."""
+    cfg = student.cfg
+    unshifted = [1000 * (1 - i / cfg.steps) for i in range(cfg.steps)]
+    if not experts[0].noise or not all(u.is_integer() for u in unshifted):
+        return []
     config = {
-        "infer_steps": cfg.steps,
-        "denoising_step_list": [round(1000 * (1 - i / cfg.steps), 4) for i in range(cfg.steps)],
+        "infer_steps": cfg.steps, "denoising_step_list": [int(u) for u in unshifted],
         "sample_shift": cfg.shift, "enable_cfg": False,
+        "boundary_step_index": experts[0].phase.last,
+        "lora_configs": [
+            {"name": one.stem, "path": f"{one.stem}.safetensors", "strength": 1.0}
+            for one in experts
+        ],
     }  # fmt: skip
-    config |= {"boundary_step_index": experts[0].phase.last} if two else {}
-    config["lora_configs"] = [
-        ({"name": one.stem} if two else {}) | {"path": f"{one.stem}.safetensors", "strength": 1.0}
-        for one in experts
-    ]
     told = [
-        "## LightX2V", "", "Not run by us. Into the configuration of a distilled model:", "",
+        "## LightX2V", "", "Not run by us. Into the configuration of a distilled Wan2.2:", "",
         "```json", json.dumps(config, indent=1), "```", "",
     ]  # fmt: skip
-    if two and (cfg.steps, cfg.shift) == (4, 5.0):
-        task = "i2v-A14B" if row.settings.get("in_dim") == 36 else "t2v-A14B"
+    if (cfg.steps, cfg.shift, student.boundary) == (4, 5.0, row.boundary):
+        task = "i2v-A14B" if row.from_image else "t2v-A14B"
+        image = ", with its flags for the image" if row.from_image else ""
         told += [
-            "## Wan2.2-Lightning", "", "Not run by us. Its four steps are these:", "", "```bash",
-            f'python generate.py --task {task} --ckpt_dir BASE --lora_dir . --prompt "..."', "```",
-            "",
+            "## Wan2.2-Lightning", "", f"Not run by us. Its four steps are these{image}:", "",
+            "```bash",
+            f'python generate.py --task {task} --size "832*480" --ckpt_dir BASE --lora_dir . '
+            '--prompt "..."',
+            "```", "",
         ]  # fmt: skip
     return [lines(*told)]

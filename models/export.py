@@ -6,6 +6,8 @@ sample.py --student DIR --export DIR calls `export`. Students of adapters become
 
 import json
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
@@ -14,7 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from models import card, files, lora, weights
+from models import card, files, folder, large, lora, weights
 from models.files import Entry, UserError, write, write_entries, write_json
 from models.qwen_image import QwenImage
 from models.wan import Wan
@@ -91,7 +93,7 @@ def metadata(student: Student, one: Expert) -> dict[str, str]:
     low, high = min(p.u[0] for p in phase.parts), max(p.u[1] for p in phase.parts)
     about = {
         "format": "pt", "paper": PAPER, "teacher": cfg.teacher, "base": base_name(cfg),
-        "base_fingerprint": fingerprint(student, one.e), "phase": str(phase.k),
+        "base_fingerprint": fingerprint(cfg, one.e), "phase": str(phase.k),
         "phases": str(cfg.phases), "steps": json.dumps(list(range(phase.first, phase.last))),
         "times": json.dumps(times), "shift": str(cfg.shift), "expert": str(one.e),
         "interval": f"{cfg.interval}, unshifted {low:.4g} to {high:.4g}",
@@ -100,7 +102,7 @@ def metadata(student: Student, one: Expert) -> dict[str, str]:
     about |= {"noise": one.noise, "boundary": str(student.boundary)} if one.noise else {}
     if cfg.generator == "lora":
         about |= {"rank": str(cfg.rank), "alpha": str(cfg.alpha)}
-    if cfg.teacher_lora:
+    if cfg.teacher_lora:  # merged, with full weights
         about["base_lora"] = Path(lora.high_first(cfg.teacher_lora)[one.e - 1]).name
     return about
 
@@ -108,26 +110,18 @@ def metadata(student: Student, one: Expert) -> dict[str, str]:
 def base_name(cfg) -> str:
     """What a base is called: as published, or the user's folder."""
     published = weights.row_of(cfg.teacher).repository
-    if cfg.weights == ("random",) or not (cfg.weights or published):
+    if large.is_random(cfg):
         return f"{cfg.teacher}, random"
     name = Path(cfg.weights[0]).name if cfg.weights else ""
     return published if name in ("", published.split("/")[-1]) else name
 
 
-def fingerprint(student: Student, e: int) -> str:
-    """Of the files of the teacher's expert, as config.json has them; nothing where it has none."""
-    cfg = student.cfg
-    if not student.config["files"] or base_name(cfg).endswith(", random"):
+def fingerprint(cfg, e: int) -> str:
+    """Of the files of the teacher's expert; nothing of random ones."""
+    if large.is_random(cfg):
         return ""
-    folder = weights.locate(cfg.teacher, *cfg.weights)[0][e - 1].resolve()
-    held = student.config["files"].items()
-    mine = [digest for name, digest in held if folder in (Path(name).resolve(), *parents(name))]
-    return sha256(" ".join(mine).encode()).hexdigest() if mine else ""
-
-
-def parents(name: str):
-    """The folders that a file is in."""
-    return Path(name).resolve().parents
+    files = weights.shards(weights.locate(cfg.teacher, *cfg.weights)[0][e - 1])
+    return sha256(" ".join(map(folder.fingerprint, files)).encode()).hexdigest()
 
 
 def rounds(cfg) -> bool:
@@ -136,6 +130,17 @@ def rounds(cfg) -> bool:
 
 
 # -- adapters ------------------------------------------------------------------------------------
+
+
+def lora_files(student: Student, one: Expert, bf16: bool) -> dict[Path, dict[str, Entry]]:
+    """path -> entries of an expert's LoRA, and of its twin. Never what a consumer would refuse."""
+    entries = lora_entries(student, one, torch.float32)
+    wan = weights.row_of(student.cfg.teacher).network is Wan
+    refused = lora.refusals(dict.fromkeys(entries, "F32"), wan)
+    assert not any(refused.values()), refused
+    name = f"{one.stem}.safetensors"
+    twin = {Path("bf16") / name: lora_entries(student, one, torch.bfloat16)} if bf16 else {}
+    return {Path(name): entries} | twin
 
 
 def lora_entries(student: Student, one: Expert, dtype: torch.dtype) -> dict[str, Entry]:
@@ -154,43 +159,23 @@ def lora_entries(student: Student, one: Expert, dtype: torch.dtype) -> dict[str,
     return entries
 
 
-def export_lora(student: Student, one: Expert, out: Path, dtype: torch.dtype) -> list[Path]:
-    """An expert as a LoRA file. Never one that a consumer would refuse."""
-    entries = lora_entries(student, one, dtype)
-    kinds = {key: "F32" for key in entries}  # the twin is for those who take bf16
-    wan = weights.row_of(student.cfg.teacher).network is Wan
-    refused = {who: why for who, why in lora.refusals(kinds, wan).items() if why}
-    assert not refused, refused
-    path = out / f"{one.stem}.safetensors"
-    write_entries(path, entries, metadata(student, one))
-    return [path]
-
-
 # -- full weights --------------------------------------------------------------------------------
 
 
-def export_full(student: Student, one: Expert, out: Path, bf16: bool) -> list[Path]:
-    """An expert as full weights: the base's files, names, shards and dtypes, or bf16.
+def full_files(student: Student, one: Expert, place: Path, bf16: bool) -> dict:
+    """path -> entries of an expert's full weights: the base's files, names and dtypes, or bf16.
 
-    Tensor by tensor: neither the base nor the result is ever in memory.
+    A tensor is read when its turn comes: neither the base nor the result is ever in memory.
     """
-    source, home = source_of(student, one), place_of(source_of(student, one), one, out)
+    source = source_of(student, one)
     net, stored = weights.plan(source, torch.bfloat16, student.cfg.teacher)
-    change = changed(student, one, net)
-    sizes, written = 0, []
-    for file in sorted({there.file for there in stored.values()}):
-        with weights.opened(file) as shard:
-            entries = {}
-            for name, there in stored.items():
-                if there.file == file:
-                    dtype = weights.dtype_of(name, net) if bf16 else weights.DTYPES[there.dtype]
-                    read = partial(change, name, partial(shard.get_tensor, there.key))
-                    entries[there.key] = Entry(dtype, there.shape, read)
-                    sizes += dtype.itemsize * torch.Size(there.shape).numel()
-            path = home / file.name if source.is_dir() else home
-            write_entries(path, entries, metadata(student, one))
-            written.append(path)
-    return written + beside(source, home, sizes)
+    change, found = changed(student, one, net), {}
+    for name, there in stored.items():
+        path = place if source.is_file() else place / there.file.name
+        dtype = weights.dtype_of(name, net) if bf16 else weights.DTYPES[there.dtype]
+        entry = Entry(dtype, there.shape, partial(change, name, there))
+        found.setdefault(path, {})[there.key] = entry
+    return found
 
 
 def source_of(student: Student, one: Expert) -> Path:
@@ -198,78 +183,105 @@ def source_of(student: Student, one: Expert) -> Path:
     return weights.locate(student.cfg.teacher, *student.cfg.weights)[0][one.e - 1]
 
 
-def homes(student: Student, experts: list[Expert], out: Path) -> list[Path]:
-    """Where each expert's weights go."""
-    return [place_of(source_of(student, one), one, out) for one in experts]
-
-
-def place_of(source: Path, one: Expert, out: Path) -> Path:
-    """Where an expert's weights go: as the base has them, or a folder a phase of one base."""
-    root = out if one.noise else out / f"phase{one.phase.k}"
+def places_of(student: Student, experts: list[Expert]) -> list[Path]:
+    """Where each expert's full weights go: as the base has them, in own folders if alike."""
     inside = {name for names in weights.LAYOUTS for name in names}
-    return root / source.name if source.is_file() or source.name in inside else root
+    places = []
+    for one in experts:
+        source = source_of(student, one)
+        root = Path() if one.noise else Path(f"phase{one.phase.k}")
+        named = source.is_file() or source.name in inside
+        places.append(root / source.name if named else root)
+    if len(set(places)) < len(places):
+        places = [Path(one.stem) / place for one, place in zip(experts, places)]
+    return places
 
 
-def changed(student: Student, one: Expert, net):
-    """change(name, read) -> the parameter as the expert has it."""
-    if student.cfg.generator == "full":
-        return lambda name, read: student.file.get_tensor(f"{one.role}/{name}")
-    merges = []
-    if student.cfg.teacher_lora:
-        file = lora.high_first(student.cfg.teacher_lora)[one.e - 1]
-        merges.append(weights.read_lora(net, Path(file)))
+def changed(student: Student, one: Expert, net) -> Callable:
+    """change(name, where it is in the base) -> the parameter as the expert has it."""
+    cfg, read = student.cfg, student.file.get_tensor
+    if cfg.generator == "full":
+        return lambda name, there: read(f"{one.role}/{name}")
+    held, scale, merges = set(student.file.keys()), cfg.alpha / cfg.rank, []
+    if cfg.teacher_lora:
+        merges.append(weights.read_lora(net, Path(lora.high_first(cfg.teacher_lora)[one.e - 1])))
 
-    def change(name: str, read) -> Tensor:
-        tensor, stem = weights.merged(read(), name, merges), f"{one.role}/{name[:-7]}"
-        if not name.endswith(".weight") or f"{stem}.up" not in held:
+    def change(name: str, there) -> Tensor:
+        with weights.opened(there.file) as shard:
+            tensor = weights.merged(shard.get_tensor(there.key), name, merges)
+        layer = f"{one.role}/{name.removesuffix('.weight')}"
+        if f"{layer}.up" not in held or not name.endswith(".weight"):
             return tensor
-        up, down = (student.file.get_tensor(f"{stem}.{part}") for part in ("up", "down"))
-        return tensor.float().addmm_(up, down, alpha=student.cfg.alpha / student.cfg.rank)
+        return tensor.float().addmm(read(f"{layer}.up"), read(f"{layer}.down"), alpha=scale)
 
-    held = set(student.file.keys())
     return change
 
 
-def beside(source: Path, home: Path, size: int) -> list[Path]:
-    """The config and the index of a base's folder, copied; the index with its new size."""
-    if source.is_file():
-        return []
-    written = []
-    for file in sorted(source.glob("*.json")):
-        said = files.read_json(file, "download it again")
+def beside(source: Path, size: int) -> dict[str, dict]:
+    """name -> contents of the config and the index of a base's folder; the index with its size."""
+    found = {}
+    for file in sorted(source.glob("*.json")) if source.is_dir() else ():
+        found[file.name] = said = files.read_json(file, "download it again")
         if file.name.endswith(".index.json"):
             said["metadata"] = said.get("metadata", {}) | {"total_size": size}
-        write_json(home / file.name, said)
-        written.append(home / file.name)
-    return written
+    return found
 
 
 # -- the whole -----------------------------------------------------------------------------------
 
 
 def export(student: Student, out: Path, merge: bool, bf16: bool) -> list[Path]:
-    """Write a student's files and their card; returns them. Raises UserError."""
-    cfg, experts = student.cfg, experts_of(student)
+    """Write a student's files and their card, all or none; returns them. Raises UserError."""
+    experts = experts_of(student)
+    full = check_kind(student.cfg, merge)
+    places = places_of(student, experts) if full else []
+    planned = {}  # path -> entries, metadata
+    for i, one in enumerate(experts):
+        made = full_files(student, one, places[i], bf16) if full else lora_files(student, one, bf16)
+        assert not planned.keys() & made.keys()
+        planned |= {path: (entries, metadata(student, one)) for path, entries in made.items()}
+    sizes = {path: sum(map(nbytes, entries.values())) for path, (entries, _) in planned.items()}
+    check_place(out, sum(sizes.values()))
+    with whole_folder(out) as part:
+        for path, (entries, about) in planned.items():
+            write_entries(part / path, entries, about)
+        for one, place in zip(experts, places):
+            size = sum(n for path, n in sizes.items() if place in path.parents)
+            for name, said in beside(source_of(student, one), size).items():
+                write_json(part / place / name, said)
+        said = [metadata(student, one) for one in experts]
+        diffusers = full and is_diffusers(source_of(student, experts[0]))
+        text = card.text(student, experts, said, places, diffusers)
+        write(part / "README.md", text.encode())
+    return sorted(path for path in out.rglob("*") if path.is_file())
+
+
+def check_kind(cfg, merge: bool) -> bool:
+    """Whether full weights are to be written. Raises UserError where that, or a LoRA, cannot be."""
     full = merge or cfg.generator == "full"
     if merge and cfg.generator == "full":
         raise UserError("--merge is for adapters; a full student is exported as full weights")
-    if full and base_name(cfg).endswith(", random"):
+    if full and large.is_random(cfg):
         raise UserError("full weights follow the files of a base, and random ones have none")
-    check_place(out, student, experts, full, bf16)
-    written = []
-    for one in experts:
-        if full:
-            written += export_full(student, one, out, bf16)
-        else:
-            written += export_lora(student, one, out, torch.float32)
-            written += export_lora(student, one, out / "bf16", torch.bfloat16) if bf16 else []
-    said = [metadata(student, one) for one in experts]
-    places = [place.relative_to(out) for place in homes(student, experts, out)] if full else []
-    write(out / "README.md", card.text(student, experts, said, places).encode())
-    return [*written, out / "README.md"]
+    if cfg.teacher_lora and not full:
+        raise UserError("this student belongs to its base with --teacher-lora, and other tools "
+                        "would load it without; --merge writes all three as one")  # fmt: skip
+    return full
 
 
-def check_place(out: Path, student: Student, experts, full: bool, bf16: bool) -> None:
+def is_diffusers(source: Path) -> bool:
+    """Whether the config of a base is of the layout of diffusers."""
+    config = source / "config.json"
+    kind = files.read_json(config, "").get("_class_name") if config.is_file() else None
+    return kind in ("WanTransformer3DModel", "QwenImageTransformer2DModel")
+
+
+def nbytes(entry: Entry) -> int:
+    """Of a tensor in a file."""
+    return entry.dtype.itemsize * torch.Size(entry.shape).numel()
+
+
+def check_place(out: Path, size: int) -> None:
     """Raise UserError where the files would meet others, or a disk without room."""
     try:
         held = sorted(path.name for path in out.iterdir()) if out.exists() else []
@@ -277,21 +289,25 @@ def check_place(out: Path, student: Student, experts, full: bool, bf16: bool) ->
         raise UserError(f"--export {out}: {error.strerror}; choose another folder") from error
     if held:
         raise UserError(f"--export {out} holds other things ({held[0]}); choose another folder")
-    numbers = 0  # bytes
-    for one in experts:
-        if full:
-            net, stored = weights.plan(source_of(student, one), torch.bfloat16, student.cfg.teacher)
-            wide = {name: weights.DTYPES[there.dtype] for name, there in stored.items()}
-            numbers += sum(
-                p.numel() * (p if bf16 else wide[name]).itemsize
-                for name, p in net.named_parameters()
-            )
-        else:
-            entries = lora_entries(student, one, torch.float32)
-            numbers += sum(4 * torch.Size(e.shape).numel() for e in entries.values())
     there = next(path for path in (out.resolve(), *out.resolve().parents) if path.exists())
     free = shutil.disk_usage(there).free
-    if numbers > free:
-        raise UserError(
-            f"--export {out} needs {numbers / 1e9:.4g} GB, and {there} has {free / 1e9:.4g}"
-        )
+    if size > free:
+        raise UserError(f"--export {out} needs {size / 1e9:.4g} GB, {there} has {free / 1e9:.4g}")
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill, which becomes `out` at the end, or is gone."""
+    part = out.with_name(out.name + ".part")
+    if part.exists():
+        raise UserError(f"{part} is what a stopped export left; remove it")
+    try:
+        yield part
+        if out.exists():
+            out.rmdir()  # empty, as check_place saw
+        part.rename(out)
+    except BaseException as error:  # Ctrl-C too
+        shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, OSError):
+            raise files.cannot_write(out, error) from error
+        raise

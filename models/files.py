@@ -49,9 +49,11 @@ def write(path: Path, *contents: bytes | Iterable, everyone: bool = False) -> No
             os.fsync(file.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)  # without it a power cut can undo the rename
-    except OSError as error:
+    except BaseException as error:  # Ctrl-C too
         with contextlib.suppress(OSError):
             temporary.unlink()
+        if not isinstance(error, OSError):
+            raise
         raise cannot_write(path, error) from error
 
 

@@ -122,7 +122,9 @@ def exit_status(script: str, work: Callable[[], None], memory: str = "") -> int:
         return 0
     except UserError as error:
         line, status = error, 2
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         line, status = f"out of memory; {memory or 'a smaller size, or --device cpu'}", 2
     except KeyboardInterrupt:
         line, status = "stopped; the same command goes on, or starts again", 130

@@ -108,15 +108,24 @@ def clear(out: Path) -> None:
     """Remove a run but for its config.json, which the new run replaces at once. Nothing else."""
     state = out / "state"
     inside = [state / "state.json", *state.glob("*.safetensors"), *state.glob("*.tmp")]
-    inside += [out / "samples" / "samples.png"]
-    inside += [out / "samples" / "samples.npy", out / "samples" / "latents.safetensors"]
-    inside += [out / "samples" / "prompts.safetensors"]
-    inside += [*(out / "samples").glob("[0-9]*.mp4"), *(out / "samples").glob("[0-9]*.png")]
+    samples = out / "samples"
+    named = ("samples.png", "samples.npy", "latents.safetensors", "asked.safetensors")
+    inside += [samples / name for name in named]
     inside += [*(out / name for name in OURS), *(out / "looks").glob("phase*-*")]
     try:
         for path in inside:
             if path.is_file() and path.name != "config.json":
                 path.unlink()
+    except OSError as error:
+        raise cannot_write(out, error) from error
+    clear_samples(samples)
+
+
+def clear_samples(out: Path) -> None:
+    """Remove numbered videos and pictures: new ones may be fewer."""
+    try:
+        for path in [*out.glob("[0-9]*.mp4"), *out.glob("[0-9]*.png")]:
+            path.unlink()
     except OSError as error:
         raise cannot_write(out, error) from error
 

@@ -44,10 +44,9 @@ def buckets(cfg) -> dict[tuple, float]:
         near = [max(1, round(n / (2 * scale))) * 2 * scale for n in (height, width)]
         if near != [height, width]:
             raise UserError(f"--size {given}: nearest that fits is {near[0]}x{near[1]}")
-        if frames % 4 != 1:
-            raise UserError(
-                f"{frames} frames are not 4n + 1; nearest: {4 * round((frames - 1) / 4) + 1}"
-            )
+        if frames < 1 or frames % 4 != 1:
+            near = 4 * max(0, round((frames - 1) / 4)) + 1
+            raise UserError(f"{frames} frames are not 4n + 1; nearest: {near}")
         if frames > 1 and row.network is QwenImage:
             raise UserError(f"{cfg.teacher} makes pictures; --frames 1")
         shape = (channels, (frames - 1) // 4 + 1, height // scale, width // scale)
@@ -102,7 +101,7 @@ def check(cfg) -> None:
         raise UserError("--offload blocks gives a block away when it is done: --checkpointing on")
     if cfg.toy != "ring" or cfg.points or cfg.bandwidth or cfg.classes == "on":
         raise UserError("--toy, --points, --bandwidth and --classes belong to --teacher toy2d")
-    if cfg.images and row.settings.get("in_dim") != 36:
+    if cfg.images and not row.from_image:
         raise UserError(f"--images are for image to video; {cfg.teacher} takes none")
     if is_random(cfg) and cfg.teacher_lora:
         raise UserError("--teacher-lora changes published weights; random ones have none")
@@ -142,7 +141,7 @@ def is_random(cfg) -> bool:
 
 def is_image(cfg) -> bool:
     """Whether the teacher goes from an image to a video."""
-    return weights.row_of(cfg.teacher).settings.get("in_dim") == 36
+    return weights.row_of(cfg.teacher).from_image
 
 
 def boundary(cfg) -> float | None:

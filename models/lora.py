@@ -115,16 +115,26 @@ SUFFIX = re.compile(
 
 
 def high_first(files) -> list:
-    """Two files in the order high noise, low noise, if both say it; as they come otherwise."""
+    """Two files in the order high noise, low noise, if one says it; as they come otherwise.
+
+    Raises UserError where both say the same.
+    """
     says = [noise_of(file) for file in files]
-    return list(files)[::-1] if says == ["low", "high"] else list(files)
+    if len(says) == 2 and says[0] == says[1] != "":
+        raise UserError(f"{files[0]} and {files[1]} are both of {says[0]} noise; name one of each")
+    swapped = len(says) == 2 and (says[0] == "low" or says[1] == "high")
+    return list(files)[::-1] if swapped else list(files)
+
+
+WORD = re.compile(  # high-noise, HighNoise, LOW; not slow, flow, lower
+    r"(?:(?<![a-zA-Z])(?:high|low)|High|Low)(?=[nN]oise|[^a-z]|$)|(?:HIGH|LOW)(?=NOISE|[^A-Z]|$)"
+)
 
 
 def noise_of(file) -> str:
     """high, low, or nothing: by the metadata that models/export.py writes, or the file's name."""
-    said = metadata(file).get("noise")
-    found = re.search(r"(?<![a-z])(high|low)(?![a-z])", Path(file).name.lower())
-    return said or (found[0] if found else "")
+    said, found = metadata(file).get("noise"), WORD.search(Path(file).name)
+    return said or (found[0].lower() if found else "")
 
 
 def metadata(file) -> dict[str, str]:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from tqdm import tqdm
 
 from models import large, lora, pictures, text, vae, video, weights
 from models.bases import Blocks
+from models.export import fingerprint
 from models.files import UserError, first_line
 from models.qwen_image import QwenImage
 
@@ -33,7 +35,7 @@ def settled(cfg, args):
     if args.size:
         cfg = replace(cfg, size=(args.size,))
     parts = cfg.size[0].partition(":")[0].split("x")
-    if args.frames:
+    if args.frames is not None:
         if args.size and len(parts) == 3 and parts[0] != str(args.frames):
             raise UserError(f"--size {args.size} and --frames {args.frames} do not agree")
         cfg, parts = replace(cfg, frames=args.frames), parts[-2:]
@@ -113,6 +115,7 @@ def ask(cfg, args, out: Path, home: Path, device):
     if weights.row_of(cfg.teacher).network is not QwenImage:
         c.pop("mask", None)  # Wan attends to padding
     if large.is_image(cfg):
+        free(device)  # of the text encoder
         frame = image(cfg, args, shape, device)
         c["image"] = frame.expand(count * args.n, *frame.shape[1:])
     free(device)
@@ -124,7 +127,7 @@ def embeddings(cfg, args, out: Path, device) -> Path:
     if args.prompts and args.prompts.suffix == ".safetensors":
         return args.prompts
     prompts = [args.prompt] if args.prompt else text.read_prompts(args.prompts)
-    folder, path = large.folder_of(cfg), out / "prompts.safetensors"
+    folder, path = large.folder_of(cfg), out / "asked.safetensors"
     if large.is_random(cfg):
         raise UserError("random weights have no text encoder; --prompts takes embeddings for them")
     encoder = weights.component(cfg.teacher, folder, "text_encoder").resolve()
@@ -255,8 +258,10 @@ def worn(cfg, paths: list[Path], ask_steps: bool, times: tuple[float, ...], boun
         check_lora(cfg, path, about)
     ours = all("times" in about for about in said) and not ask_steps
     roles, times, files, experts = (
-        by_metadata(paths, said) if ours else by_time(paths, times, boundary)
+        by_metadata(paths, said, 2 if boundary else 1) if ours else by_time(paths, times, boundary)
     )
+    for role in files if ours else ():
+        check_base(cfg, files[role], experts[role])
     read = lambda role: weights.read_lora(empty(cfg, experts[role]), files[role])
     for role in files:  # all of them, before a base is loaded
         rest = lora.split(read(role), empty(cfg, experts[role]))[1]
@@ -286,22 +291,44 @@ def check_lora(cfg, path: Path, about: dict) -> None:
         print(f"note: {path.name} is not for {who}: {why}")
 
 
-def by_metadata(paths: list[Path], said: list[dict]) -> tuple:
+def check_base(cfg, path: Path, e: int) -> None:
+    """Say so where a file was made on other files of the base than are here."""
+    made, here = lora.metadata(path).get("base_fingerprint"), fingerprint(cfg, e)
+    if made != here:
+        print(f"note: {path.name} was made on other files of the base than these: another layout, "
+              "or other weights")  # fmt: skip
+
+
+def by_metadata(paths: list[Path], said: list[dict], transformers: int) -> tuple:
     """Roles of the steps, times, files and experts by role, of files that we wrote."""
     files, owners, experts = {}, {}, {}
     for path, about in zip(paths, said):
         try:
-            times, steps = tuple(map(float, json.loads(about["times"]))), json.loads(about["steps"])
-            role, phases = f"student{int(about['phase'])}", int(about["phases"])
-            owners |= {int(i): role for i in steps}
+            role = f"student{int(about['phase'])}"
+            owners |= {int(i): role for i in json.loads(about["steps"])}
             files[role], experts[role] = path, int(about["expert"])
+            times = checked_times(json.loads(about["times"]))
+            if not 1 <= experts[role] <= transformers:
+                raise ValueError(f"expert {experts[role]}")
         except (KeyError, TypeError, ValueError) as error:
             raise UserError(f"{path}: its metadata is damaged ({error}); export it again") from None
+    same = ("times", "phases", "base", "boundary")
+    if len({tuple(about.get(key) for key in same) for about in said}) > 1:
+        raise UserError("these files are of unlike students: " + ", ".join(p.name for p in paths))
     if sorted(owners) != list(range(len(times) - 1)) or len(files) != len(paths):
-        raise UserError(f"these files are {', '.join(sorted(files))} of {phases}; name each once")
+        held, phases = ", ".join(sorted(files)), said[0].get("phases")
+        raise UserError(f"these files are {held} of a student of {phases} phases; name each once")
     for role in sorted(files):
         print(f"{files[role].name}: {role}, by its metadata")
     return [owners[i] for i in sorted(owners)], times, files, experts
+
+
+def checked_times(times) -> tuple[float, ...]:
+    """1 > ... > 0, as a header says. Raises ValueError."""
+    times = tuple(map(float, times))
+    if not (times[0] == 1 and times[-1] == 0 and all(a > b for a, b in pairwise(times))):
+        raise ValueError(f"times {times}")
+    return times
 
 
 def by_time(paths: list[Path], times: tuple[float, ...], boundary: float | None) -> tuple:
@@ -312,7 +339,7 @@ def by_time(paths: list[Path], times: tuple[float, ...], boundary: float | None)
     ordered = lora.high_first(paths)
     files = {f"student{e}": path for e, path in enumerate(ordered, 1)}
     if experts == 2:
-        told = all(lora.noise_of(path) for path in paths)
+        told = any(lora.noise_of(path) for path in paths)
         how = "by metadata or name" if told else "in the order given"
         print(f"high noise: {ordered[0].name}, low noise: {ordered[1].name}, {how}")
     roles = [f"student{1 if not boundary or t >= boundary else 2}" for t in times[:-1]]

@@ -186,7 +186,7 @@ def main(argv=None) -> int:
     """Pictures in, conditions out; exit status 0, or 2 with one line."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    teachers = [name for name, row in TEACHERS.items() if row.settings.get("in_dim") == 36]
+    teachers = [name for name, row in TEACHERS.items() if row.from_image]
     teachers = [name for name in teachers if TEACHERS[name].repository]
     add("--teacher", default="wan22-i2v", choices=teachers, help="(default %(default)s)")
     add("--weights", type=Path, help="folder of the published weights (default weights/NAME)")

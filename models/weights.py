@@ -34,6 +34,16 @@ class Row(NamedTuple):
     boundary: float | None = None  # two experts: high noise for t >= boundary
     usual: tuple[int, float | None] = (50, 5.0)  # steps and shift it is sampled with; None: by size
 
+    @property
+    def from_image(self) -> bool:
+        """Whether it goes from an image to a video."""
+        return self.settings.get("in_dim") == 36
+
+    @property
+    def fps(self) -> int:
+        """Frames a second of its videos."""
+        return 24 if self.settings.get("out_dim") == 48 else 16
+
 
 A14B = dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 TINY = dict(dim=128, ffn_dim=256, num_heads=4, num_layers=2, text_dim=64, text_len=16)

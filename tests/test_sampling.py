@@ -147,10 +147,13 @@ def test_the_times_of_qwen_image_are_those_of_its_published_scheduler():
 @pytest.mark.parametrize("flags,says", [
     ("--size 50x64", "nearest that fits is 48x64"), ("--size 48", "HEIGHTxWIDTH"),
     ("--frames 8", "nearest: 9"), ("--size 1x48x64 --frames 9", "do not agree"),
-    ("--steps 4", "--steps is for --teacher"), ("--guidance 4", "--guidance is for --teacher"),
+    ("--steps 4", "--steps is for --teacher"), ("--shift 0", "--shift must"),
+    ("--guidance 4", "--guidance is for --teacher"),
     ("--lora a.safetensors", "--lora is for --teacher"), ("--merge", "--export"),
     ("--bf16", "--export"), ("--image a.png", "takes none"), ("--n 0", "--n must"),
     ("--prompt fox", "no text encoder"), ("--prompts none.safetensors", "holds no embeddings"),
+    ("--frames -3", "nearest: 1"), ("--frames 0", "nearest: 1"), ("--prompt  ", "expected one"),
+    ("--export x --n 3", "--n is for samples"), ("--decode none", "holds no latents"),
 ])  # fmt: skip
 def test_flags_that_do_not_fit_are_one_line_and_write_nothing(runs, tmp_path, capsys, flags, says):
     out = tmp_path / "out"
@@ -162,7 +165,7 @@ def test_large_flags_are_refused_for_toys_and_toys_for_export(tmp_path, capsys):
     line = ["--teacher", "toy2d", "--out", tmp_path / "out"]
     assert "--prompt is for large" in refused(capsys, *line, "--prompt", "fox")
     assert "--lora is for large" in refused(capsys, *line, "--lora", "a.safetensors")
-    assert "--export is for students" in refused(capsys, *line, "--export", tmp_path / "e")
+    assert "--export is for students" in refused(capsys, *line[:2], "--export", tmp_path / "e")
     assert "nearest" in refused(capsys, "--teacher", "wan23", "--out", tmp_path / "out")
     assert not list(tmp_path.iterdir())
     out = said(capsys, *line, "--n", 500)  # the exact teacher, by the same command
@@ -380,6 +383,46 @@ def test_what_is_not_of_adapted_layers_is_merged(tmp_path, capsys):
     assert "published base" in refused(capsys, *line)
 
 
+def rewritten(path, source, **about):
+    """A copy of an exported file, whose metadata says something else."""
+    save_file(load_file(source), path, lora.metadata(source) | about)
+    return path
+
+
+@pytest.mark.parametrize("about,says", [
+    ({"times": "[1.0, 0.9, 0.75, 0.5, 0.0]"}, "unlike students"),
+    ({"base": "x"}, "unlike students"),
+    ({"times": "[1.0, NaN, 0.75, 0.5, 0.0]"}, "damaged"), ({"expert": "7"}, "damaged"),
+    ({"times": "[1.0, 0.75, 0.9, 0.5, 0.0]"}, "damaged"), ({"steps": "nothing"}, "damaged"),
+    ({"steps": "[0, 1]"}, "name each once"), ({"noise": "high", "times": ""}, "damaged"),
+])  # fmt: skip
+def test_metadata_that_does_not_hold_together_is_refused(runs, tmp_path, capsys, about, says):
+    said(capsys, "--student", runs("wan22-tiny"), "--export", tmp_path / "out")
+    high, low = (tmp_path / "out" / f"{noise}_noise_model.safetensors" for noise in ("high", "low"))
+    low = rewritten(tmp_path / "low.safetensors", low, **about)
+    line = ["--teacher", "wan22-tiny", "--out", tmp_path / "samples", "--lora", high, low]
+    assert says in refused(capsys, *line) and not (tmp_path / "samples").exists()
+
+
+def test_another_base_than_a_student_was_trained_on_is_said(runs, tmp_path, capsys):
+    """By --weights, and by the fingerprint in a file's metadata; its own is passed in silence."""
+    folder, base = runs("wan21-tiny"), tmp_path / "base"
+    sharded(base, weights.random("wan21-tiny", torch.float32, seed=1), 10**9)
+    prompt = embeddings(tmp_path / "p.safetensors", "wan21-tiny", ["a"])
+    line = ["--n", 1, "--weights", base, "--prompts", prompt, "--latents", "--size", "1x48x64"]
+    told = said(capsys, "--student", folder, *line, "--out", tmp_path / "a")
+    assert "not the files that the student was trained on" in told
+    own = student(tmp_path / "own", "wan21-tiny", "--weights", base, "--prompts", prompt)
+    told = said(capsys, "--student", own, *line, "--out", tmp_path / "b")
+    assert "note" not in told
+    for run, alike in ((own, True), (folder, False)):
+        out = tmp_path / f"export-{alike}"
+        said(capsys, "--student", run, "--export", out)
+        files = sorted(out.glob("*.safetensors"))
+        told = said(capsys, "--teacher", "wan21-tiny", *line, "--lora", *files, "--out", out / "s")
+        assert ("other files of the base" in told) != alike
+
+
 def test_loras_that_do_not_fit_are_one_line(runs, tmp_path, capsys):
     high, low, qwen, odd = (tmp_path / f"{n}.safetensors" for n in ("high", "low", "qwen", "odd"))
     tiny_file(high, "lightning"), tiny_file(low, "lightning", seed=1)
@@ -437,6 +480,97 @@ def test_exported_files_are_what_all_four_take(runs, tmp_path, capsys):
             bf16 = x if key.endswith("alpha") else x.bfloat16()
             assert torch.equal(twin[key], bf16) and twin[key].dtype == bf16.dtype
     assert "holds other things" in refused(capsys, "--student", runs("wan22-tiny"), "--export", out)
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), KeyboardInterrupt()])
+def test_an_export_that_fails_leaves_nothing(runs, tmp_path, capsys, monkeypatch, error):
+    """In the second expert's file; the same command then goes through."""
+    plain, calls = export.write_entries, []
+
+    def failing(path, *given):
+        calls.append(path)
+        if len(calls) == 2:
+            raise error
+        return plain(path, *given)
+
+    line = ["--student", runs("wan22-tiny"), "--export", tmp_path / "out"]
+    monkeypatch.setattr(export, "write_entries", failing)
+    assert sample.main([*map(str, line)]) == (2 if isinstance(error, OSError) else 130)
+    assert capsys.readouterr().err.count("\n") == 1 and not list(tmp_path.iterdir())
+    monkeypatch.undo()
+    assert "README.md" in said(capsys, *line)
+
+
+def test_a_student_of_a_base_with_a_lora_leaves_merged_only(tmp_path, capsys):
+    """As a LoRA, other tools would load it without; merged it computes what the student does."""
+    base, files = tmp_path / "base", [tmp_path / "teacher.safetensors"]
+    sharded(base, weights.random("wan21-tiny", torch.float32, seed=1), 10**9)
+    tiny_file(files[0], "lightning", "wan21-tiny")
+    prompt = embeddings(tmp_path / "p.safetensors", "wan21-tiny", ["a"])
+    run = student(tmp_path / "run", "wan21-tiny", "--weights", base, "--prompts", prompt,
+                  "--teacher-lora", *files, "--dtype", "float32", "--phases", "1", "--steps", "1",
+                  "--size", "1x32x32")  # fmt: skip
+    assert "--teacher-lora" in refused(capsys, "--student", run, "--export", tmp_path / "out")
+    said(capsys, "--student", run, "--export", tmp_path / "out", "--merge")
+    said(
+        capsys,
+        "--student",
+        run,
+        "--n",
+        1,
+        "--out",
+        tmp_path / "a",
+        "--prompts",
+        prompt,
+        "--latents",
+    )
+    line = ["--teacher", "wan21-tiny", "--weights", tmp_path / "out" / "phase1", "--prompts", prompt,
+            *"--steps 1 --n 1 --guidance 1 --size 1x32x32 --dtype float32".split()]  # fmt: skip
+    said(capsys, *line, "--latents", "--out", tmp_path / "b")
+    a, b = (latents(tmp_path / name)["x"] for name in "ab")
+    assert torch.allclose(a, b, atol=1e-4)
+
+
+def test_experts_of_one_name_do_not_meet(runs, tmp_path, capsys):
+    """Bases named alike, as files and as folders, come out beside each other."""
+    nets = [weights.random("wan22-tiny", torch.float32, seed=e) for e in (1, 2)]
+    for e, net in enumerate(nets):
+        sharded(tmp_path / "ab"[e] / "transformer", net, 10**9)
+    paths = [tmp_path / name / "transformer" for name in "ab"]
+    line = ["--student", runs("wan22-tiny"), "--merge", "--weights", *paths, "--export"]
+    said(capsys, *line, tmp_path / "out")
+    found = {
+        p.relative_to(tmp_path / "out").parts[0] for p in (tmp_path / "out").rglob("*.safetensors")
+    }
+    assert found == {"high_noise_model", "low_noise_model"}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "## Layout" in card and "from_pretrained" not in card  # original names
+
+
+def test_samples_go_to_a_folder_of_samples_only(runs, tmp_path, capsys):
+    """Other things are never overwritten; earlier samples are, and none of them stays behind."""
+    folder = runs("wan22-tiny")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "prompts.safetensors").write_bytes(b"mine")
+    line = ["--student", folder, "--n", 1, "--out"]
+    assert "holds other things" in refused(capsys, *line, tmp_path / "mine")
+    assert "holds a run" in refused(capsys, *line, folder)
+    assert "cannot write" in refused(capsys, *line, "/proc/nowhere")
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "001-03.mp4").write_bytes(b"old")
+    said(capsys, *line, tmp_path / "old")
+    held = sorted(path.name for path in (tmp_path / "old").iterdir())
+    assert held == ["latents.safetensors", "samples.png"]
+    assert list(latents(tmp_path / "old")) == ["x"]
+
+
+def test_a_students_own_file_may_be_named(runs, tmp_path, capsys):
+    """And a file that is of no run is no reason to advise --overwrite."""
+    file = runs("wan22-tiny") / "student.safetensors"
+    said(capsys, "--student", file, "--n", 1, "--out", tmp_path / "out")
+    (tmp_path / "student.safetensors").write_bytes(file.read_bytes())
+    told = refused(capsys, "--student", tmp_path / "student.safetensors")
+    assert "holds no run" in told and "overwrite" not in told
 
 
 def test_full_weights_need_a_base_and_room(runs, tmp_path, capsys, monkeypatch):

@@ -237,6 +237,9 @@ def test_a_teachers_lora_is_merged_with_its_alpha(tmp_path, form):
 @pytest.mark.parametrize("names,wanted", [
     (("low_noise_model", "high_noise_model"), [1, 0]), (("High", "Low"), [0, 1]),
     (("slowmo_HN", "mo_LN"), [0, 1]), (("flow-low", "flow-high"), [1, 0]), (("a", "b"), [0, 1]),
+    (("low_x", "model"), [1, 0]), (("model", "HIGH"), [1, 0]),
+    (("mineLowNoise", "HighNoise"), [1, 0]),
+    (("lownoise", "highnoise"), [1, 0]), (("lower", "higher"), [0, 1]), (("a", "LOWER"), [0, 1]),
 ])  # fmt: skip
 def test_loras_are_told_apart_by_whole_words_only(names, wanted):
     files = [Path(name + ".safetensors") for name in names]

@@ -231,7 +231,7 @@ def evaluate(cfg, student, phases, device) -> dict:
 def present(cfg, c, xs: list[Tensor], args, names, device) -> tuple[dict, list]:
     """Samples xs at each time as numbers, and as files in the unit of the data: picture and npy."""
     keep_all, target = args.trajectory, mixture(cfg)
-    times = step_times(cfg.steps, cfg.shift)
+    times = step_times(cfg.steps, cfg.shift)[-len(xs) :]
     centre, scale = target.unit
     kept = list(zip(times, xs))[0 if keep_all else -1 :]
     array = torch.stack([x for _, x in kept]).double() * scale + centre
