@@ -185,7 +185,7 @@ def test_toy_tiny_and_full_size_go_through_the_same_lines(runs, tmp_path, monkey
         sample, "drawn", lambda source, *a: seen.append(source.cfg.teacher) or plain(source, *a)
     )
     assert train.main(["--out", str(tmp_path / "toy"), "--iters", "1", "--warmup", "1"]) == 0
-    full_size(tmp_path / "lora", "wan21-1.3b", torch.float32)
+    full_size(tmp_path / "lora", "wan21-1.3b")
     full = "--teacher wan21-1.3b --weights random --size 1x32x32 --steps 1 --lora".split()
     for line in (["--student", tmp_path / "toy"], ["--student", runs("wan22-tiny")],
                  [*full, tmp_path / "lora"]):  # fmt: skip
@@ -198,8 +198,8 @@ def test_toy_tiny_and_full_size_go_through_the_same_lines(runs, tmp_path, monkey
 # -- LoRA files of others ------------------------------------------------------------------------
 
 
-def full_size(path, teacher, kind="F32"):
-    """A file with the keys, ranks and sizes of the published one; its zeros take no disk."""
+def full_size(path, teacher, kind=torch.float32):
+    """A file with the keys, ranks, alphas, sizes of the published one; its zeros take no disk."""
     row = weights.row_of(teacher)
     net = weights.build(row.network, row.settings, torch.bfloat16)
     prefix, shapes = "" if row.network is QwenImage else "diffusion_model.", {}
@@ -210,7 +210,12 @@ def full_size(path, teacher, kind="F32"):
     head, size = header(shapes, {})
     with open(path, "wb") as file:
         file.write(head)
-        file.truncate(size)
+        for dtype, shape in shapes.values():
+            count = torch.Size(shape).numel() * dtype.itemsize
+            if shape:
+                file.seek(count, 1)
+            else:
+                file.write((8).to_bytes(count, "little"))
     return net, shapes, size
 
 
@@ -223,12 +228,13 @@ def test_files_of_the_published_size_load_on_the_meta_device(
 ):
     """Keys, rank 64, shapes of the Lightning files; every layer gets its adapter."""
     path = tmp_path / "lightning.safetensors"
-    net, shapes, size = full_size(path, teacher, torch.float32)
+    net, shapes, size = full_size(path, teacher)
     assert len(shapes) == tensors and abs(size - bytes_there) < 3e6
     cfg = train.config(teacher, weights=("random",))
     sampling.check_lora(cfg, path, {})  # no consumer minds
     factors, rest = lora.split(weights.read_lora(net, path), net)
     assert not rest and len(factors) == tensors // 3
+    assert {one.scale for one in factors.values()} == {1 / 8}
     lora.attach(net.to("meta"), "student1", factors)
     held = lora.parameters(net, "student1")
     assert len(held) == 2 * tensors // 3 and all(p.is_meta for p in held.values())
