@@ -10,6 +10,7 @@ import gzip
 import io
 import json
 import math
+import shlex
 import sys
 from functools import partial
 from pathlib import Path
@@ -29,6 +30,7 @@ from models import large, weights
 from models.draws import integers, normal, stream, uniform
 from models.files import UserError, read_json, write, write_json
 from models.flags import Parser
+from models.folder import environment, fingerprint
 from models.pictures import plt, png
 from models.wan import Wan, guide
 from moe import in_passes, move, teacher_role
@@ -164,13 +166,13 @@ def average(averaged: dict, net: nn.Module, decay: float) -> None:
         averaged[name].lerp_(p, 1 - decay)
 
 
-def write_teacher(tensors: dict[str, Tensor]) -> None:
+def write_teacher(tensors: dict[str, Tensor], about: dict) -> None:
     """A folder that models/weights.py reads as any other Wan's, and the prompts beside it."""
     settings, folder = weights.TEACHERS["mnist"].settings, FOLDER / "transformer"
     write_json(
         folder / "config.json", {"_class_name": "WanModel", "patch_size": [1, 2, 2]} | settings
     )
-    write(folder / "model.safetensors", save(tensors, {"format": "pt"}))
+    write(folder / "model.safetensors", save(tensors, {"format": "pt", "about": json.dumps(about)}))
     write_prompts(FOLDER / "prompts.safetensors")
 
 
@@ -354,6 +356,7 @@ def files(cfg) -> list[Path]:
     return large.files(cfg) + [FOLDER / name for name in OWN]
 
 
+WEIGHTS = ("transformer/model.safetensors", "judge.safetensors", "reference.safetensors")
 OWN = ("judge.safetensors", "reference.safetensors", "reference.json")
 
 
@@ -423,6 +426,18 @@ def present(cfg, c, xs: list[Tensor], keep_all: bool) -> tuple[dict, dict[str, b
 # -- the command ---------------------------------------------------------------------------------
 
 
+def made(args) -> dict:
+    """How a part was made."""
+    command = shlex.join(["python", "toy/digits.py", *sys.argv[1:]])
+    return {"command": command, "seed": args.seed} | environment("cpu")
+
+
+def make_teacher(pixels: Tensor, labels: Tensor, args) -> None:
+    """Train it and write it."""
+    tensors = fit_teacher(pixels, labels, args.steps, args.seed)
+    write_teacher(tensors, made(args) | {"steps": args.steps, "digits": len(pixels)})
+
+
 def make_judge(pixels: Tensor, labels: Tensor, args) -> None:
     """Fit it, write it, and say what it makes of digits that it has not seen."""
     learnt, held_out = split(len(pixels), args.seed)
@@ -435,7 +450,7 @@ def make_judge(pixels: Tensor, labels: Tensor, args) -> None:
         "accuracy": right.double().mean().item(),
     }
     print(json.dumps(found))
-    write_json(FOLDER / "judge.json", found)
+    write_json(FOLDER / "judge.json", made(args) | found)
 
 
 def make_reference(args) -> None:
@@ -450,7 +465,8 @@ def make_reference(args) -> None:
     found["floor"] = measure(*ask(40, 1), labels, reference)
     found["teacher"] = {str(k): measure(*ask(k, 0), labels, reference) for k in (1, 2, 4, 8)}
     print(json.dumps(found, indent=1))
-    write_json(FOLDER / "reference.json", found)
+    digests = {name: fingerprint(FOLDER / name) for name in WEIGHTS}
+    write_json(FOLDER / "reference.json", made(args) | found | {"sha256": digests})
 
 
 def main() -> int:
@@ -469,7 +485,7 @@ def main() -> int:
         raise UserError("nothing to do: give --train-teacher; python train.py --teacher mnist runs")
     pixels, labels = read_digits(args.data) if args.only != "reference" else (None, None)
     parts = {
-        "teacher": lambda: write_teacher(fit_teacher(pixels, labels, args.steps, args.seed)),
+        "teacher": lambda: make_teacher(pixels, labels, args),
         "judge": lambda: make_judge(pixels, labels, args),
         "reference": lambda: make_reference(args),
     }
