@@ -184,11 +184,10 @@ QWEN = dict(shift=3.0, guidance=(4.0,), size=(
     "1328x1328", "1664x928", "928x1664", "1472x1104", "1104x1472", "1584x1056", "1056x1584",
 ))  # fmt: skip
 TINY = dict(iters=4, batch=4, micro_batch=2, sample_every=2, save_every=2, rank=4, fake_updates=2)
-DIGITS = dict(  # small enough for float32 and no memory to save
-    guidance=(2.0,), size=("32x32",), shift=3.0, weight="xs", batch=64, micro_batch=64,
-    generator="full", fake="full", lr=1e-4, fake_lr=2e-4, lr_decay=0.5, iters=500, fake_updates=3,
-    reuse_rollouts=True, warmup=100, max_skips=0, dtype="float32", checkpointing="off",
-    record="first",
+DIGITS = dict(  # small enough for float32, and for no need to save memory
+    guidance=(2.0,), size=("32x32",), shift=3.0, weight="one", iters=400, fake_updates=3,
+    reuse_rollouts=True, warmup=50, micro_batch=64, generator="full", lr=3e-4, fake_lr=1e-3,
+    lr_decay=0.5, max_skips=0, dtype="float32", checkpointing="off", record="first",
 )  # fmt: skip
 CLIP = dict(frames=9, size=("48x64", "64x48"))
 
