@@ -463,7 +463,7 @@ def make_reference(args) -> None:
     found = {"guidance": args.guidance, "shift": SHIFT, "samples": n}
     found["accuracy"] = (seen == labels).double().mean().item()
     found["floor"] = measure(*ask(40, 1), labels, reference)
-    found["teacher"] = {str(k): measure(*ask(k, 0), labels, reference) for k in (1, 2, 4)}
+    found["teacher"] = {str(k): measure(*ask(k, 2), labels, reference) for k in (1, 2, 4)}
     print(json.dumps(found, indent=1))
     digests = {name: fingerprint(FOLDER / name) for name in WEIGHTS}
     write_json(FOLDER / "reference.json", made(args) | found | {"sha256": digests})
