@@ -182,6 +182,15 @@ def test_a_run_leaves_numbers_and_a_picture(finished):
     assert (finished / "samples.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_after_phase_1_the_teacher_goes_on_and_the_numbers_are_of_digits(tmp_path):
+    """Untrained, the student's two steps are the teacher's, unguided: what follows are digits."""
+    cfg = train.config("mnist", batch=6, micro_batch=6, eval_samples=100)
+    run = train.new_run(cfg, {}, torch.device("cpu"), tmp_path)
+    train.begin_phase(run, 1)
+    found, picture = digits.report(run, None)
+    assert found["accuracy"] > 0.9 and picture.startswith(b"\x89PNG")
+
+
 def test_the_student_of_a_run_draws(finished, capsys):
     assert sample.main(["--student", str(finished), "--n", "13", "--trajectory"]) == 0
     assert "accuracy" in capsys.readouterr().out
@@ -246,6 +255,7 @@ def test_adapters_and_dmd_run_too(tmp_path, flags):
     assert train.main([*COMMAND, *flags, "--rank", "4", "--out", str(tmp_path / "run")]) == 0
 
 
-def test_other_sizes_are_refused(capsys):
-    assert train.main(["--teacher", "mnist", "--size", "64x64", "--dry-run"]) == 2
-    assert "--size" in capsys.readouterr().err
+@pytest.mark.parametrize("flags", [["--size", "64x64"], ["--eval-samples", "20"]])
+def test_what_makes_no_numbers_is_refused(capsys, flags):
+    assert train.main(["--teacher", "mnist", *flags, "--dry-run"]) == 2
+    assert flags[0] in capsys.readouterr().err

@@ -349,6 +349,8 @@ def check(cfg) -> None:
     large.check(cfg)
     if cfg.size != ("32x32",):
         raise UserError("mnist makes pictures of 28 x 28 with an edge: leave --size out")
+    if cfg.eval_samples < 100:
+        raise UserError("--eval-samples of mnist is at least 100: ten a class")
 
 
 def files(cfg) -> list[Path]:
@@ -365,12 +367,20 @@ def report(run, look) -> tuple[dict, bytes]:
     n = run.cfg.eval_samples if run.finished else min(1000, run.cfg.eval_samples)
     teacher = partial(run.roles.velocity, teacher_role(1))
     xs = draw(run.student, run.times[: len(run.student) + 1], n, run.device, run.cfg.seed, "report")
-    done, labels = xs[-1], classes_of(n)
-    if run.k < len(run.phases):
-        times = [run.phase.s * t for t in step_times(10, SHIFT)]
-        *_, done = trajectory([in_passes(teacher, 500)] * 10, times, done, conditions(labels))
-    found = measure(*judged(load_judge(), to_pixels(done)), labels, load_reference())
+    x = xs[-1] if run.k == len(run.phases) else finished(xs[-1], run.phase.s, teacher, run.device)
+    found = measure(*judged(load_judge(), to_pixels(x)), classes_of(n), load_reference())
     return found | teacher_numbers(run.cfg), picture(run, xs, teacher)
+
+
+@torch.no_grad()
+def finished(x: Tensor, s: float, teacher, device, steps: int = 10) -> Tensor:
+    """What the teacher makes of x_s."""
+    times, c = (
+        [s * t for t in step_times(steps, SHIFT)],
+        move(conditions(classes_of(len(x))), device),
+    )
+    *_, x = trajectory([in_passes(teacher, 500)] * steps, times, x.to(device), c)
+    return x.cpu()
 
 
 def teacher_numbers(cfg) -> dict:
