@@ -425,8 +425,8 @@ def present(cfg, c, xs: list[Tensor], keep_all: bool) -> tuple[dict, dict[str, b
     kept = torch.stack([to_pixels(x) for x in (xs if keep_all else xs[-1:])])  # (times, n, 28, 28)
     file = io.BytesIO()
     np.save(file, (kept if keep_all else kept[0]).numpy())
-    shown = xs[-1][: max(1, len(xs[-1]) // CLASSES) * CLASSES][:100]
-    shown = F.pad(shown, (0, 0) * 4 + (0, -len(shown) % CLASSES), value=-1.0)  # a row that is whole
+    shown = xs[-1][:100]
+    shown = F.pad(shown, (0, 0) * 4 + (0, -len(shown) % CLASSES), value=-1.0)  # rows are whole
     seen = judged(load_judge(), kept[-1])[1]
     accuracy = (seen == labels_of(c)).double().mean().item()
     pictures = {"samples.png": sheet({"student": shown}), "samples.npy": file.getvalue()}
