@@ -272,8 +272,9 @@ def work(args) -> None:
 
 def official(args) -> str:
     """What the published sampler of a teacher does otherwise."""
-    wan = args.teacher in TEACHERS and not args.lora and TEACHERS[args.teacher].network is Wan
-    return "; Euler steps, where the official sampler takes UniPC's" if wan else ""
+    row = TEACHERS.get(args.teacher)
+    theirs = row and not args.lora and row.network is Wan and not row.folder
+    return "; Euler steps, where the official sampler takes UniPC's" if theirs else ""
 
 
 def exported(source: Source, args) -> None:

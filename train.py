@@ -54,7 +54,7 @@ from models.meter import Meter
 from models.pictures import curves
 from sample import recorded, rollout, times_of, trajectory
 from sde import diffuse, v_to_x0
-from toy import toy2d
+from toy import digits, toy2d
 
 
 ON_OFF, KINDS = ("on", "off"), ("lora", "full")
@@ -188,6 +188,11 @@ QWEN = dict(shift=3.0, guidance=(4.0,), size=(
     "1328x1328", "1664x928", "928x1664", "1472x1104", "1104x1472", "1584x1056", "1056x1584",
 ))  # fmt: skip
 TINY = dict(iters=4, batch=4, micro_batch=2, sample_every=2, save_every=2, rank=4, fake_updates=2)
+DIGITS = dict(  # small enough for float32, and for no need to save memory
+    guidance=(2.0,), size=("32x32",), shift=3.0, weight="one", iters=400, fake_updates=3,
+    reuse_rollouts=True, warmup=50, micro_batch=64, generator="full", lr=3e-4, fake_lr=1e-3,
+    lr_decay=0.5, max_skips=0, dtype="float32", checkpointing="off", record="first",
+)  # fmt: skip
 CLIP = dict(frames=9, size=("48x64", "64x48"))
 
 
@@ -210,9 +215,18 @@ def base(**settings) -> Preset:
     )  # fmt: skip
 
 
+def mnist(**settings) -> Preset:
+    """The row of a large teacher, but for what a picture of digits is worth."""
+    return replace(
+        base(**settings), check=digits.check, files=digits.files, report=digits.report,
+        settled=digits.settled, ask=digits.ask, present=digits.present, device="cpu", samples=1000,
+    )  # fmt: skip
+
+
 # fmt: off
 PRESETS = {
     "toy2d":           toy(**TOY),
+    "mnist":           mnist(**DIGITS),
     "wan21-1.3b":      base(**LARGE, **VIDEO, guidance=(6.0,)),
     "wan21":           base(**LARGE, **PICTURE, guidance=(5.0,)),
     "wan22":           base(**LARGE, **VIDEO, guidance=(4.0, 3.0)),

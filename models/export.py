@@ -112,6 +112,8 @@ def base_name(cfg) -> str:
     published = weights.row_of(cfg.teacher).repository
     if large.is_random(cfg):
         return f"{cfg.teacher}, random"
+    if not (cfg.weights or published):
+        return f"{cfg.teacher}, of this repository"
     name = Path(cfg.weights[0]).name if cfg.weights else ""
     return published if name in ("", published.split("/")[-1]) else name
 

@@ -31,7 +31,7 @@ def buckets(cfg) -> dict[tuple, float]:
     """
     found, row = {}, weights.row_of(cfg.teacher)
     channels = row.settings.get("out_dim", 16)
-    scale = 16 if channels == 48 else 8  # pixels a latent, of Wan 2.2's own VAE and of the other
+    scale = row.scale
     for given in cfg.size:
         size, _, share = given.partition(":")
         numbers = size.split("x")
@@ -136,7 +136,7 @@ def check_shared(cfg, here: parallel.Layout) -> None:
 def is_random(cfg) -> bool:
     """Weights of no use but to size, to time and to test: asked for, or there are no others."""
     row = weights.row_of(cfg.teacher)
-    return cfg.weights == ("random",) or (not cfg.weights and not row.repository)
+    return cfg.weights == ("random",) or (not cfg.weights and not row.repository and not row.folder)
 
 
 def is_image(cfg) -> bool:
@@ -206,8 +206,9 @@ def texts_of(cfg, path: Path) -> list[str]:
 
 def prompts_of(cfg) -> Path | None:
     """Embeddings, or a text file to be embedded; None: random ones."""
-    if cfg.prompts:
-        return Path(cfg.prompts)
+    row = weights.row_of(cfg.teacher)
+    if cfg.prompts or row.folder:
+        return Path(cfg.prompts or row.folder / "prompts.safetensors")
     return None if is_random(cfg) else PROMPTS
 
 

@@ -67,9 +67,9 @@ def check_ends(cfg, args) -> None:
 
 def has_vae(cfg) -> bool:
     """Whether there ought to be one: random weights have none."""
-    return not large.is_random(cfg) and (
-        bool(weights.row_of(cfg.teacher).repository) or (large.folder_of(cfg) / "vae").is_dir()
-    )
+    folder = large.folder_of(cfg) or weights.default_folder(cfg.teacher)
+    published = bool(weights.row_of(cfg.teacher).repository)
+    return not large.is_random(cfg) and (published or (folder / "vae").is_dir())
 
 
 def frames_of(cfg) -> int:
@@ -144,7 +144,8 @@ def image(cfg, args, shape: tuple, device) -> Tensor:
     if not args.image:
         return large.random_image(shape, args.seed)[None]
     model = vae.load_vae(cfg.teacher, large.folder_of(cfg), str(device), args.tiles)
-    pixels = vae.read_image(args.image, 8 * shape[2], 8 * shape[3])
+    scale = weights.row_of(cfg.teacher).scale
+    pixels = vae.read_image(args.image, scale * shape[2], scale * shape[3])
     return vae.first_frame(model, pixels[None], frames_of(cfg)).cpu()
 
 

@@ -30,9 +30,11 @@ class Row(NamedTuple):
 
     network: type
     settings: dict  # of the network
-    repository: str = ""  # none: random weights only
+    repository: str = ""  # none: random weights only, or those of folder
     boundary: float | None = None  # two experts: high noise for t >= boundary
     usual: tuple[int, float | None] = (50, 5.0)  # steps and shift it is sampled with; None: by size
+    scale: int = 8  # pixels a latent, of a side
+    folder: Path | None = None  # weights and prompts that come with this repository
 
     @property
     def from_image(self) -> bool:
@@ -45,8 +47,10 @@ class Row(NamedTuple):
         return 24 if self.settings.get("out_dim") == 48 else 16
 
 
+ROOT = Path(__file__).parent.parent
 A14B = dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
 TINY = dict(dim=128, ffn_dim=256, num_heads=4, num_layers=2, text_dim=64, text_len=16)
+DIGITS = dict(dim=96, ffn_dim=384, num_heads=3, num_layers=3, text_dim=16, text_len=1)
 QWEN = dict(num_attention_heads=24, attention_head_dim=128, num_layers=60)
 QWEN_TINY = dict(
     num_attention_heads=4, attention_head_dim=32, num_layers=2, joint_attention_dim=64,
@@ -68,12 +72,14 @@ TEACHERS = {
         Wan,
         dict(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48),
         "Wan-AI/Wan2.2-TI2V-5B-Diffusers",
+        scale=16,
     ),
     "qwen-image": Row(QwenImage, QWEN, "Qwen/Qwen-Image", usual=(50, None)),
     "wan21-tiny": Row(Wan, TINY),
     "wan22-tiny": Row(Wan, TINY, boundary=0.875, usual=(40, 12.0)),
     "wan22-i2v-tiny": Row(Wan, TINY | dict(in_dim=36), boundary=0.9, usual=(40, 5.0)),
     "qwen-image-tiny": Row(QwenImage, QWEN_TINY, usual=(50, None)),
+    "mnist": Row(Wan, DIGITS, usual=(40, 3.0), scale=4, folder=ROOT / "toy" / "mnist"),
 }
 DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
@@ -461,8 +467,9 @@ def row_of(name: str) -> Row:
 
 
 def default_folder(name: str) -> Path:
-    """Where how_to_get puts the weights, so that nobody need name them."""
-    return Path("weights") / (TEACHERS[name].repository.split("/")[-1] or name)
+    """Where how_to_get puts the weights, so that nobody need name them; or what is here already."""
+    row = TEACHERS[name]
+    return row.folder or Path("weights") / (row.repository.split("/")[-1] or name)
 
 
 def component(name: str, folder: Path | None, part: str) -> Path:
@@ -490,6 +497,8 @@ def how_to_get(name: str) -> str:
     """The command that downloads a teacher, or where the commands are."""
     if name not in TEACHERS:
         return "python -m models.weights --help lists how to get published ones"
+    if TEACHERS[name].folder:
+        return "it comes with this repository: git checkout toy"
     if not TEACHERS[name].repository:
         return f"{name} is not published: models.weights.random makes one"
     repository = TEACHERS[name].repository

@@ -2,6 +2,7 @@
 
     python toy/seeds.py                                5 seeds of the default run, about 3 minutes
     python toy/seeds.py --seeds 3 --toy grid --fake-per-depth
+    python toy/seeds.py --seeds 3 --teacher mnist
 
 Every other flag goes to train.py. Each run keeps its folder below --out; what is there is not
 computed again.
@@ -40,13 +41,17 @@ def main() -> int:
         print(
             f"seed {seed}: " + line({key: value for key, value in rows[-1].items() if key in SHOWN})
         )
-    low = {key: (median, max if key.startswith(("energy", "seconds")) else min) for key in SHOWN}
+    shown = [key for key in SHOWN if key in rows[0]]
+    low = {key: (median, max if key.startswith(HIGH_IS_BAD) else min) for key in shown}
     for i, label in enumerate(("median", "worst")):
         print(
             f"{name}, {label} of {args.seeds}: "
-            + line({key: low[key][i](row[key] for row in rows) for key in SHOWN})
+            + line({key: low[key][i](row[key] for row in rows) for key in shown})
         )
     return 0
+
+
+HIGH_IS_BAD = ("energy", "frechet", "seconds")
 
 
 SHOWN = (
@@ -55,6 +60,13 @@ SHOWN = (
     "precision",
     "energy_teacher_same_steps",
     "precision_teacher_same_steps",
+    "accuracy",
+    "frechet",
+    "frechet_floor",
+    "frechet_classes",
+    "frechet_teacher_same_steps",
+    "diversity",
+    "diversity_teacher_same_steps",
     "seconds",
     "seconds_metrics",
 )

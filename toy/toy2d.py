@@ -93,13 +93,19 @@ def sampler(cfg, experts, wear, device, out, offload):
     return lambda role, x_t, t, c=None: nets.get(role, exact)(x_t, t, c)
 
 
-def settled(cfg, args):
-    """The settings as they are: sample.py's other flags are for large teachers. UserError."""
-    flags = ("prompt", "prompts", "image", "size", "frames", "weights", "latents", "decode")
-    flags += ("tiles", "dtype")
+LARGE_ONLY = ("prompt", "prompts", "image", "size", "frames", "latents", "decode", "tiles")
+
+
+def refuse(args, flags, teacher: str) -> None:
+    """Raise UserError for flags of sample.py that mean nothing for this teacher."""
     given = [name for name in flags if getattr(args, name)]
     if given:
-        raise UserError(f"--{given[0]} is for large teachers, not for toy2d")
+        raise UserError(f"--{given[0]} is for large teachers, not for {teacher}")
+
+
+def settled(cfg, args):
+    """The settings as they are: sample.py's other flags are for large teachers. UserError."""
+    refuse(args, ("weights", "dtype", *LARGE_ONLY), "toy2d")
     if args.n < 2:
         raise UserError("--n is at least 2: the numbers are of distances between samples")
     return cfg
