@@ -26,7 +26,7 @@ import moe
 from models import export, parallel
 from models.draws import normal
 from models.flags import Parser, exit_status, pick_device
-from models.folder import check_files, clear_samples, config_of, contents, hashes, make
+from models.folder import clear_samples, config_of, contents, hashes, make
 from models.files import UserError, read_json, verified, write
 from models.sampling import Wear, read_latents, student_wear, teacher_times, worn
 from models.wan import Wan
@@ -128,13 +128,15 @@ def opened_student(args) -> tuple[export.Student, Path]:
 
 
 def check_base(files: dict[str, str], base: list[Path], moved: bool) -> None:
-    """Raise UserError where a base has changed since the run; say so where it is another."""
-    if not moved:
-        return check_files({str(path): files.get(str(path), "") for path in base})
+    """Raise UserError where a base has changed since the run; with --weights only say so."""
     then = list(files.values())[: len(base)]  # a run's files begin with its base, expert by expert
-    if then != list(hashes(base).values()):
-        print("note: --weights are not the files that the student was trained on: another layout, "
-              "or other weights")  # fmt: skip
+    unlike = [path for path, a, b in zip(base, then, hashes(base).values()) if a != b]
+    if len(then) == len(base) and not unlike:
+        return
+    if not moved:
+        raise UserError(f"{(unlike or base)[0]} has changed since the run began; bring the old one back")
+    print("note: --weights are not the files that the student was trained on: another layout, "
+          "or other weights")  # fmt: skip
 
 
 def student_of(args) -> Source:
