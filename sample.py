@@ -109,6 +109,8 @@ def opened_student(args) -> tuple[export.Student, Path]:
     file = args.student if args.student.is_file() else args.student / "student.safetensors"
     home = file.parent if file.name == "student.safetensors" else file.parent.parent  # of looks/
     advice = f"train it again with: python train.py --out {home} --overwrite"
+    if (home / "README.md").is_file() and not file.is_file():
+        raise UserError(f"{home} is an export: sample it with --teacher NAME --lora {home}")
     if not file.is_file() or not (home / "config.json").is_file():
         raise UserError(f"{home} holds no run with a student.safetensors; {NO_RUN}")
     config = read_json(home / "config.json", advice)
@@ -134,7 +136,9 @@ def check_base(files: dict[str, str], base: list[Path], moved: bool) -> None:
     if len(then) == len(base) and not unlike:
         return
     if not moved:
-        raise UserError(f"{(unlike or base)[0]} has changed since the run began; bring the old one back")
+        raise UserError(
+            f"{(unlike or base)[0]} has changed since the run began; bring the old one back"
+        )
     print("note: --weights are not the files that the student was trained on: another layout, "
           "or other weights")  # fmt: skip
 
@@ -258,8 +262,10 @@ def work(args) -> None:
     preset = train.PRESETS[source.cfg.teacher]
     if args.export:
         return exported(source, args)
-    out = args.out or (source.home / "samples" if args.student else source.home)
+    out = args.out or default_out(source, args)
     check_out(out)
+    args.about = told(source, args)
+    args.title = f"{args.student or args.teacher}, {len(source.roles)} steps"
     device = torch.device(pick_device(args.device, preset.device))
     if args.decode:
         cfg, c, (names, xs) = source.cfg, None, read_latents(source.cfg, args.decode)
@@ -272,6 +278,27 @@ def work(args) -> None:
     train.show(found, out)
 
 
+def default_out(source: Source, args) -> Path:
+    """Where samples go: in the run's folder, those of a look in one of their own."""
+    if not args.student:
+        return source.home
+    look = args.student.is_file() and args.student.name != "student.safetensors"
+    return source.home / ("samples" + (f"-{args.student.stem}" if look else ""))
+
+
+def told(source: Source, args) -> dict:
+    """What made the samples, for the header of their latents."""
+    cfg = source.cfg
+    about = (
+        {"student": str(args.student)}
+        if args.student
+        else {"lora": list(map(str, args.lora or ()))}
+    )
+    about |= {"times": source.times, "guidance": cfg.guidance, "seed": args.seed, "n": args.n}
+    about |= {"size": cfg.size, "frames": cfg.frames, "prompt": args.prompt}
+    return about | {"prompts": args.prompts and str(args.prompts)}
+
+
 def official(args) -> str:
     """What the published sampler of a teacher does otherwise."""
     row = TEACHERS.get(args.teacher)
@@ -281,8 +308,10 @@ def official(args) -> str:
 
 def exported(source: Source, args) -> None:
     """Files for other tools, and what they are."""
-    if source.student is None or source.cfg.teacher not in TEACHERS:
-        raise UserError("--export is for students of large teachers: --student DIR")
+    if source.student is None:
+        raise UserError("--export is for a student: --student DIR")
+    if source.cfg.teacher not in TEACHERS:
+        raise UserError(f"--export is for students of large teachers, not of {source.cfg.teacher}")
     for path in export.export(source.student, args.export, args.merge, args.bf16):
         print(f"{path.stat().st_size / 1e6:12.3f} MB  {path}")
 
@@ -301,7 +330,9 @@ def check_out(out: Path) -> None:
 
 def check_args(args) -> None:
     """Raise UserError for flags that do not go together."""
-    if bool(args.student) == bool(args.teacher):
+    if args.student and args.teacher:
+        raise UserError("--student or --teacher, not both")
+    if not (args.student or args.teacher):
         raise UserError(f"{NO_RUN}, or --teacher the name of one")
     if not 1 <= (1 if args.n is None else args.n) <= 10**6 or args.seed < 0:
         raise UserError("--n must be from 1 to a million, and --seed at least 0")
@@ -327,7 +358,7 @@ def parser() -> Parser:
     # fmt: off
     add("--student", type=Path,
         help="folder of a finished run, such as out/toy2d, or a file of its looks/")
-    add("--teacher", help="sample a teacher in place of a student: wan22, qwen-image, ...")
+    add("--teacher", help="sample a teacher in place of a student: wan22, mnist, toy2d, ...")
     add("--n", type=int, help="samples, of each prompt (default: toys 10000, large teachers 4)")
     add("--seed", type=int, default=0, help="of the noise (default 0)")
     add("--out", type=Path, help="folder (default STUDENT/samples, or out/TEACHER-samples)")
@@ -345,7 +376,7 @@ def parser() -> Parser:
     add("--offload", default="auto", choices=("auto", "none", "blocks"),
         help="blocks: they stay in host memory and come one by one (auto: if the GPU is small)")
     add("--tiles", action="store_true", help="decode in tiles: less memory, slightly other edges")
-    add("--latents", action="store_true", help="keep latents alone, decode nothing")
+    add("--latents", action="store_true", help="latents and a preview alone, decode nothing")
     add("--decode", type=Path, metavar="FILE", help="latents of an earlier command: decode those")
     group = made.add_argument_group("with --teacher")
     add = group.add_argument
@@ -353,7 +384,7 @@ def parser() -> Parser:
     add("--shift", type=float, help="of the times (default: as published; with --lora 5, Qwen 3)")
     add("--guidance", type=float, nargs="+", help="one number, or high-noise low-noise; 1: none")
     add("--lora", type=Path, nargs="+", metavar="FILE",
-        help="LoRA, one a transformer (or a phase, if we wrote them); no guidance by default")
+        help="LoRA, one a transformer (or a phase, if we wrote them), or their folder; no guidance")
     group = made.add_argument_group("for other tools")
     add = group.add_argument
     add("--export", type=Path, metavar="DIR", help="write the student's LoRA files and their card")

@@ -26,7 +26,7 @@ from tqdm import tqdm
 import losses
 import moe
 import phases as ph
-from models import large, parallel, sampling
+from models import export, large, parallel, sampling
 from models.adamw import AdamW
 from models.draws import normal, uniform
 from models.flags import (
@@ -786,10 +786,21 @@ def show(metrics: dict, out: Path) -> None:
 def dry_run(cfg: Config, device: str, tflops: float) -> None:
     """What a run would be: the phases, memory and time, on the meta device."""
     phases = phases_of(cfg)
-    print(ph.table(phases, cfg.shift))
+    print(ph.table(phases, cfg.shift) + remark(cfg))
     preset = PRESETS[cfg.teacher]
     held = moe.held(phases, cfg.fake_per_depth, preset.boundary(cfg))
     print(preset.plan(cfg, phases, held, device, 1e12 * tflops))
+
+
+def remark(cfg: Config) -> str:
+    """What to know before days of training: whether other tools could ask the right expert."""
+    phases, boundary_t = phases_of(cfg), PRESETS[cfg.teacher].boundary(cfg)
+    homes = {role: moe.expert_of(role, phases, boundary_t) for role in moe.owners(phases)}
+    try:
+        export.experts_of(phases, homes, boundary_t)
+        return ""
+    except UserError as error:
+        return f"\nnote: {error}"
 
 
 def parser() -> Parser:
@@ -931,7 +942,7 @@ def work(args, cfg: Config) -> None:
     if finished:
         print("finished before; nothing was run. --overwrite trains again")
         return show(read_json(args.out / "metrics.json", "start over with --overwrite"), args.out)
-    print(ph.table(phases_of(cfg), cfg.shift))
+    print(ph.table(phases_of(cfg), cfg.shift) + remark(cfg))
     began = time.time()
     with Stop() as stop:
         run = prepare(args, cfg, stop)

@@ -58,13 +58,14 @@ def training(student, said, full: bool) -> str:
     """How it was trained, and what each file is."""
     cfg = student.cfg
     rank = f", rank {cfg.rank}, alpha {cfg.alpha:g}" if cfg.generator == "lora" else ""
+    frames = f"{cfg.frames} frame{'s' * (cfg.frames > 1)} where they name none"
     about = {
         "base": " with ".join(said[0][key] for key in ("base", "base_lora") if key in said[0]),
         "student": f"{cfg.generator}{rank}; {cfg.iters} updates a phase at {cfg.lr:g}",
         "fake": f"{cfg.fake}, {'one a depth' if cfg.fake_per_depth else 'one'}; "
         f"{cfg.fake_updates} updates at {cfg.fake_lr:g} for each of the student",
         "batch": str(cfg.batch),
-        "sizes": f"{', '.join(cfg.size)}; {cfg.frames} frames where they name none",
+        "sizes": f"{', '.join(cfg.size)}; {frames}",
         "guidance of the teacher": ", ".join(f"{g:g}" for g in cfg.guidance)
         + " (high noise, low noise)" * (len(cfg.guidance) == 2),
         "target, weight, truncation": f"{cfg.target}, {cfg.weight}, {cfg.truncate}",
@@ -99,13 +100,14 @@ def diffusers(student, row, experts, said, places) -> str:
     loads = full_loads(kind, row, experts, places) if places else lora_loads(kind, experts)
     code = [
         "import torch",
-        f"from diffusers import FlowMatchEulerDiscreteScheduler, {kind}",
+        f"from diffusers import {'' if qwen else 'AutoencoderKLWan, '}"
+        f"FlowMatchEulerDiscreteScheduler, {kind}",
         *(["from diffusers import " + network(qwen)] if places else []),
         "",
         f'base, here = "{base}", "."  # here: the folder of this card',
         *loads,
         *schedule(cfg, qwen),
-        'pipe.to("cuda")',
+        'pipe.to("cuda")  # or pipe.enable_model_cpu_offload(): one network at a time',
         "",
         *call(cfg, row, kind, switching(experts)),
     ]
@@ -113,7 +115,8 @@ def diffusers(student, row, experts, said, places) -> str:
         "The scheduler's own `shift` alone would be applied twice, and end at another time."
         if not qwen else "The scheduler of the base shifts by size and ends at 0.02."
     )  # fmt: skip
-    return lines("## diffusers", "", "```python", *code, "```", why, "")
+    held = "Held to our own sampler, with diffusers 0.42.1 and small networks."
+    return lines("## diffusers", "", "```python", *code, "```", why, held, "")
 
 
 def network(qwen: bool) -> str:
@@ -128,7 +131,7 @@ def switching(experts) -> bool:
 
 def lora_loads(kind: str, experts) -> list[str]:
     """The pipeline of the base, and its adapters."""
-    code = [f"pipe = {kind}.from_pretrained(base, torch_dtype={DTYPE})"]
+    code = pipeline(kind)
     for one in experts:
         file = f'pipe.load_lora_weights(here, weight_name="{one.stem}.safetensors"'
         name = f', adapter_name="{one.stem}"'
@@ -159,7 +162,7 @@ def full_loads(kind: str, row, experts, places) -> list[str]:
             f"folders = {json.dumps(folders)}",
             f"nets = [{get}f, torch_dtype={DTYPE}) for f in folders]",
             f"experts = {owners}  # of each step",
-            f"pipe = {kind}.from_pretrained(base, transformer=nets[0], torch_dtype={DTYPE})",
+            *pipeline(kind, "transformer=nets[0], "),
             "",
             "def switch(pipe, i, t, kwargs):  # after step i: the next one's; at the end the first",
             "    after = nets[experts[(i + 1) % len(experts)]]",
@@ -173,7 +176,18 @@ def full_loads(kind: str, row, experts, places) -> list[str]:
         f'{slot}={get}"{place.as_posix()}", torch_dtype={DTYPE})'
         for slot, place in zip(("transformer", "transformer_2"), places)
     )
-    return [f"pipe = {kind}.from_pretrained(base, {given}, torch_dtype={DTYPE})"]
+    return pipeline(kind, f"{given}, ")
+
+
+def pipeline(kind: str, given: str = "") -> list[str]:
+    """The base's pipeline; Wan's VAE in float32, as is usual."""
+    if kind.startswith("Qwen"):
+        return [f"pipe = {kind}.from_pretrained(base, {given}torch_dtype={DTYPE})"]
+    vae = 'AutoencoderKLWan.from_pretrained(base, subfolder="vae", torch_dtype=torch.float32)'
+    return [
+        f"vae = {vae}",
+        f"pipe = {kind}.from_pretrained(base, vae=vae, {given}torch_dtype={DTYPE})",
+    ]
 
 
 def schedule(cfg, qwen: bool) -> list[str]:
@@ -193,16 +207,18 @@ def call(cfg, row, kind: str, switches: bool) -> list[str]:
     *frames, height, width = cfg.size[0].partition(":")[0].split("x")
     about = [f"num_inference_steps={cfg.steps}, height={height}, width={width}"]
     about += ["callback_on_step_end=switch"] if switches else []
-    prompt = 'prompt = "A fox runs through snow."'
+    story = "It begins to rain." if row.from_image else "A fox runs through snow."
+    prompt = f'prompt = "{story}"'
     if kind.startswith("Qwen"):
         about.append("true_cfg_scale=1.0")
         end = 'pipe(prompt=prompt, **settings).images[0].save("image.png")'
         return [f"settings = dict({', '.join(about)})", prompt, end]
     about += ["guidance_scale=1.0", f"num_frames={frames[0] if frames else cfg.frames}"]
     image = "image=image, " if row.from_image else ""
-    load = f'image = load_image("first.png").resize(({width}, {height}))'
+    load = f'image = ImageOps.fit(load_image("first.png"), ({width}, {height}))'
     return [
         f"from diffusers.utils import export_to_video{', load_image' if image else ''}",
+        *(["from PIL import ImageOps"] if image else []),
         f"settings = dict({', '.join(about)})",
         *([load] if image else []),
         prompt,
@@ -233,7 +249,14 @@ def comfyui(student, row, experts) -> str:
     top = [row_of(["node", *[f"phase {one.phase.k}" for one in experts]])]
     top += ["|---" * (1 + len(experts)) + "|"]
     return lines(
-        "## ComfyUI", "", "Not run by us. Latents go from left to right.", "", *top, *rows, ""
+        "## ComfyUI",
+        "",
+        "Not run by us. The workflow of the base, with these nodes in place of",
+        "its sampler; latents go from left to right. LoRA files go to models/loras: rename them.",
+        "",
+        *top,
+        *rows,
+        "",
     )
 
 

@@ -49,16 +49,15 @@ class Expert(NamedTuple):
         return f"{self.noise}_noise_model" if self.noise else f"phase{self.phase.k}"
 
 
-def experts_of(student: Student) -> list[Expert]:
+def experts_of(phases: list, homes: dict[str, int], boundary: float | None) -> list[Expert]:
     """The experts of a student. Raises UserError where other tools would ask the wrong one."""
     found = []
-    for phase in student.phases:
+    for phase in phases:
         role = f"student{phase.k}"
-        e = student.homes[role]
-        noise = ("high", "low")[e - 1] if student.boundary else ""
-        found.append(Expert(phase, role, e, noise))
-    if student.boundary:
-        check_routing(found, student.boundary)
+        noise = ("high", "low")[homes[role] - 1] if boundary else ""
+        found.append(Expert(phase, role, homes[role], noise))
+    if boundary:
+        check_routing(found, boundary)
     return found
 
 
@@ -68,8 +67,8 @@ def check_routing(experts: list[Expert], boundary: float) -> None:
         strays = [t for t in one.phase.t[:-1] if (t >= boundary) != (one.noise == "high")]
         if strays:
             raise UserError(
-                f"this student cannot leave: phase {one.phase.k} takes the step at t x 1000 = "
-                f"{1000 * strays[0]:.4g} with the {one.noise}-noise transformer, and other tools "
+                f"this student cannot be exported: phase {one.phase.k} takes the step at t x 1000 "
+                f"= {1000 * strays[0]:.4g} with the {one.noise}-noise transformer, and other tools "
                 f"choose by t, {1000 * boundary:.4g} and above is high noise; train with another "
                 "--shift or --phases"
             )
@@ -77,7 +76,7 @@ def check_routing(experts: list[Expert], boundary: float) -> None:
     if len(set(by_noise)) < len(by_noise):
         k = next(one.phase.k for one in experts if by_noise.count(one.noise) > 1)
         raise UserError(
-            f"this student cannot leave: phases {k} and {k + 1} are both on the "
+            f"this student cannot be exported: phases {k} and {k + 1} are both on the "
             f"{by_noise[k - 1]}-noise transformer, and other tools load one LoRA for each; "
             f"sample it here, or train with --phases 2"
         )
@@ -234,7 +233,7 @@ def beside(source: Path, size: int) -> dict[str, dict]:
 
 def export(student: Student, out: Path, merge: bool, bf16: bool) -> list[Path]:
     """Write a student's files and their card, all or none; returns them. Raises UserError."""
-    experts = experts_of(student)
+    experts = experts_of(student.phases, student.homes, student.boundary)
     full = check_kind(student.cfg, merge)
     places = places_of(student, experts) if full else []
     planned = {}  # path -> entries, metadata

@@ -43,7 +43,8 @@ def buckets(cfg) -> dict[tuple, float]:
             raise UserError(f"--size {given}: a side is at most 8192 pixels")
         near = [max(1, round(n / (2 * scale))) * 2 * scale for n in (height, width)]
         if near != [height, width]:
-            raise UserError(f"--size {given}: nearest that fits is {near[0]}x{near[1]}")
+            sides = f"sides are multiples of {2 * scale}"
+            raise UserError(f"--size {given}: {sides}; nearest that fits is {near[0]}x{near[1]}")
         if frames < 1 or frames % 4 != 1:
             near = 4 * max(0, round((frames - 1) / 4)) + 1
             raise UserError(f"{frames} frames are not 4n + 1; nearest: {near}")

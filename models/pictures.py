@@ -43,12 +43,13 @@ def preview(rows: list[Tensor]) -> list[Tensor]:
     return [(0.5 + c / (2 * spread + 1e-12)).clamp(0, 1) for c in colours]
 
 
-def sheet(rows: dict[str, Tensor], decode: Callable | None) -> bytes:
+def sheet(rows: dict[str, Tensor], decode: Callable | None, title: str = "") -> bytes:
     """Latents by name -> a png with a row each; decode(x) -> RGB (n, h, w, 3), or a preview."""
     latents = [x.float().cpu() for x in rows.values()]
     shown = preview([frame(x) for x in latents]) if decode is None else map(decode, latents)
     how = "decoded, first frame" if decode else "linear preview of latents, middle frame"
-    return grid(dict(zip(rows, shown)), how if latents[0].ndim == 5 else how.split(",")[0])
+    how = how if latents[0].ndim == 5 else how.split(",")[0]
+    return grid(dict(zip(rows, shown)), f"{title}, {how}" if title else how)
 
 
 def grid(rows: dict[str, Tensor], title: str) -> bytes:

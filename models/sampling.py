@@ -4,6 +4,7 @@ import gc
 import importlib.util
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -33,6 +34,8 @@ EXTRAS = "pip install -r requirements-full.txt, or keep the latents alone with -
 def settled(cfg, args):
     """The settings of a run or a preset as this command changes them. Raises UserError."""
     if args.size:
+        if not re.fullmatch(r"(\d+x)?\d+x\d+", args.size):
+            raise UserError(f"--size {args.size} is not HEIGHTxWIDTH, as 480x832")
         cfg = replace(cfg, size=(args.size,))
     parts = cfg.size[0].partition(":")[0].split("x")
     if args.frames is not None:
@@ -47,7 +50,9 @@ def settled(cfg, args):
 def check_ends(cfg, args) -> None:
     """Raise UserError now for what would be missing after the transformers have worked."""
     if args.image and not large.is_image(cfg):
-        raise UserError(f"--image is for image to video; {cfg.teacher} takes none")
+        raise UserError(f"--image is for image to video, as of wan22-i2v; {cfg.teacher} takes none")
+    if args.image:
+        vae.opened(args.image)  # a broken one shows now
     if args.prompt and args.prompts:
         raise UserError("--prompt or --prompts, not both")
     if args.image and not (args.prompt or args.prompts):
@@ -61,8 +66,6 @@ def check_ends(cfg, args) -> None:
         if absent:
             raise UserError(f"{absent[0]} is missing; {EXTRAS}")
         weights.component(cfg.teacher, large.folder_of(cfg), "vae")
-    if args.image:
-        vae.opened(args.image)  # a broken one shows now
 
 
 def has_vae(cfg) -> bool:
@@ -254,10 +257,15 @@ def worn(cfg, paths: list[Path], ask_steps: bool, times: tuple[float, ...], boun
 
     ask_steps: the user wants other steps than such metadata say. Raises UserError.
     """
+    inside = lambda path: sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    paths = [file for path in paths for file in inside(path)]
     said = [lora.metadata(path) for path in paths]
     for path, about in zip(paths, said):
         check_lora(cfg, path, about)
-    ours = all("times" in about for about in said) and not ask_steps
+    written = bool(paths) and all("times" in about for about in said)
+    ours = written and not ask_steps
+    if written and not ours:
+        print(f"note: these files are for t = {said[0]['times']}; other steps were asked for")
     roles, times, files, experts = (
         by_metadata(paths, said, 2 if boundary else 1) if ours else by_time(paths, times, boundary)
     )
@@ -275,6 +283,8 @@ def worn(cfg, paths: list[Path], ask_steps: bool, times: tuple[float, ...], boun
 
 def check_lora(cfg, path: Path, about: dict) -> None:
     """Raise UserError for another base, and for a file that no consumer takes; say who does not."""
+    if not path.is_file():
+        raise UserError(f"--lora {path} is no file; name LoRA files, or a folder of them")
     if about.get("teacher", cfg.teacher) != cfg.teacher:
         raise UserError(f"{path} is for {about['teacher']}, not for {cfg.teacher}")
     found = weights.contents([path])
@@ -288,7 +298,7 @@ def check_lora(cfg, path: Path, about: dict) -> None:
         raise UserError(
             f"{path} fits nobody: " + "; ".join(f"{a}: {b}" for a, b in refused.items())
         )
-    for who, why in refused.items():
+    for who, why in refused.items() if "paper" not in about else ():  # of ours the card says it
         print(f"note: {path.name} is not for {who}: {why}")
 
 
@@ -317,8 +327,8 @@ def by_metadata(paths: list[Path], said: list[dict], transformers: int) -> tuple
     if len({tuple(about.get(key) for key in same) for about in said}) > 1:
         raise UserError("these files are of unlike students: " + ", ".join(p.name for p in paths))
     if sorted(owners) != list(range(len(times) - 1)) or len(files) != len(paths):
-        held, phases = ", ".join(sorted(files)), said[0].get("phases")
-        raise UserError(f"these files are {held} of a student of {phases} phases; name each once")
+        held = ", ".join(sorted(files))
+        raise UserError(f"--lora has {held} of {said[0]['phases']} phases; name each once")
     for role in sorted(files):
         print(f"{files[role].name}: {role}, by its metadata")
     return [owners[i] for i in sorted(owners)], times, files, experts
@@ -359,13 +369,15 @@ def present(cfg, c, xs: list[Tensor], args, names: list[str], device) -> tuple[d
 def written(cfg, xs: list[Tensor], args, names: list[str], device) -> Iterator[tuple[str, bytes]]:
     """Latents first: whatever comes after can be done again from them, by --decode."""
     kept = {f"x{i}": x for i, x in enumerate(xs)} if args.trajectory else {"x": xs[-1]}
-    about = {"kind": "latents", "teacher": cfg.teacher, "seed": args.seed, "names": names}
+    about = {"kind": "latents", "teacher": cfg.teacher, "names": names} | args.about
     if not args.decode:
         yield "latents.safetensors", save(kept, {"about": json.dumps(about)})
     if args.latents or not has_vae(cfg):
         if not args.latents:
             print("no VAE belongs to random weights: the sheet is a preview of latents")
-        yield "samples.png", pictures.sheet(kept, None)
+        times = args.about["times"][-len(kept) :]
+        rows = {f"t = {t:.4g}": x for t, x in zip(times, kept.values())}
+        yield "samples.png", pictures.sheet(rows, None, args.title)
         return
     model = vae.load_vae(cfg.teacher, large.folder_of(cfg), str(device), args.tiles)
     fps = 24 if xs[-1].shape[1] == 48 else 16
@@ -379,7 +391,7 @@ def written(cfg, xs: list[Tensor], args, names: list[str], device) -> Iterator[t
             yield f"{name}.mp4", video.mp4(frames, fps)
         if len(shown) < SHOWN:
             shown.append((name, video.few(frames)))
-    yield "samples.png", video.contact(shown)
+    yield "samples.png", video.contact(shown, args.title)
 
 
 def read_latents(cfg, path: Path) -> tuple[list[str], list[Tensor]]:

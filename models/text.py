@@ -249,7 +249,7 @@ def embed_all(
     teacher: str, folder: Path | None, prompts: list[str], negative: str | None, out: Path,
     size: int, device: str, replace: bool,
 ) -> None:  # fmt: skip
-    """Prompts -> a file of embeddings; the encoder is gone afterwards. negative: None: published."""
+    """Prompts -> a file of embeddings; then the encoder is gone. negative None: the published."""
     encoder = load_encoder(teacher, folder, device)
     usual = WAN_NEGATIVE if encoder.wan else QWEN_NEGATIVE
     negative = usual if negative is None else negative

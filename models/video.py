@@ -56,6 +56,6 @@ def few(frames: numpy.ndarray, count: int = 5) -> numpy.ndarray:
     return frames[numpy.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)]
 
 
-def contact(rows: list[tuple[str, numpy.ndarray]]) -> bytes:
+def contact(rows: list[tuple[str, numpy.ndarray]], title: str) -> bytes:
     """Frames (n, h, w, 3) by name as a png, a row each."""
-    return grid({name: torch.from_numpy(frames) for name, frames in rows}, "")
+    return grid({name: torch.from_numpy(frames) for name, frames in rows}, title)

@@ -86,7 +86,8 @@ def carded(root, card, dtype):
     code = code.replace(
         "from_pretrained(base,", "from_pretrained(base, text_encoder=None, tokenizer=None,"
     )
-    before, after = re.split(r'^pipe\.to\("cpu"\)$', code.replace('"cuda"', '"cpu"'), flags=re.M)
+    code = code.replace('"cuda"', '"cpu"')
+    before, after = re.split(r'^pipe\.to\("cpu"\) .*$', code, flags=re.M)
     if dtype == "float32":
         before = before.replace("torch.bfloat16", "torch.float32")
     held = {}
@@ -313,7 +314,11 @@ def test_the_5b_model_plays_at_24_frames_a_second(monkeypatch, fps, channels):
     monkeypatch.setattr(vae, "decode", lambda model, x: torch.zeros(1, 3, 5, 16, 16))
     monkeypatch.setattr(video, "mp4", lambda frames, rate: seen.append(rate) or b"")
     cfg = train.config("wan22-5b" if channels == 48 else "wan22")
-    args = type("Args", (), dict(trajectory=False, latents=False, decode=None, seed=0, tiles=False))
+    args = type(
+        "Args",
+        (),
+        dict(trajectory=False, latents=False, decode=None, title="", about={}, tiles=False),
+    )
     xs = [torch.zeros(1, channels, 2, 1, 1)]
     list(sampling.written(cfg, xs, args, ["000-00"], "cpu"))
     assert seen == [fps]

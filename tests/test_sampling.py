@@ -114,8 +114,9 @@ def test_seeds_and_prompts_share_their_noises(runs, tmp_path):
     assert not torch.allclose(two["x4"][:2], two["x4"][2:], atol=1e-3)
     assert torch.allclose(one["x4"], two["x4"][[0, 2]], atol=1e-5)
     assert not torch.allclose(one["x0"], other["x0"], atol=1e-3)
-    names = json.loads(lora.metadata(tmp_path / "20" / "latents.safetensors")["about"])["names"]
-    assert names == ["000-00", "000-01", "001-00", "001-01"]
+    about = json.loads(lora.metadata(tmp_path / "20" / "latents.safetensors")["about"])
+    assert about["names"] == ["000-00", "000-01", "001-00", "001-01"]
+    assert about["times"] == list(step_times(4, 5.0)) and about["student"] == str(folder)
 
 
 def test_the_teacher_is_sampled_with_its_own_steps_and_guidance(tmp_path, capsys):
@@ -146,6 +147,7 @@ def test_the_times_of_qwen_image_are_those_of_its_published_scheduler():
 
 @pytest.mark.parametrize("flags,says", [
     ("--size 50x64", "nearest that fits is 48x64"), ("--size 48", "HEIGHTxWIDTH"),
+    ("--size 48x64:0.5", "HEIGHTxWIDTH"), ("--teacher wan22-tiny", "not both"),
     ("--frames 8", "nearest: 9"), ("--size 1x48x64 --frames 9", "do not agree"),
     ("--steps 4", "--steps is for --teacher"), ("--shift 0", "--shift must"),
     ("--guidance 4", "--guidance is for --teacher"),
@@ -165,7 +167,7 @@ def test_large_flags_are_refused_for_toys_and_toys_for_export(tmp_path, capsys):
     line = ["--teacher", "toy2d", "--out", tmp_path / "out"]
     assert "--prompt is for large" in refused(capsys, *line, "--prompt", "fox")
     assert "--lora is for large" in refused(capsys, *line, "--lora", "a.safetensors")
-    assert "--export is for students" in refused(capsys, *line[:2], "--export", tmp_path / "e")
+    assert "--export is for a student" in refused(capsys, *line[:2], "--export", tmp_path / "e")
     assert "nearest" in refused(capsys, "--teacher", "wan23", "--out", tmp_path / "out")
     assert not list(tmp_path.iterdir())
     out = said(capsys, *line, "--n", 500)  # the exact teacher, by the same command
@@ -439,7 +441,7 @@ def test_loras_that_do_not_fit_are_one_line(runs, tmp_path, capsys):
     assert "--lora takes 2, one for each transformer, got 1" in refused(capsys, *line, high)
     assert "no layer of this network" in refused(capsys, *line, qwen, qwen)
     assert "ends in nothing that a LoRA has" in refused(capsys, *line, odd, low)
-    assert "cannot read" in refused(capsys, *line, tmp_path / "absent", low)
+    assert "is no file" in refused(capsys, *line, tmp_path / "absent", low)
     key = "diffusion_model.blocks.0.ffn.0.lora_up.weight"
     save_file(tensors | {key: torch.ones(7, 2)}, odd)
     assert "has not the shape" in refused(capsys, *line, odd, low)
@@ -447,7 +449,15 @@ def test_loras_that_do_not_fit_are_one_line(runs, tmp_path, capsys):
     said(capsys, "--student", runs("wan22-tiny"), "--export", out)
     files = out / "high_noise_model.safetensors", out / "low_noise_model.safetensors"
     assert "name each once" in refused(capsys, *line, files[0], files[0])
-    assert "of 2" in refused(capsys, *line, files[0])
+    assert "of 2 phases" in refused(capsys, *line, files[0])
+    assert f"--lora {out}" in refused(capsys, "--student", out)
+    told = said(capsys, *line, out, "--n", 1)  # a folder of them
+    assert "student1, by its metadata" in told and "student2, by its metadata" in told
+    told = said(capsys, *line, out, "--n", 1, "--steps", 8)
+    assert "other steps were asked for" in told and "8 network evaluations" in told
+    (tmp_path / "out" / "latents.safetensors").unlink()
+    (tmp_path / "out" / "samples.png").unlink()
+    (tmp_path / "out").rmdir()
     other = ["--teacher", "wan22-i2v-tiny", "--lora", *files]
     assert "is for wan22-tiny" in refused(capsys, *other)
     assert not (tmp_path / "out").exists()
@@ -467,6 +477,8 @@ def test_students_that_routing_by_t_would_break_are_not_exported(
     """Shift 7 is 3 + 1 by t and 2 + 2 by step; the default goes out."""
     folder, out = runs("wan22-tiny", *flags), tmp_path / "out"
     assert says in refused(capsys, "--student", folder, "--export", out) and not out.exists()
+    train.main(["--teacher", "wan22-tiny", "--dry-run", *flags])  # as it says before training
+    assert says in capsys.readouterr().out
     assert sample.main(["--student", str(folder), "--n", "1", "--out", str(tmp_path / "s")]) == 0
 
 
@@ -530,7 +542,8 @@ def test_a_student_of_a_base_with_a_lora_leaves_merged_only(tmp_path, capsys):
         prompt,
         "--latents",
     )
-    line = ["--teacher", "wan21-tiny", "--weights", tmp_path / "out" / "phase1", "--prompts", prompt,
+    merged = tmp_path / "out" / "phase1"
+    line = ["--teacher", "wan21-tiny", "--weights", merged, "--prompts", prompt,
             *"--steps 1 --n 1 --guidance 1 --size 1x32x32 --dtype float32".split()]  # fmt: skip
     said(capsys, *line, "--latents", "--out", tmp_path / "b")
     a, b = (latents(tmp_path / name)["x"] for name in "ab")
