@@ -216,10 +216,11 @@ def base(**settings) -> Preset:
 
 
 def mnist(**settings) -> Preset:
-    """The row of a large teacher, but for what a picture of digits is worth."""
+    """The row of a large teacher, but for what a picture of digits is worth. One thread, as toys."""
     return replace(
         base(**settings), check=digits.check, files=digits.files, report=digits.report,
-        settled=digits.settled, ask=digits.ask, present=digits.present, device="cpu", samples=1000,
+        settled=digits.settled, ask=digits.ask, present=digits.present, device="cpu", threads=1,
+        samples=1000,
     )  # fmt: skip
 
 
