@@ -14,6 +14,7 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable, Iterator, NamedTuple
@@ -28,6 +29,7 @@ from models.draws import normal
 from models.flags import Parser, exit_status, pick_device
 from models.folder import clear_samples, config_of, contents, hashes, make
 from models.files import UserError, read_json, verified, write
+from models.large import is_random
 from models.sampling import Wear, read_latents, student_wear, teacher_times, worn
 from models.wan import Wan
 from models.weights import TEACHERS
@@ -116,7 +118,10 @@ def opened_student(args) -> tuple[export.Student, Path]:
     config = read_json(home / "config.json", advice)
     cfg = config_of(train.Config, config, home)
     if args.weights:
+        was_random = cfg.teacher in TEACHERS and is_random(cfg)
         cfg = replace(cfg, weights=tuple(map(train.in_full, args.weights)))
+        if cfg.teacher in TEACHERS and is_random(cfg) != was_random:
+            print("note: of student and --weights one is of random weights, the other not")
     train.validate(cfg, files=False)
     preset, phases = train.PRESETS[cfg.teacher], train.phases_of(cfg)
     check_base(config["files"], preset.base(cfg), bool(args.weights))
@@ -268,12 +273,14 @@ def work(args) -> None:
     args.title = f"{args.student or args.teacher}, {len(source.roles)} steps"
     device = torch.device(pick_device(args.device, preset.device))
     if args.decode:
-        cfg, c, (names, xs) = source.cfg, None, read_latents(source.cfg, args.decode)
+        cfg, c, (names, xs) = source.cfg, None, read_latents(source.cfg, args)
     else:
         cfg, c, names, xs = asked(source, args, out, device)
     found, files = preset.present(cfg, c, xs, args, names, device)
+    files = iter(files)
+    first = next(files)  # earlier pictures stay until there is something new
     clear_samples(out)
-    for name, content in files:
+    for name, content in chain([first], files):
         write(out / name, content)
     train.show(found, out)
 
@@ -346,9 +353,12 @@ def check_args(args) -> None:
         raise UserError("--shift must be above 0 and below 100")
     if args.prompt is not None and not args.prompt.strip():
         raise UserError("--prompt is empty")
-    for name in ("prompt", "prompts", "image", "size", "frames", "n", "out", "decode"):
+    drawing = ("prompt", "prompts", "image", "n")
+    for name in (*drawing, "size", "frames", "out", "decode", "dtype"):
         if args.export and args.given(name):
             raise UserError(f"--{name} is for samples; --export makes none")
+        if args.decode and args.given(name) and name in drawing:
+            raise UserError(f"--{name} is for new samples; --decode takes those of a file")
 
 
 def parser() -> Parser:

@@ -6,6 +6,14 @@ from models import weights
 from models.qwen_image import QwenImage
 
 DTYPE = "torch.bfloat16"
+HERE = """## Where it was made
+
+Its base is of no other tool's kind. In the repository that it comes from:
+
+```bash
+python sample.py --teacher {teacher} --lora FOLDER_OF_THIS_CARD
+```
+"""
 LAYOUT = """## Layout
 
 These files have the layout and the names of their base: what reads the base reads them in its
@@ -20,6 +28,8 @@ def text(student, experts, said: list[dict], places: list, in_diffusers: bool) -
     """
     row = weights.row_of(student.cfg.teacher)
     parts = [head(student, row, said), training(student, said, bool(places))]
+    if row.folder:
+        return lines(*parts, HERE.format(teacher=student.cfg.teacher))
     if places and not in_diffusers:
         parts.append(LAYOUT)
     else:

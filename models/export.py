@@ -288,7 +288,8 @@ def check_place(out: Path, size: int) -> None:
         held = sorted(path.name for path in out.iterdir()) if out.exists() else []
     except OSError as error:
         raise UserError(f"--export {out}: {error.strerror}; choose another folder") from error
-    if held:
+    if held or out.resolve() == Path.cwd():
+        held = held or ["you"]
         raise UserError(f"--export {out} holds other things ({held[0]}); choose another folder")
     there = next(path for path in (out.resolve(), *out.resolve().parents) if path.exists())
     free = shutil.disk_usage(there).free
@@ -299,6 +300,7 @@ def check_place(out: Path, size: int) -> None:
 @contextmanager
 def whole_folder(out: Path) -> Iterator[Path]:
     """A folder to fill, which becomes `out` at the end, or is gone."""
+    out = out.resolve()
     part = out.with_name(out.name + ".part")
     if part.exists():
         raise UserError(f"{part} is what a stopped export left; remove it")

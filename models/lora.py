@@ -126,15 +126,18 @@ def high_first(files) -> list:
     return list(files)[::-1] if swapped else list(files)
 
 
-WORD = re.compile(  # high-noise, HighNoise, LOW; not slow, flow, lower
-    r"(?:(?<![a-zA-Z])(?:high|low)|High|Low)(?=[nN]oise|[^a-z]|$)|(?:HIGH|LOW)(?=NOISE|[^A-Z]|$)"
+NOISE = re.compile(r"(high|low)[-_ ]?noise", re.I)  # as names say it, before anything else
+WORD = re.compile(  # High, -low-, LOW; not slow, FLOW, lower
+    r"((?<![a-zA-Z])(?:high|low)|High|Low)(?![a-z])|(?<![a-zA-Z])(HIGH|LOW)(?![a-zA-Z])"
 )
 
 
 def noise_of(file) -> str:
     """high, low, or nothing: by the metadata that models/export.py writes, or the file's name."""
-    said, found = metadata(file).get("noise"), WORD.search(Path(file).name)
-    return said or (found[0].lower() if found else "")
+    said, name = metadata(file).get("noise"), Path(file).name
+    found = NOISE.findall(name) or ["".join(words) for words in WORD.findall(name)]
+    words = {word.lower() for word in found}
+    return said or (words.pop() if len(words) == 1 else "")
 
 
 def metadata(file) -> dict[str, str]:

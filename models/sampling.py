@@ -312,21 +312,23 @@ def check_base(cfg, path: Path, e: int) -> None:
 
 def by_metadata(paths: list[Path], said: list[dict], transformers: int) -> tuple:
     """Roles of the steps, times, files and experts by role, of files that we wrote."""
-    files, owners, experts = {}, {}, {}
+    files, owners, experts, count = {}, {}, {}, 0
     for path, about in zip(paths, said):
         try:
             role = f"student{int(about['phase'])}"
             owners |= {int(i): role for i in json.loads(about["steps"])}
+            count += len(json.loads(about["steps"]))
             files[role], experts[role] = path, int(about["expert"])
             times = checked_times(json.loads(about["times"]))
             if not 1 <= experts[role] <= transformers:
                 raise ValueError(f"expert {experts[role]}")
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, IndexError, OverflowError) as error:
             raise UserError(f"{path}: its metadata is damaged ({error}); export it again") from None
     same = ("times", "phases", "base", "boundary")
     if len({tuple(about.get(key) for key in same) for about in said}) > 1:
         raise UserError("these files are of unlike students: " + ", ".join(p.name for p in paths))
-    if sorted(owners) != list(range(len(times) - 1)) or len(files) != len(paths):
+    whole = sorted(owners) == list(range(len(times) - 1)) and count == len(owners)
+    if not whole or len(files) != len(paths):
         held = ", ".join(sorted(files))
         raise UserError(f"--lora has {held} of {said[0]['phases']} phases; name each once")
     for role in sorted(files):
@@ -394,18 +396,22 @@ def written(cfg, xs: list[Tensor], args, names: list[str], device) -> Iterator[t
     yield "samples.png", video.contact(shown, args.title)
 
 
-def read_latents(cfg, path: Path) -> tuple[list[str], list[Tensor]]:
+def read_latents(cfg, args) -> tuple[list[str], list[Tensor]]:
     """Names and latents of an earlier command, to be decoded. Raises UserError."""
+    check_ends(cfg, args)
+    path, shape = args.decode, next(iter(large.buckets(cfg)))
     try:
         with safe_open(path, framework="pt") as file:
             about = json.loads((file.metadata() or {})["about"])
             x = file.get_tensor(max(file.keys(), key=lambda key: int(key[1:] or 0)))
-            teacher, names = about["teacher"], about["names"]
+            teacher, names = weights.TEACHERS[about["teacher"]], about["names"]
+        if len(names) != len(x) or not all(re.fullmatch(r"\d+(-\d+)?", name) for name in names):
+            raise ValueError("names that do not fit")
     except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path} holds no latents ({first_line(error)})") from error
-    same = weights.TEACHERS[teacher].network is weights.row_of(cfg.teacher).network
-    if not same or x.shape[1] != next(iter(large.buckets(cfg)))[0]:
-        raise UserError(f"{path} is of {teacher}, whose VAE is not {cfg.teacher}'s")
+    same = teacher.network is weights.row_of(cfg.teacher).network
+    if not same or x.ndim != 1 + len(shape) or x.shape[1] != shape[0]:
+        raise UserError(f"{path} is of {about['teacher']}, whose VAE is not {cfg.teacher}'s")
     if not has_vae(cfg):
         raise UserError("random weights have no VAE; --weights names a folder with one")
     return names, [x]

@@ -154,7 +154,7 @@ def test_the_times_of_qwen_image_are_those_of_its_published_scheduler():
     ("--lora a.safetensors", "--lora is for --teacher"), ("--merge", "--export"),
     ("--bf16", "--export"), ("--image a.png", "takes none"), ("--n 0", "--n must"),
     ("--prompt fox", "no text encoder"), ("--prompts none.safetensors", "holds no embeddings"),
-    ("--frames -3", "nearest: 1"), ("--frames 0", "nearest: 1"), ("--prompt  ", "expected one"),
+    ("--frames -3", "nearest: 1"), ("--frames 0", "nearest: 1"), ("--prompt=", "is empty"),
     ("--export x --n 3", "--n is for samples"), ("--decode none", "holds no latents"),
 ])  # fmt: skip
 def test_flags_that_do_not_fit_are_one_line_and_write_nothing(runs, tmp_path, capsys, flags, says):
@@ -402,7 +402,8 @@ def rewritten(path, source, **about):
     ({"base": "x"}, "unlike students"),
     ({"times": "[1.0, NaN, 0.75, 0.5, 0.0]"}, "damaged"), ({"expert": "7"}, "damaged"),
     ({"times": "[1.0, 0.75, 0.9, 0.5, 0.0]"}, "damaged"), ({"steps": "nothing"}, "damaged"),
-    ({"steps": "[0, 1]"}, "name each once"), ({"noise": "high", "times": ""}, "damaged"),
+    ({"steps": "[0, 1]"}, "name each once"), ({"steps": "[1, 2, 3]"}, "name each once"),
+    ({"times": "[]"}, "damaged"), ({"noise": "high", "times": ""}, "damaged"),
 ])  # fmt: skip
 def test_metadata_that_does_not_hold_together_is_refused(runs, tmp_path, capsys, about, says):
     said(capsys, "--student", runs("wan22-tiny"), "--export", tmp_path / "out")

@@ -239,6 +239,8 @@ def test_a_teachers_lora_is_merged_with_its_alpha(tmp_path, form):
     (("slowmo_HN", "mo_LN"), [0, 1]), (("flow-low", "flow-high"), [1, 0]), (("a", "b"), [0, 1]),
     (("low_x", "model"), [1, 0]), (("model", "HIGH"), [1, 0]),
     (("mineLowNoise", "HighNoise"), [1, 0]),
+    (("low_rank_high_noise", "b"), [0, 1]), (("high_quality_low_noise", "b"), [1, 0]),
+    (("FLOW", "SLOW_motion"), [0, 1]), (("high_low", "x"), [0, 1]),
     (("lownoise", "highnoise"), [1, 0]), (("lower", "higher"), [0, 1]), (("a", "LOWER"), [0, 1]),
 ])  # fmt: skip
 def test_loras_are_told_apart_by_whole_words_only(names, wanted):

@@ -12,6 +12,7 @@ import json
 import math
 import shlex
 import sys
+import zlib
 from functools import partial
 from pathlib import Path
 
@@ -28,8 +29,8 @@ from tqdm import tqdm
 from losses import flow_matching
 from models import large, weights
 from models.draws import integers, normal, stream, uniform
-from models.files import UserError, read_json, write, write_json
-from models.flags import Parser
+from models.files import UserError, first_line, read_json, write, write_json
+from models.flags import Parser, exit_status
 from models.folder import environment, fingerprint
 from models.pictures import plt, png
 from models.wan import Wan, guide
@@ -91,19 +92,22 @@ def read_digits(folder: Path | None) -> tuple[Tensor, Tensor]:
     parts = [p for p in ("train", "t10k") if (folder / f"{p}-images-idx3-ubyte.gz").is_file()]
     if not parts:
         raise UserError(f"--data {folder} holds no t10k-images-idx3-ubyte.gz, nor train-images-...")
-    images = [read_idx(folder / f"{part}-images-idx3-ubyte.gz", 16) for part in parts]
-    labels = [read_idx(folder / f"{part}-labels-idx1-ubyte.gz", 8) for part in parts]
-    return torch.cat(images).view(-1, 28, 28), torch.cat(labels).long()
+    images = torch.cat([read_idx(folder / f"{part}-images-idx3-ubyte.gz") for part in parts])
+    labels = torch.cat([read_idx(folder / f"{part}-labels-idx1-ubyte.gz") for part in parts])
+    if images.shape[1:] != (28, 28) or labels.shape != (len(images),) or labels.max() >= CLASSES:
+        raise UserError(f"--data {folder}: these are not digits of 28 x 28 with a label each")
+    return images, labels.long()
 
 
-def read_idx(path: Path, header: int) -> Tensor:
-    """The bytes of an IDX file behind its header. Raises UserError."""
+def read_idx(path: Path) -> Tensor:
+    """The bytes of a gzipped IDX file in the shape that its header says. Raises UserError."""
     try:
-        return torch.frombuffer(
-            bytearray(gzip.decompress(path.read_bytes())[header:]), dtype=torch.uint8
-        )
-    except (OSError, EOFError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({error}); download it again") from error
+        content = gzip.decompress(path.read_bytes())
+        axes = content[3]
+        shape = [int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(axes)]
+        return torch.frombuffer(bytearray(content[4 + 4 * axes :]), dtype=torch.uint8).view(shape)
+    except (OSError, EOFError, ValueError, IndexError, RuntimeError, zlib.error) as error:
+        raise UserError(f"cannot read {path} ({first_line(error)}); download it again") from error
 
 
 def packaged_digits() -> tuple[Tensor, Tensor]:
@@ -348,8 +352,10 @@ def judge_teacher(judge, teacher, steps: int, n: int, *where) -> tuple[Tensor, T
 def check(cfg) -> None:
     """Raise UserError for settings that do not go together."""
     large.check(cfg)
-    if cfg.size != ("32x32",):
-        raise UserError("mnist makes pictures of 28 x 28 with an edge: leave --size out")
+    if cfg.size != ("32x32",) or cfg.frames != 1:
+        raise UserError(
+            "mnist makes pictures of 28 x 28 with an edge: leave --size and --frames out"
+        )
     if cfg.eval_samples < 100:
         raise UserError("--eval-samples of mnist is at least 100: ten a class")
 
@@ -376,7 +382,8 @@ def report(run, look) -> tuple[dict, bytes]:
     xs = draw(run.student, run.times[: len(run.student) + 1], n, run.device, run.cfg.seed, "report")
     x = xs[-1] if run.k == len(run.phases) else finished(xs[-1], run.phase.s, teacher, run.device)
     found = measure(*judged(load_judge(), to_pixels(x)), classes_of(n), load_reference())
-    return found | teacher_numbers(run.cfg), picture(run, xs, teacher)
+    known = teacher_numbers(run.cfg) if run.finished else {}
+    return found | {"samples": n} | known, picture(run, xs, teacher)
 
 
 @torch.no_grad()
@@ -391,12 +398,17 @@ def finished(x: Tensor, s: float, teacher, device, steps: int = 10) -> Tensor:
 
 
 def teacher_numbers(cfg) -> dict:
-    """The teacher's with as many steps, and the floor, where they were measured for this run."""
+    """The teacher's with as many steps, and the floor, where they were measured for this run.
+
+    Distances fall with the number of samples: those of unlike numbers do not stand side by side.
+    """
     known = read_json(FOLDER / "reference.json", weights.how_to_get("mnist"))
-    found = {"frechet_floor": known["floor"]["frechet"]}
-    same = (cfg.guidance, cfg.shift) == ((known["guidance"],), known["shift"])
-    few = known["teacher"].get(str(cfg.steps)) if same else None
-    return found | {f"{name}_teacher_same_steps": x for name, x in (few or {}).items()}
+    ours = (cfg.guidance, cfg.shift, cfg.eval_samples, cfg.weights, cfg.teacher_lora)
+    few = known["teacher"].get(str(cfg.steps))
+    if ours != ((known["guidance"],), known["shift"], known["samples"], (), ()) or few is None:
+        return {}
+    floor = {"frechet_floor": known["floor"]["frechet"]}
+    return floor | {f"{name}_teacher_same_steps": x for name, x in few.items()}
 
 
 def picture(run, xs: list[Tensor], teacher, rows: int = 3) -> bytes:
@@ -481,17 +493,18 @@ def make_reference(args) -> None:
     ask = lambda steps, *where: judge_teacher(judge, teacher, steps, n, "reference", *where)
     z, seen = ask(40, 0)
     reference, labels = reference_of(z, classes_of(n)), classes_of(n)
-    write(FOLDER / "reference.safetensors", save({k: x.float() for k, x in reference.items()}))
     found = {"guidance": args.guidance, "shift": SHIFT, "samples": n}
     found["accuracy"] = (seen == labels).double().mean().item()
     found["floor"] = measure(*ask(40, 1), labels, reference)
     found["teacher"] = {str(k): measure(*ask(k, 2), labels, reference) for k in (1, 2, 4)}
     print(json.dumps(found, indent=1))
+    write(FOLDER / "reference.safetensors", save({k: x.float() for k, x in reference.items()}))
     digests = {name: fingerprint(FOLDER / name) for name in WEIGHTS}
     write_json(FOLDER / "reference.json", made(args) | found | {"sha256": digests})
 
 
-def main() -> int:
+def main() -> None:
+    """Make the parts that are asked for. Raises UserError."""
     parser = Parser(__doc__)
     add = parser.add_argument
     add("--train-teacher", action="store_true", help="make all that is in toy/mnist anew")
@@ -505,23 +518,20 @@ def main() -> int:
     args = parser.parse_args()
     if not args.train_teacher:
         raise UserError("nothing to do: give --train-teacher; python train.py --teacher mnist runs")
+    if min(args.steps, args.epochs) < 1 or args.samples < 1000 or args.seed < 0:
+        raise UserError("--steps and --epochs are at least 1, --samples 1000, --seed 0")
     pixels, labels = read_digits(args.data) if args.only != "reference" else (None, None)
-    parts = {
+    make = {
         "teacher": lambda: make_teacher(pixels, labels, args),
         "judge": lambda: make_judge(pixels, labels, args),
         "reference": lambda: make_reference(args),
     }
-    for name in [args.only] if args.only else parts:
-        parts[name]()
-    return 0
+    for name in [args.only] if args.only else PARTS:
+        make[name]()
 
 
 PARTS = ("teacher", "judge", "reference")
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(f"digits.py: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_status("digits.py", main))
