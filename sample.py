@@ -193,7 +193,7 @@ def teacher_of(args) -> Source:
         raise UserError(f"--lora is for large teachers, not for {args.teacher}")
     cfg = teacher_settings(args)
     boundary_t = train.PRESETS[cfg.teacher].boundary(cfg)
-    home = args.out or Path("out") / f"{args.teacher}-samples"
+    home = args.out or Path("out") / f"{args.teacher}-{'lora' if args.lora else 'samples'}"
     times = step_times(cfg.steps, cfg.shift)
     if args.lora:
         one = worn(cfg, args.lora, bool(args.steps or args.shift), times, boundary_t)
@@ -369,9 +369,9 @@ def parser() -> Parser:
     add("--student", type=Path,
         help="folder of a finished run, such as out/toy2d, or a file of its looks/")
     add("--teacher", help="sample a teacher in place of a student: wan22, mnist, toy2d, ...")
-    add("--n", type=int, help="samples, of each prompt (default: toys 10000, large teachers 4)")
+    add("--n", type=int, help="samples, of each prompt (default: toys 10000, mnist 1000, others 4)")
     add("--seed", type=int, default=0, help="of the noise (default 0)")
-    add("--out", type=Path, help="folder (default STUDENT/samples, or out/TEACHER-samples)")
+    add("--out", type=Path, help="folder (default STUDENT/samples, out/TEACHER-samples, -lora)")
     add("--trajectory", action="store_true", help="keep x at every step, noise first")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="toys: cpu")
     group = made.add_argument_group("large teachers")
@@ -387,7 +387,7 @@ def parser() -> Parser:
         help="blocks: they stay in host memory and come one by one (auto: if the GPU is small)")
     add("--tiles", action="store_true", help="decode in tiles: less memory, slightly other edges")
     add("--latents", action="store_true", help="latents and a preview alone, decode nothing")
-    add("--decode", type=Path, metavar="FILE", help="latents of an earlier command: decode those")
+    add("--decode", type=Path, metavar="FILE", help="latents of an earlier command, to be decoded")
     group = made.add_argument_group("with --teacher")
     add = group.add_argument
     add("--steps", type=int, help="(default: as published, 40 or 50; with --lora 4)")
@@ -413,7 +413,8 @@ def main(argv: list[str] | None = None) -> int:
         parallel.alone("sample.py")
         work(args)
 
-    return exit_status("sample.py", run, MEMORY)
+    again = "the same command starts again; --decode goes on from its latents, if they are there"
+    return exit_status("sample.py", run, MEMORY, again)
 
 
 NO_RUN = "give --student the folder of a finished run"

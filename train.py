@@ -33,6 +33,7 @@ from models.flags import (
     Parser,
     add_flags,
     check,
+    closed_pipe,
     given,
     is_out_of_memory,
     pick_device,
@@ -216,7 +217,7 @@ def base(**settings) -> Preset:
 
 
 def mnist(**settings) -> Preset:
-    """The row of a large teacher, but for what a picture of digits is worth. One thread, as toys."""
+    """The row of a large teacher, but for what a picture is worth. One thread, as for toys."""
     return replace(
         base(**settings), check=digits.check, files=digits.files, report=digits.report,
         settled=digits.settled, ask=digits.ask, present=digits.present, device="cpu", threads=1,
@@ -920,6 +921,8 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        return closed_pipe()
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise

@@ -28,7 +28,7 @@ def text(student, experts, said: list[dict], places: list, in_diffusers: bool) -
     """
     row = weights.row_of(student.cfg.teacher)
     parts = [head(student, row, said), training(student, said, bool(places))]
-    if row.folder:
+    if row.folder and not places:
         return lines(*parts, HERE.format(teacher=student.cfg.teacher))
     if places and not in_diffusers:
         parts.append(LAYOUT)
@@ -89,7 +89,7 @@ def training(student, said, full: bool) -> str:
 
 def phase_rows(said, full: bool) -> list[str]:
     """A table: which phase is which transformer's, and takes which steps."""
-    rows = ["| phase | transformer | steps | re-noised in |", "|---|---|---|---|"]
+    rows = ["| phase | transformer | steps | trained at noise (interval) |", "|---|---|---|---|"]
     for one in said:
         alone = "weights of its own" if full else "an adapter of its own"
         who = f"{one['noise']} noise" if "noise" in one else alone
@@ -126,6 +126,7 @@ def diffusers(student, row, experts, said, places) -> str:
         if not qwen else "The scheduler of the base shifts by size and ends at 0.02."
     )  # fmt: skip
     held = "Held to our own sampler, with diffusers 0.42.1 and small networks."
+    held += " If there is a folder bf16, it holds the same files at half the size." * (not places)
     return lines("## diffusers", "", "```python", *code, "```", why, held, "")
 
 
@@ -286,7 +287,8 @@ def others(student, row, experts) -> list[str]:
         ],
     }  # fmt: skip
     told = [
-        "## LightX2V", "", "Not run by us. Into the configuration of a distilled Wan2.2:", "",
+        "## LightX2V", "", "Not run by us. Into the configuration of a distilled Wan2.2; its list",
+        "is of times before the shift:", "",
         "```json", json.dumps(config, indent=1), "```", "",
     ]  # fmt: skip
     if (cfg.steps, cfg.shift, student.boundary) == (4, 5.0, row.boundary):

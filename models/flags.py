@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, field, fields
@@ -112,10 +113,21 @@ def check_value(flag: str, value, f) -> None:
         raise UserError(f"{flag} {value} is not a finite number")
 
 
-def exit_status(script: str, work: Callable[[], None], memory: str = "") -> int:
+def closed_pipe() -> int:
+    """Nobody reads on: what is left to print goes nowhere, and the status is a pipe's."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 141
+
+
+def exit_status(
+    script: str,
+    work: Callable[[], None],
+    memory: str = "",
+    again: str = "the same command goes on, or starts again",
+) -> int:
     """0 after the work; 2 with one line where the user can mend it; 130 where they stopped it.
 
-    memory: what to do where memory runs out.
+    memory: what to do where memory runs out; again: what to do after a stop.
     """
     try:
         work()
@@ -127,7 +139,9 @@ def exit_status(script: str, work: Callable[[], None], memory: str = "") -> int:
             raise
         line, status = f"out of memory; {memory or 'a smaller size, or --device cpu'}", 2
     except KeyboardInterrupt:
-        line, status = "stopped; the same command goes on, or starts again", 130
+        line, status = f"stopped; {again}", 130
+    except BrokenPipeError:  # | head
+        return closed_pipe()
     print(f"{script}: {line}", file=sys.stderr)
     return status
 

@@ -387,6 +387,14 @@ def test_figure_2_comes_out_as_in_the_paper(tmp_path):
     assert b <= 0.01 and c >= 10 * b and (tmp_path / "figure2.png").stat().st_size > 10_000
 
 
+def test_a_closed_pipe_is_no_traceback():
+    """| head, of a dry run."""
+    line = [sys.executable, "train.py", "--teacher", "wan22-tiny", "--dry-run"]
+    run = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    run.stdout.close()
+    assert run.stderr.read() == b"" and run.wait() == 141
+
+
 def test_scripts_run_from_the_root_as_the_readme_writes_them():
     for script in ("train.py", "sample.py", "toy/figure2.py", "toy/seeds.py"):
         done = subprocess.run(

@@ -290,9 +290,9 @@ def test_latents_are_decoded_later_to_the_same_pictures(made, tmp_path, capsys):
     """By another command; what is no latents, or another VAE's, is one line."""
     root = made("wan22-tiny")
     prompt = embeddings(tmp_path / "p.safetensors", "wan22-tiny", ["a fox"])
-    line = ["--student", root / "run", "--weights", root / "base", "--n", "1"]
+    line = ["--student", root / "run", "--weights", root / "base"]
     for name, flags in (("a", []), ("b", ["--latents"])):
-        more = ["--prompts", prompt, "--size", "1x48x64", "--out", tmp_path / name]
+        more = ["--prompts", prompt, "--n", "1", "--size", "1x48x64", "--out", tmp_path / name]
         assert sample.main([*map(str, [*line, *more, *flags])]) == 0
     assert not (tmp_path / "b" / "000-00.png").exists()
     latents = tmp_path / "b" / "latents.safetensors"

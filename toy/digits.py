@@ -451,10 +451,12 @@ def present(cfg, c, xs: list[Tensor], args, names, device) -> tuple[dict, list]:
     np.save(file, (kept if args.trajectory else kept[-1]).numpy())
     shown = xs[-1][:100]
     shown = F.pad(shown, (0, 0) * 4 + (0, -len(shown) % CLASSES), value=-1.0)  # rows are whole
-    seen = judged(load_judge(), kept[-1])[1]
-    accuracy = (seen == labels_of(c)).double().mean().item()
+    z, seen = judged(load_judge(), kept[-1])
+    found = {"accuracy": (seen == labels_of(c)).double().mean().item()}
+    if len(seen) >= 1000:
+        found = measure(z, seen, labels_of(c), load_reference()) | {"samples": len(seen)}
     files = [("samples.png", sheet({"samples": shown})), ("samples.npy", file.getvalue())]
-    return {"accuracy": accuracy}, files
+    return found, files
 
 
 # -- the command ---------------------------------------------------------------------------------
