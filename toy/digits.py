@@ -464,7 +464,8 @@ def present(cfg, c, xs: list[Tensor], args, names, device) -> tuple[dict, list]:
 
 def made(args) -> dict:
     """How a part was made."""
-    command = shlex.join(["python", "toy/digits.py", *sys.argv[1:]])
+    given = ["DIR" if args.data and word == str(args.data) else word for word in sys.argv[1:]]
+    command = shlex.join(["python", "toy/digits.py", *given])
     return {"command": command, "seed": args.seed} | environment("cpu")
 
 
