@@ -131,7 +131,7 @@ def opened_student(args) -> tuple[export.Student, Path]:
         raise UserError(f"{said}: not a whole student")
     boundary_t = preset.boundary(cfg)
     homes = {role: moe.expert_of(role, phases, boundary_t) for role in moe.owners(phases)}
-    return export.Student(cfg, phases, boundary_t, homes, opened, config), home
+    return export.Student(cfg, phases, boundary_t, homes, opened), home
 
 
 def check_base(files: dict[str, str], base: list[Path], moved: bool) -> None:

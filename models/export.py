@@ -32,7 +32,6 @@ class Student(NamedTuple):
     boundary: float | None  # of its teacher
     homes: dict[str, int]  # role -> the teacher's expert whose network it is on
     file: object  # student.safetensors, open
-    config: dict  # config.json
 
 
 class Expert(NamedTuple):
@@ -236,11 +235,12 @@ def export(student: Student, out: Path, merge: bool, bf16: bool) -> list[Path]:
     experts = experts_of(student.phases, student.homes, student.boundary)
     full = check_kind(student.cfg, merge)
     places = places_of(student, experts) if full else []
+    said = [metadata(student, one) for one in experts]  # once: it reads pieces of the base
     planned = {}  # path -> entries, metadata
     for i, one in enumerate(experts):
         made = full_files(student, one, places[i], bf16) if full else lora_files(student, one, bf16)
         assert not planned.keys() & made.keys()
-        planned |= {path: (entries, metadata(student, one)) for path, entries in made.items()}
+        planned |= {path: (entries, said[i]) for path, entries in made.items()}
     sizes = {path: sum(map(nbytes, entries.values())) for path, (entries, _) in planned.items()}
     check_place(out, sum(sizes.values()))
     with whole_folder(out) as part:
@@ -248,9 +248,8 @@ def export(student: Student, out: Path, merge: bool, bf16: bool) -> list[Path]:
             write_entries(part / path, entries, about)
         for one, place in zip(experts, places):
             size = sum(n for path, n in sizes.items() if place in path.parents)
-            for name, said in beside(source_of(student, one), size).items():
-                write_json(part / place / name, said)
-        said = [metadata(student, one) for one in experts]
+            for name, content in beside(source_of(student, one), size).items():
+                write_json(part / place / name, content)
         diffusers = full and is_diffusers(source_of(student, experts[0]))
         text = card.text(student, experts, said, places, diffusers)
         write(part / "README.md", text.encode())

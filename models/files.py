@@ -117,12 +117,11 @@ class Entry(NamedTuple):
     read: Callable[[], Tensor]  # its values, when their turn comes
 
 
-def write_entries(path: Path, entries: dict[str, Entry], metadata: dict[str, str]) -> int:
-    """Safetensors as other tools read them; one tensor at a time is in memory. Returns its size."""
+def write_entries(path: Path, entries: dict[str, Entry], metadata: dict[str, str]) -> None:
+    """Safetensors as other tools read them; one tensor at a time is in memory."""
     wide_first = sorted(entries.items(), key=lambda item: (-item[1].dtype.itemsize, item[0]))
-    head, size = header({key: (e.dtype, e.shape) for key, e in wide_first}, metadata)
+    head, _ = header({key: (e.dtype, e.shape) for key, e in wide_first}, metadata)
     write(path, head, pieces(raw(e.read().to(e.dtype)) for _, e in wide_first))
-    return size
 
 
 def whole(x: Tensor) -> Tensor:

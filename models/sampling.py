@@ -24,6 +24,7 @@ from models.bases import Blocks
 from models.export import fingerprint
 from models.files import UserError, first_line
 from models.qwen_image import QwenImage
+from sde import shift as shift_of
 
 EXTRAS = "pip install -r requirements-full.txt, or keep the latents alone with --latents"
 
@@ -89,7 +90,7 @@ def teacher_times(cfg, shift: float | None) -> tuple[float, ...]:
     usual, shape = weights.row_of(cfg.teacher).usual[1], next(iter(large.buckets(cfg)))
     u = [1 - i / cfg.steps for i in range(cfg.steps)]
     S = shift or usual or math.exp(0.5 + 0.4 * (math.prod(shape[1:]) / 4 - 256) / 7936)
-    times = [S * x / (1 + (S - 1) * x) for x in u]
+    times = [shift_of(x, S) for x in u]
     if not (shift or usual) and cfg.steps > 1:
         times = [1 - (1 - t) * 0.98 / (1 - times[-1]) for t in times]
     return (*times, 0.0)
@@ -382,8 +383,7 @@ def written(cfg, xs: list[Tensor], args, names: list[str], device) -> Iterator[t
         yield "samples.png", pictures.sheet(rows, None, args.title)
         return
     model = vae.load_vae(cfg.teacher, large.folder_of(cfg), str(device), args.tiles)
-    fps = 24 if xs[-1].shape[1] == 48 else 16
-    shown = []
+    fps, shown = weights.row_of(cfg.teacher).fps, []
     for name, x in zip(tqdm(names, "decoding", disable=None), xs[-1].split(1)):
         frames = video.to_bytes(vae.decode(model, x)[0])  # (F, h, w, 3), or (h, w, 3)
         frames = frames[None] if frames.ndim == 3 else frames
