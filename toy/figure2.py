@@ -40,18 +40,18 @@ def plain(v, x_s, s, t, eps):
 OBJECTIVES = {"a": (0.0, plain), "b": (S, subinterval_matching), "c": (S, plain)}
 
 
-def fit(name: str, steps: int, batch: int = 512, lr: float = 1e-3) -> MLP:
-    """The 4-layer MLP of width 512, trained from scratch on one of the three objectives."""
-    s, objective = OBJECTIVES[name]
+def fit(name: str, steps: int, data=POINTS, width=512, where=("figure2",), lr=1e-3, bar=tqdm):
+    """The 4-layer MLP, of width 512, trained from scratch on one of the three objectives."""
+    (s, objective), batch = OBJECTIVES[name], 512
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        net = MLP(dim=1, width=512, layers=4)
+        net = MLP(dim=data.means.shape[1], width=width, layers=4)
     optimizer = torch.optim.Adam(net.parameters(), lr, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for i in tqdm(range(steps), f"({name}) on ({s:g}, 1]"):
-        x_s = POINTS.sample_at(s, batch, stream("figure2", i, "x_s"))
-        t = 1 - (1 - s) * torch.rand(batch, generator=stream("figure2", i, "t"))  # (s, 1]
-        eps = normal(x_s.shape, "figure2", i, "eps")
+    for i in bar(range(steps), f"({name}) on ({s:g}, 1]"):
+        x_s = data.sample_at(s, batch, stream(*where, i, "x_s"))
+        t = 1 - (1 - s) * torch.rand(batch, generator=stream(*where, i, "t"))  # (s, 1]
+        eps = normal(x_s.shape, *where, i, "eps")
         loss = objective(net(diffuse(x_s, s, t, eps), t), x_s, s, t, eps).mean()
         optimizer.zero_grad()
         loss.backward()

@@ -105,13 +105,19 @@ class Mixture:
         return replace(self, means=self.means.double())
 
 
-# -- the three toys ------------------------------------------------------------------------------
+# -- the toys ------------------------------------------------------------------------------------
 
 
 def ring(p: Process = flow) -> Mixture:
     """8 modes on a circle of radius 2, sd 0.1; two classes, every second mode."""
     angle = torch.arange(8) * (2 * math.pi / 8)
     return Mixture(2 * torch.stack([angle.cos(), angle.sin()], 1), 0.1, torch.arange(8) % 2, p)
+
+
+def wide(p: Process = flow) -> Mixture:
+    """The ring with its modes four times as far from each other, and as narrow."""
+    near = ring(p)
+    return replace(near, means=4 * near.means)
 
 
 def grid(p: Process = flow) -> Mixture:
@@ -131,7 +137,7 @@ def spirals(p: Process = flow) -> Mixture:
     return Mixture(torch.cat([arm, -arm]), 0.07, torch.arange(40) // 20, p)
 
 
-TOYS = {"ring": ring, "grid": grid, "spirals": spirals}
+TOYS = {"ring": ring, "wide": wide, "grid": grid, "spirals": spirals}
 
 
 # -- anybody's points ----------------------------------------------------------------------------

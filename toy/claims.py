@@ -1,0 +1,453 @@
+"""The paper's claims at small scale, with error bars: what holds here, what does not, what is open.
+
+    python toy/claims.py             every method on every toy, 10 seeds: about 75 minutes, two cores
+    python toy/claims.py --quick     all of it in miniature, 4 minutes: to see that it works
+    python toy/claims.py --digits    a table of pictures, 3 seeds: about 50 minutes
+    python toy/claims.py --control   does the machinery find what is there, and nothing else?
+
+Prints a line a claim, `claim N reproduced|contradicted|undecided numbers`, and writes claims.json,
+table.md and figures. The same command goes on where it was stopped, cell by cell (a method with a
+seed); the numbers are a function of the seeds. A cell is one thread; --processes of them run at once.
+"""
+
+import io
+import multiprocessing
+import re
+import signal
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script from the project's root
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from models.files import UserError, read_json, write, write_json
+from models.flags import Parser, exit_status
+from models.folder import environment, make
+from toy import claims_digits, claims_figures, control, methods
+from toy.methods import FAR, ROWS, TABLES, TEACHERS, Budget
+from toy.verdicts import Part, interval, text, verdicts
+
+QUICK = Budget(updates=160, warmup=80, samples=2000, fit=500, matching=200)
+RATES = (3e-4, 1e-3, 3e-3)  # of the generator: each row's is the best of these on other seeds
+TUNING_SEEDS = (100, 101)
+ENERGY = 0.001  # the smallest difference that matters: as much as two seeds differ
+DIVERSITY = 0.05  # of the teacher's
+
+
+# -- the claims ----------------------------------------------------------------------------------
+
+
+class Claim(NamedTuple):
+    """A sentence of the paper, the parts that decide on it, and what is told beside."""
+
+    sentence: str
+    parts: list[Part]
+    beside: list[Part]
+
+
+def claims(found: dict) -> list[Claim]:
+    """The claims, over found[table][row] = numbers a seed. Written down before the first run."""
+
+    def of(table, name, key="energy"):
+        return [cell[key] for cell in found[table][name]]
+
+    def more(table, name, other, key="energy", matters=ENERGY):
+        """`name` has more of it than `other`."""
+        d = [a - b for a, b in zip(of(table, name, key), of(table, other, key), strict=True)]
+        what = "" if key == "energy" else f"{key} of "
+        return Part(f"{table}: {what}{name} - {other}", d, matters)
+
+    def each(name, other, key="energy", matters=ENERGY):
+        return [more(table, name, other, key, matters) for table in MAIN]
+
+    def at_first(name, other):
+        """The same of x at the end of phase 1."""
+        parts = []
+        for table in MAIN:
+            a, b = ([e[0] for e in of(table, row, "energy_phases")] for row in (name, other))
+            d = [x - y for x, y in zip(a, b)]
+            parts.append(Part(f"{table}: x_(t_1) of {name} - {other}", d, ENERGY))
+        return parts
+
+    def unrepaired(name, other):
+        """The same where the exact teacher goes on from the end of phase 1."""
+        parts = []
+        for table in MAIN:
+            a, b = ([e[0] for e in of(table, row, "finished")] for row in (name, other))
+            d = [x - y for x, y in zip(a, b)]
+            parts.append(Part(f"{table}: finished by the teacher, {name} - {other}", d, ENERGY))
+        return parts
+
+    def early(k, key, less, matters, why):
+        """What becomes of samples while expert k is trained from a quarter to the end."""
+        parts = []
+        for table in MAIN:
+            values = [e[k - 1][key] - less for e in of(table, "Phased 4 / 2", "early")]
+            parts.append(Part(f"{table}: {why}", values, matters))
+        return parts
+
+    left = lambda t: [0.001 - x for x in of(f"matching {t}", "Eq. 11", "bias")]
+    grow = lambda name: [m[3] / m[0] for m in of("memory", name, "memory")]
+    vanilla, phased = grow("vanilla"), grow("phased")
+    return [
+        Claim(
+            "the subinterval target is unbiased and the naive one is not (Fig. 2)",
+            [more(f"matching {t}", "naive", "Eq. 11", "bias", 0.05) for t in ("ring", "grid")]
+            + [more(f"matching {t}", "naive", "Eq. 11", "error", 0.05) for t in ("ring", "grid")]
+            + [Part(f"{t}: 0.001 - bias of Eq. 11", left(t), 0.0) for t in ("ring", "grid")],
+            [
+                more(f"matching {t}", "Eq. 11", "clean data", "error", 0.05)
+                for t in ("ring", "grid")
+            ],
+        ),
+        Claim(
+            "truncation brings the diversity of DMD2 down, Phased DMD keeps more (Table 3)",
+            each("vanilla DMD", "DMD2", "diversity", DIVERSITY)
+            + each("Phased 4 / 2", "DMD2", "diversity", DIVERSITY),
+            each("vanilla DMD", "DMD, 1 step", "diversity", DIVERSITY)
+            + each("Phased 4 / 2", "DMD2", "modes", 0.5),
+        ),
+        Claim(
+            "Phased DMD is nearer to the teacher than DMD2, with 4 phases nearer than with 2 "
+            "(Tables 2, 6)",
+            each("DMD2", "Phased 4 / 2") + each("Phased 4 / 2", "Phased 4 / 4"),
+            each("DMD2", "DMD2, a fake per depth") + [more("guided", "DMD2", "Phased 4 / 2")],
+        ),
+        Claim(
+            "the biased target harms distillation, not only scores (A2)",
+            each("biased target", "Phased 4 / 2"),
+            at_first("biased target", "Phased 4 / 2") + unrepaired("biased target", "Phased 4 / 2"),
+        ),
+        Claim(
+            "nested intervals beat disjoint ones (Fig. 10)",
+            each("disjoint intervals", "Phased 4 / 2"),
+            [more("ring", "random start, disjoint", "random start")],
+        ),
+        Claim(
+            "high noise is what makes DMD converge (Fig. 11; t chosen by sigma / alpha beside the "
+            "distance of modes)",
+            each("vanilla, t = 0.1", "vanilla, t = 0.357"),
+            each("vanilla, t = 0.357", "vanilla, t = 0.882")
+            + [more("wide", "vanilla, t = 0.357", "vanilla, t = 0.882", matters=4 * ENERGY)],
+        ),
+        Claim(
+            "training the last expert longer changes detail and leaves structure (Fig. 8)",
+            early(2, "kept", 0.95, 0.0, "samples that keep their mode, less 0.95")
+            + early(2, "moved", 0.0, 0.2, "way of those, in sd of a mode"),
+            early(1, "kept", 0.95, 0.0, "of the first expert: keep their mode, less 0.95"),
+        ),
+        Claim(
+            "a phase costs the memory of one recorded step whatever N, vanilla grows (Fig. 1)",
+            [
+                Part(
+                    "8 steps over 1: vanilla - phased", [a - b for a, b in zip(vanilla, phased)], 1
+                ),
+                Part("1.05 - phased", [1.05 - x for x in phased], 0.0),
+            ],
+            [],
+        ),
+        Claim(
+            "the gain is not from parameters alone (one network in place of two)",
+            each("DMD2", "one shared network"),
+            each("one shared network", "Phased 4 / 2"),
+        ),
+    ]
+
+
+MAIN = ("ring", "grid", "conditional")
+
+
+def lines(found: dict) -> list[str]:
+    """A line a claim, then what is told beside."""
+    made = claims(found)
+    words = verdicts([claim.parts for claim in made])
+    shown = []
+    for n, (claim, word) in enumerate(zip(made, words), 1):
+        parts = "; ".join(map(text, claim.parts))
+        shown.append(f"claim {n} {word} {claim.sentence}: {parts}")
+        shown += [f"  beside {n}: {text(part)}" for part in claim.beside]
+    return shown
+
+
+# -- cells ---------------------------------------------------------------------------------------
+
+
+class Job(NamedTuple):
+    """A cell: what is computed in one go, and kept in a file of its own."""
+
+    work: str  # a function of methods.py
+    table: str
+    name: str
+    seed: int
+    lr: float
+    budget: Budget
+
+    def file(self, out: Path) -> Path:
+        words = self.work, self.table, self.name, str(self.seed)
+        if self.work == "tuning":
+            words = (*words, f"{self.lr:g}")
+        return (
+            out
+            / "cells"
+            / ("_".join(re.sub(r"[^a-z0-9.]+", "-", w.lower()) for w in words) + ".json")
+        )
+
+    def settings(self) -> dict:
+        return {"lr": self.lr, "budget": self.budget._asdict()}
+
+
+MATCHING = {"clean data": "a", "Eq. 11": "b", "naive": "c"}  # the objectives of Fig. 2
+
+
+def compute(job: Job, out: Path) -> None:
+    """Do a job and keep what it found; x of the samples beside, of the first seed."""
+    name = MATCHING.get(job.name, job.name)
+    found = getattr(methods, job.work)(job.table, name, job.seed, job.lr, job.budget)
+    paths, file = found.pop("paths", None), job.file(out)
+    if paths is not None and job.seed == 0:
+        array = io.BytesIO()
+        np.save(array, paths.numpy())
+        write(file.with_suffix(".npy"), array.getvalue())
+    write_json(file, {"settings": job.settings(), "found": found})
+
+
+def read(job: Job, out: Path) -> dict | None:
+    """What a job found, if it is done. Raises UserError for a file of other settings."""
+    file = job.file(out)
+    if not file.exists():
+        return None
+    held = read_json(file, "delete it; the same command computes it again")
+    if held.get("settings") != job.settings():
+        raise UserError(f"{file} is of other settings; delete {out}, or give another --out")
+    return held["found"]
+
+
+def begin() -> None:
+    """In each process: one thread; Ctrl-C is the parent's to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)
+
+
+def compute_all(jobs: list[Job], out: Path, processes: int, text: str) -> list[dict]:
+    """What the jobs found, in their order; those that are done are read."""
+    todo = [(job, out) for job in jobs if read(job, out) is None]
+    make(out / "cells")
+    with multiprocessing.get_context("spawn").Pool(processes, begin) as pool:
+        bar = tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc=text, disable=None)
+        for _ in pool.imap_unordered(starred, todo):
+            bar.update()
+        bar.close()
+        pool.close()  # and let its processes end by themselves
+        pool.join()
+    return [read(job, out) for job in jobs]
+
+
+def starred(arguments: tuple) -> None:
+    """compute, as a pool calls it."""
+    compute(*arguments)
+
+
+def tuned(out: Path, processes: int, budget: Budget) -> dict[tuple[str, str], float]:
+    """The rate of each (table, row): the best of RATES, tried alike for all, by energy."""
+    jobs = [
+        Job("tuning", table, name, seed, lr, budget)
+        for table in ("ring", "grid")
+        for name in ROWS
+        for lr in RATES
+        for seed in TUNING_SEEDS
+    ]
+    sums: dict[tuple, float] = defaultdict(float)
+    for job, found in zip(jobs, compute_all(jobs, out, processes, "rates")):
+        sums[job.table, job.name, job.lr] += found["energy"]
+    return {
+        (table, name): min(RATES, key=lambda lr: sums[table, name, lr])
+        for table in ("ring", "grid")
+        for name in ROWS
+    }
+
+
+def rate_of(rates: dict, table: str, name: str) -> float:
+    """The grid has rates of its own; all else takes the ring's, and FAR those of its method."""
+    if name in FAR:
+        name = "disjoint intervals" if "disjoint" in name else "Phased 4 / 2"
+    return rates.get(("grid" if table == "grid" else "ring", name), 1e-3)
+
+
+def all_jobs(seeds: int, rates: dict, budget: Budget) -> list[Job]:
+    """Every cell of the tables, seeds outermost: what was computed before a stop is whole."""
+    jobs = []
+    for seed in range(seeds):
+        for table, (_, rows) in TABLES.items():
+            for name in (*TEACHERS, *rows):
+                lr = rate_of(rates, table, name)
+                jobs.append(Job("row", table, name, seed, lr, budget))
+        jobs += [
+            Job("growth", "memory", name, seed, 1e-3, budget) for name in ("vanilla", "phased")
+        ]
+        for table in ("ring", "grid"):
+            jobs += [Job("matching", table, name, seed, 1e-2, budget) for name in MATCHING]
+    return jobs
+
+
+def gathered(jobs: list[Job], results: list[dict]) -> dict:
+    """found[table][row] = numbers a seed, with the diversity relative to the teacher's."""
+    found: dict = defaultdict(lambda: defaultdict(list))
+    for job, result in zip(jobs, results):
+        table = f"matching {job.table}" if job.work == "matching" else job.table
+        found[table][job.name].append(result)
+    for table in TABLES:
+        of_teacher = [cell["spread"] for cell in found[table]["teacher, 40 steps"]]
+        for cells in found[table].values():
+            for cell, base in zip(cells, of_teacher):
+                cell["diversity"] = cell["spread"] / base
+    return {table: dict(rows) for table, rows in found.items()}
+
+
+# -- tables --------------------------------------------------------------------------------------
+
+
+def number(values: list[float], digits: int = 2, scale: float = 1.0) -> str:
+    """Mean and half of its 95 % interval."""
+    middle, low, high = interval([scale * x for x in values])
+    return f"{middle:.{digits}f} ± {(high - low) / 2:.{digits}f}"
+
+
+def table_of(found: dict, table: str) -> str:
+    """All columns of a distribution, as markdown; energies x 1000."""
+    head = (
+        "method", "energy x 1000", "of x_(t_k) x 1000", "modes", "precision", "diversity",
+        "evaluations, student + fake + teacher, M", "parameters, active (all)", "memory, MB",
+        "seconds", "lr",
+    )  # fmt: skip
+    rows = [f"**{table}**\n\n| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    for name, cells in found[table].items():
+        of = lambda key, *digits: number([cell[key] for cell in cells], *digits)
+        phases = zip(*(cell["energy_phases"] for cell in cells))
+        row = [
+            name,
+            of("energy", 2, 1000),
+            ", ".join(number(list(p), 2, 1000) for p in phases) or "-",
+            of("modes"),
+            of("precision", 3),
+            of("diversity", 3),
+            *cost(cells),
+        ]
+        rows.append("| " + " | ".join(row) + " |")
+    return "\n".join(rows)
+
+
+def cost(cells: list[dict]) -> list[str]:
+    """What a student cost; a teacher has no training."""
+    if "parameters" not in cells[0]:
+        return ["-"] * 5
+    first, (active, every) = cells[0], cells[0]["parameters"]
+    asked = " + ".join(
+        f"{first['evaluations'][k] / 1e6:.2f}" for k in ("student", "fake", "teacher")
+    )
+    seconds = number([cell["seconds"] for cell in cells], 1)
+    return [asked, f"{active} ({every})", f"{first['memory']:.2f}", seconds, f"{first['lr']:g}"]
+
+
+def depths_of(found: dict) -> str:
+    """Energies of each truncation depth and of all pooled: what one fake sees, what is sampled."""
+    rows = [
+        "| table, method, phase | depth 1, 2, ... (the last is sampled) | pooled |",
+        "|---|---|---|",
+    ]
+    for table in MAIN:
+        for name in ("DMD2", "DMD2, a fake per depth", "Phased 4 / 2", "Phased, a fake per depth"):
+            for k, phase in enumerate(zip(*(cell["depths"] for cell in found[table][name])), 1):
+                *each, pooled = (number(list(d), 2, 1000) for d in zip(*phase))
+                rows.append(f"| {table}, {name}, {k} | {', '.join(each)} | {pooled} |")
+    return "\n".join(rows)
+
+
+# -- the command ---------------------------------------------------------------------------------
+
+
+def report(found: dict, about: dict, out: Path) -> None:
+    """Print and write all that was found."""
+    said = lines(found)
+    print("\n".join(said))
+    tables = [table_of(found, table) for table in TABLES] + [depths_of(found)]
+    write(out / "table.md", "\n\n".join(tables).encode())
+    kept = {
+        table: {name: [plain(cell) for cell in cells] for name, cells in rows.items()}
+        for table, rows in found.items()
+    }
+    write_json(out / "claims.json", about | {"claims": said, "found": kept})
+    print(f"folder: {out}")
+
+
+def plain(cell: dict) -> dict:
+    """A cell without its curve, which is for a figure."""
+    return {key: value for key, value in cell.items() if key != "curve"}
+
+
+def made(args, began: float, **more) -> dict:
+    """How numbers were made."""
+    about = {"date": time.strftime("%Y-%m-%d"), "minutes": round((time.time() - began) / 60, 1)}
+    return about | {"machine": machine(), "processes": args.processes} | more | environment("cpu")
+
+
+def machine() -> str:
+    """The processor's name, where it can be known."""
+    try:
+        return re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):
+        return "unknown"
+
+
+def parse() -> tuple:
+    """The flags, checked. Raises UserError."""
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("--quick", action="store_true", help="a fifth of the training, 3 seeds, no tuning of rates")
+    add("--digits", action="store_true", help="the table of pictures in place of the toys")
+    add("--control", action="store_true", help="methods without a difference, and with one")
+    add("--seeds", type=int, help="how many: 0, 1, ... (default 10; 3 with --quick or --digits)")
+    add("--processes", type=int, default=2, help="cells at once, a thread each (default 2)")
+    add("--out", type=Path, help="folder (default out/claims, out/claims-quick, ...)")
+    args = parser.parse_args()
+    kinds = [kind for kind in ("quick", "digits", "control") if getattr(args, kind)]
+    if len(kinds) > 1:
+        raise UserError(f"--{kinds[0]} and --{kinds[1]} are two runs; give one of them")
+    args.seeds = args.seeds or (3 if args.quick or args.digits else 10)
+    if not 2 <= args.seeds <= 1000:
+        raise UserError("--seeds must be from 2 to 1000: an interval needs two")
+    if not 1 <= args.processes <= 256:
+        raise UserError("--processes must be from 1 to 256")
+    args.out = args.out or Path("-".join(["out/claims", *kinds]))
+    return args
+
+
+def main() -> None:
+    """Compute what is missing, then say what it means."""
+    args, began = parse(), time.time()
+    if args.digits:
+        return claims_digits.main(args, made)
+    if args.control:
+        return control.main(args)
+    budget = QUICK if args.quick else Budget()
+    rates = {} if args.quick else tuned(args.out, args.processes, budget)
+    jobs = all_jobs(args.seeds, rates, budget)
+    results = compute_all(jobs, args.out, args.processes, "cells")
+    found = gathered(jobs, results)
+    report(found, made(args, began, seeds=args.seeds, budget=budget._asdict()), args.out)
+    claims_figures.draw(found, lambda table, name: paths_of(args.out, table, name), args.out)
+
+
+def paths_of(out: Path, table: str, name: str) -> torch.Tensor:
+    """x (times, 3000, 2) of the first seed of a row."""
+    job = Job("row", table, name, 0, 0.0, Budget())
+    return torch.from_numpy(np.load(job.file(out).with_suffix(".npy"), allow_pickle=False))
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status("claims.py", main, again="the same command goes on, cell by cell"))
