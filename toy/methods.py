@@ -365,16 +365,22 @@ def parameters(run: train.Run, k: int) -> dict[str, Tensor]:
 def compare_early(run: train.Run, k: int, early: dict[str, Tensor], late_x: Tensor) -> dict:
     """Expert k as it was early, all others as they are in the end, from the same noise.
 
-    kept     the part of the samples that end in the mode in which they end now
-    moved    how far those move meanwhile, in sd of a mode
+    kept         the part of the samples that end in the mode in which they end now
+    kept_inside  the same of those that were within 3 sd of a mode
+    moved        how far those that are kept move meanwhile, in sd of a mode
     """
     now, target = parameters(run, k), toy2d.mixture(run.cfg)
     put(run, k, early)
     *_, x = toy2d.draw(run.cfg, experts(run), run.times, len(late_x), CPU)[0]
     put(run, k, now)
-    kept = torch.cdist(x, target.means).argmin(1) == torch.cdist(late_x, target.means).argmin(1)
-    moved = (x - late_x).norm(dim=1)[kept].mean().item() / target.sd
-    return {"kept": kept.double().mean().item(), "moved": moved}
+    (gap, before), (_, after) = (torch.cdist(y, target.means).min(1) for y in (x, late_x))
+    kept, inside = (before == after).double(), gap <= 3 * target.sd
+    moved = (x - late_x).norm(dim=1)[before == after].mean().item() / target.sd
+    return {
+        "kept": kept.mean().item(),
+        "kept_inside": kept[inside].mean().item(),
+        "moved": moved,
+    }
 
 
 @torch.no_grad()
