@@ -32,7 +32,8 @@ from models.flags import Parser, exit_status
 from models.folder import environment, make
 from toy import claims_digits, claims_figures, methods
 from toy.methods import FAR, ROWS, TABLES, TEACHERS, Budget
-from toy.verdicts import Part, interval, text, verdicts
+from toy.claims_tables import MAIN, depths_of, number, summary, table_of, verdict_table
+from toy.verdicts import Part, text, verdicts
 
 QUICK = Budget(updates=160, warmup=80, samples=2000, fit=500, matching=200)
 RATES = (3e-4, 1e-3, 3e-3)  # of the generator: each row's is the best of these on other seeds
@@ -52,60 +53,61 @@ class Claim(NamedTuple):
     beside: list[Part]
 
 
+DEEPER = {  # where a number of a cell is found, if not under its name
+    "x_(t_1)": ("energy_phases", 0),
+    "x_(t_1) finished by the teacher": ("finished", 0),
+    "part that keeps its mode": ("early", 1, "kept"),
+    "part that keeps it, of those within 3 sd": ("early", 1, "kept_inside"),
+    "way of those that do, in sd": ("early", 1, "moved"),
+    "part that keeps its mode, first expert": ("early", 0, "kept"),
+}
+
+
+def value(cell: dict, what: str) -> float:
+    """A number of a cell."""
+    for key in DEEPER.get(what, (what,)):
+        cell = cell[key]
+    return cell
+
+
 def claims(found: dict) -> list[Claim]:
     """The claims, over found[table][row] = numbers a seed. Written down before the first run."""
 
-    def of(table, name, key="energy"):
-        return [cell[key] for cell in found[table][name]]
-
-    def more(table, name, other, key="energy", matters=ENERGY):
+    def more(table, name, other, what="energy", matters=ENERGY):
         """`name` has more of it than `other`."""
-        d = [a - b for a, b in zip(of(table, name, key), of(table, other, key), strict=True)]
-        what = "" if key == "energy" else f"{key} of "
-        return Part(f"{table}: {what}{name} - {other}", d, matters)
+        pairs = zip(found[table][name], found[table][other], strict=True)
+        text = f"{table}: {name} - {other}" + (f", {what}" if what != "energy" else "")
+        return Part(text, [value(a, what) - value(b, what) for a, b in pairs], matters)
 
-    def each(name, other, key="energy", matters=ENERGY):
-        return [more(table, name, other, key, matters) for table in MAIN]
+    def each(name, other, what="energy", matters=ENERGY):
+        return [more(table, name, other, what, matters) for table in MAIN]
 
-    def at_first(name, other):
-        """The same of x at the end of phase 1."""
-        parts = []
-        for table in MAIN:
-            a, b = ([e[0] for e in of(table, row, "energy_phases")] for row in (name, other))
-            d = [x - y for x, y in zip(a, b)]
-            parts.append(Part(f"{table}: x_(t_1) of {name} - {other}", d, ENERGY))
-        return parts
+    def above(bound, what, matters):
+        """Phased 4 / 2 has more of it than the bound."""
+        rows = {table: found[table]["Phased 4 / 2"] for table in MAIN}
+        text = what + (f" - {bound:g}" if bound else "")
+        return [
+            Part(f"{table}: {text}", [value(cell, what) - bound for cell in cells], matters)
+            for table, cells in rows.items()
+        ]
 
-    def unrepaired(name, other):
-        """The same where the exact teacher goes on from the end of phase 1."""
-        parts = []
-        for table in MAIN:
-            a, b = ([e[0] for e in of(table, row, "finished")] for row in (name, other))
-            d = [x - y for x, y in zip(a, b)]
-            parts.append(Part(f"{table}: finished by the teacher, {name} - {other}", d, ENERGY))
-        return parts
+    def matching(name, other, what, matters):
+        return [more(f"matching {t}", name, other, what, matters) for t in ("ring", "grid")]
 
-    def early(k, key, less, matters, why):
-        """What becomes of samples while expert k is trained from a quarter to the end."""
-        parts = []
-        for table in MAIN:
-            values = [e[k - 1][key] - less for e in of(table, "Phased 4 / 2", "early")]
-            parts.append(Part(f"{table}: {why}", values, matters))
-        return parts
+    def unbiased(table):
+        cells = found[f"matching {table}"]["Eq. 11"]
+        return Part(f"{table}: 0.001 - bias of Eq. 11", [0.001 - c["bias"] for c in cells], 0.0)
 
-    left = lambda t: [0.001 - x for x in of(f"matching {t}", "Eq. 11", "bias")]
-    grow = lambda name: [m[3] / m[0] for m in of("memory", name, "memory")]
-    vanilla, phased = grow("vanilla"), grow("phased")
+    growth = {name: [cell["memory"][3] / cell["memory"][0] for cell in cells]
+              for name, cells in found["memory"].items()}  # fmt: skip
+    both = list(zip(growth["vanilla"], growth["phased"]))
     return [
         Claim(
             "the subinterval target is unbiased and the naive one is not (Fig. 2)",
-            [more(f"matching {t}", "naive", "Eq. 11", "bias", 0.05) for t in ("ring", "grid")]
-            + [more(f"matching {t}", "naive", "Eq. 11", "error", 0.05) for t in ("ring", "grid")]
-            + [Part(f"{t}: 0.001 - bias of Eq. 11", left(t), 0.0) for t in ("ring", "grid")],
-            [
-                more(f"matching {t}", "Eq. 11", "clean data", "error", 0.05)
-                for t in ("ring", "grid")
-            ],
+            matching("naive", "Eq. 11", "bias", 0.05)
+            + matching("naive", "Eq. 11", "error", 0.05)
+            + [unbiased("ring"), unbiased("grid")],
+            matching("Eq. 11", "clean data", "error", 0.05),
         ),
         Claim(
             "truncation brings the diversity of DMD2 down, Phased DMD keeps more (Table 3)",
@@ -123,7 +125,8 @@ def claims(found: dict) -> list[Claim]:
         Claim(
             "the biased target harms distillation, not only scores (A2)",
             each("biased target", "Phased 4 / 2"),
-            at_first("biased target", "Phased 4 / 2") + unrepaired("biased target", "Phased 4 / 2"),
+            each("biased target", "Phased 4 / 2", "x_(t_1)")
+            + each("biased target", "Phased 4 / 2", "x_(t_1) finished by the teacher"),
         ),
         Claim(
             "nested intervals beat disjoint ones (Fig. 10)",
@@ -139,18 +142,16 @@ def claims(found: dict) -> list[Claim]:
         ),
         Claim(
             "training the last expert longer changes detail and leaves structure (Fig. 8)",
-            early(2, "kept", 0.95, 0.0, "samples that keep their mode, less 0.95")
-            + early(2, "moved", 0.0, 0.2, "way of those, in sd of a mode"),
-            early(2, "kept_inside", 0.95, 0.0, "the same of those that were within 3 sd of a mode")
-            + early(1, "kept", 0.95, 0.0, "the first expert: keep their mode, less 0.95"),
+            above(0.95, "part that keeps its mode", 0.0)
+            + above(0.0, "way of those that do, in sd", 0.2),
+            above(0.95, "part that keeps it, of those within 3 sd", 0.0)
+            + above(0.95, "part that keeps its mode, first expert", 0.0),
         ),
         Claim(
             "a phase costs the memory of one recorded step whatever N, vanilla grows (Fig. 1)",
             [
-                Part(
-                    "8 steps over 1: vanilla - phased", [a - b for a, b in zip(vanilla, phased)], 1
-                ),
-                Part("1.05 - phased", [1.05 - x for x in phased], 0.0),
+                Part("8 steps over 1: vanilla - phased", [a - b for a, b in both], 1.0),
+                Part("1.05 - phased", [1.05 - b for _, b in both], 0.0),
             ],
             [],
         ),
@@ -160,9 +161,6 @@ def claims(found: dict) -> list[Claim]:
             each("one shared network", "Phased 4 / 2"),
         ),
     ]
-
-
-MAIN = ("ring", "grid", "conditional")
 
 
 def lines(found: dict) -> list[str]:
@@ -321,82 +319,25 @@ def gathered(jobs: list[Job], results: list[dict]) -> dict:
     return {table: dict(rows) for table, rows in found.items()}
 
 
-# -- tables --------------------------------------------------------------------------------------
-
-
-def number(values: list[float], digits: int = 2, scale: float = 1.0) -> str:
-    """Mean and half of its 95 % interval."""
-    middle, low, high = interval([scale * x for x in values])
-    return f"{middle:.{digits}f} ± {(high - low) / 2:.{digits}f}"
-
-
-def table_of(found: dict, table: str) -> str:
-    """All columns of a distribution, as markdown; energies x 1000."""
-    head = (
-        "method", "energy x 1000", "of x_(t_k) x 1000", "modes", "precision", "diversity",
-        "evaluations, student + fake + teacher, M", "parameters, active (all)", "memory, MB",
-        "seconds", "lr",
-    )  # fmt: skip
-    rows = [f"**{table}**\n\n| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
-    for name, cells in found[table].items():
-        of = lambda key, *digits: number([cell[key] for cell in cells], *digits)
-        phases = zip(*(cell["energy_phases"] for cell in cells))
-        row = [
-            name,
-            of("energy", 2, 1000),
-            ", ".join(number(list(p), 2, 1000) for p in phases) or "-",
-            of("modes"),
-            of("precision", 3),
-            of("diversity", 3),
-            *cost(cells),
-        ]
-        rows.append("| " + " | ".join(row) + " |")
-    return "\n".join(rows)
-
-
-def cost(cells: list[dict]) -> list[str]:
-    """What a student cost; a teacher has no training."""
-    if "parameters" not in cells[0]:
-        return ["-"] * 5
-    first, (active, every) = cells[0], cells[0]["parameters"]
-    asked = " + ".join(
-        f"{first['evaluations'][k] / 1e6:.2f}" for k in ("student", "fake", "teacher")
-    )
-    seconds = number([cell["seconds"] for cell in cells], 1)
-    return [asked, f"{active} ({every})", f"{first['memory']:.2f}", seconds, f"{first['lr']:g}"]
-
-
-def depths_of(found: dict) -> str:
-    """Energies of each truncation depth and of all pooled: what one fake sees, what is sampled."""
-    rows = [
-        "| table, method, phase | depth 1, 2, ... (the last is sampled) | pooled |",
-        "|---|---|---|",
-    ]
-    for table in MAIN:
-        for name in ("DMD2", "DMD2, a fake per depth", "Phased 4 / 2", "Phased, a fake per depth"):
-            for k, phase in enumerate(zip(*(cell["depths"] for cell in found[table][name])), 1):
-                *each, pooled = (number(list(d), 2, 1000) for d in zip(*phase))
-                rows.append(f"| {table}, {name}, {k} | {', '.join(each)} | {pooled} |")
-    return "\n".join(rows)
-
-
 # -- the command ---------------------------------------------------------------------------------
 
 
 def report(found: dict, about: dict, out: Path) -> None:
     """Print and write all that was found, and draw it."""
-    said = lines(found)
+    said, decided = lines(found), claims(found)
+    words = verdicts([claim.parts for claim in decided])
     print("\n".join(said))
-    tables = [table_of(found, table) for table in TABLES] + [depths_of(found)]
+    whole = [(claim.sentence, word, claim.parts) for claim, word in zip(decided, words)]
+    tables = [verdict_table(whole), summary(found), depths_of(found)]
+    tables += [table_of(found, table) for table in TABLES]
     write(out / "table.md", "\n\n".join(tables).encode())
     kept = {
         table: {name: [plain(cell) for cell in cells] for name, cells in rows.items()}
         for table, rows in found.items()
     }
     write_json(out / "claims.json", about | {"claims": said, "found": kept})
-    deciding = [claim.parts for claim in claims(found)]
     ways = lambda name: paths_of(out, "ring", name)
-    claims_figures.draw(list(zip(verdicts(deciding), deciding)), found, ways, out)
+    claims_figures.draw([(word, parts) for _, word, parts in whole], found, ways, out)
     print(f"folder: {out}")
 
 

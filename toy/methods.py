@@ -312,35 +312,52 @@ def tensors_in(tree) -> list[Tensor]:
 LOOKS, EARLY = 12, 4  # looks while training; "early" is after a quarter of a phase
 
 
+class Trained(NamedTuple):
+    """A run at its end, and what was seen on the way."""
+
+    run: train.Run
+    early: dict[int, dict[str, Tensor]]  # parameters of expert k after a quarter of its phase
+    curve: list[tuple[int, float, float]]  # iterations, seconds of training, energy
+    asked: dict[str, int]  # samples that networks of a kind were asked for
+
+
+def trained(cfg, method: Row, start: dict) -> Trained:
+    """Train, with a look now and then that counts neither as time nor as evaluations."""
+    early, curve, asked, seconds, began = {}, [], Counter(), 0.0, time.perf_counter()
+    every = cfg.phases * (cfg.iters + cfg.warmup) // LOOKS
+    for i, run in enumerate(training(cfg, method.variant, start), 1):
+        if run.i == cfg.iters // EARLY:
+            early[run.k] = parameters(run, run.k)
+        if i % every == 0:
+            seconds += time.perf_counter() - began
+            for (role, *_), n in run.meter.take().items():
+                asked[re.match("[a-z]+", role)[0]] += n
+            curve.append((i, seconds, glance(cfg, run)))
+            run.meter.take()
+            began = time.perf_counter()
+    return Trained(run, early, curve, dict(asked))
+
+
 def row(table: str, name: str, seed: int, lr: float, budget: Budget) -> dict:
     """Train a row with a seed; its numbers, and x of 3,000 samples at its times."""
     if name in TEACHERS:
         return teacher_row(table, name, seed, budget)
     method = TABLES[table][1][name]
     cfg = config(table, method, seed, lr, budget)
-    start, snapshots, curve = start_of(cfg.toy, cfg.classes, budget.fit), {}, []
-    spent, seconds, began = Counter(), 0.0, time.perf_counter()
-    every = cfg.phases * (cfg.iters + cfg.warmup) // LOOKS
-    for i, run in enumerate(training(cfg, method.variant, start), 1):
-        if run.i == cfg.iters // EARLY:
-            snapshots[run.k] = parameters(run, run.k)
-        if i % every == 0:
-            seconds, spent = seconds + time.perf_counter() - began, spent + run.meter.take()
-            curve.append([i, seconds, glance(cfg, run)])
-            run.meter.take()
-            began = time.perf_counter()
+    run, early, curve, asked = trained(cfg, method, start_of(cfg.toy, cfg.classes, budget.fit))
     found, xs = measure(cfg, experts(run), run.phases)
-    asked = Counter()
-    for (role, *_), n in spent.items():
-        asked[re.match("[a-z]+", role)[0]] += n
-    networks = 1 if method.variant == "shared" else cfg.phases
-    count = sum(p.numel() for p in run.roles.parameters_of(moe.student_role(1)).values())
-    found |= {"seconds": seconds, "curve": curve, "evaluations": dict(asked)}
-    found |= {"parameters": [count, networks * count]}
+    active = sum(p.numel() for p in run.roles.parameters_of(moe.student_role(1)).values())
+    found |= {
+        "lr": lr,
+        "seconds": curve[-1][1],
+        "curve": curve,
+        "evaluations": asked,
+        "parameters": [active, active * (1 if method.variant == "shared" else cfg.phases)],
+        "paths": torch.stack(xs)[:, :3000],
+    }
     if name == "Phased 4 / 2":
-        found["early"] = [compare_early(run, k, snapshots[k], xs[-1]) for k in (1, 2)]
-    found["memory"] = peak_memory(run)
-    return found | {"lr": lr, "paths": torch.stack(xs)[:, :3000]}
+        found["early"] = [compare_early(run, k, early[k], xs[-1]) for k in (1, 2)]
+    return found | {"memory": peak_memory(run)}  # last: it changes the student
 
 
 def teacher_row(table: str, name: str, seed: int, budget: Budget) -> dict:
