@@ -142,6 +142,17 @@ def test_a_kept_fake_goes_on_where_it_was():
     assert ends == {"kept": True, "": False}
 
 
+def test_a_learnt_teacher_is_the_fitted_network_and_not_the_exact_one():
+    runs = {variant: next(started(variant)) for variant in ("learnt", "random")}
+    x_t, t = torch.randn(8, 2), torch.full((8,), 0.5)
+    with torch.no_grad():
+        v = {name: run.roles.velocity("teacher1", x_t, t) for name, run in runs.items()}
+        fitted = methods.toy2d.network(runs["learnt"].cfg)
+        fitted.load_state_dict(methods.start_of("ring", "off", SMALL.fit))
+        assert torch.equal(v["learnt"], fitted(x_t, t)) and not torch.equal(v["random"], v["learnt"])
+    assert not same(role_of(runs["learnt"], "student2"), fitted.state_dict())
+
+
 def test_a_random_student_starts_from_its_seed_and_not_from_the_teacher():
     first = {variant: next(started(variant)) for variant in ("random", "")}
     start = methods.start_of("ring", "off", SMALL.fit)
