@@ -1,6 +1,7 @@
 """Claims about the README: its table of equations, its commands and its files are real."""
 
 import importlib
+import json
 import re
 import shlex
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import train
+from toy import claims, claims_digits, claims_tables
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -66,3 +68,18 @@ def test_each_command_of_the_readme_is_understood(line):
 def test_the_files_that_the_readme_shows_are_there():
     linked = re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r'src="([^"]+)"', README)
     assert linked and all((ROOT / name).exists() for name in linked)
+
+
+def test_the_claims_of_the_readme_are_what_the_kept_numbers_say():
+    """Verdicts and tables, computed again from toy/results; a number changed there is seen."""
+    held = json.loads((ROOT / "toy/results/claims.json").read_text())
+    found, digits = held["found"], json.loads((ROOT / "toy/results/digits.json").read_text())
+    assert claims.lines(found) == held["claims"]
+    decided = claims.claims(found)
+    words = claims.verdicts([claim.parts for claim in decided])
+    whole = [(c.sentence, word, c.parts) for c, word in zip(decided, words)]
+    assert claims_tables.verdict_table(whole) in README
+    assert claims_tables.summary(found) in README
+    assert claims_digits.table(digits["found"], claims_tables.number) in README
+    found["ring"]["DMD2"][0]["energy"] += 0.5
+    assert claims.lines(found) != held["claims"] and claims_tables.summary(found) not in README
