@@ -2,7 +2,7 @@
 
     python toy/claims.py             every method on every toy, 10 seeds: 70 minutes of two cores
     python toy/claims.py --quick     all of it in miniature, 4 minutes: to see that it works
-    python toy/claims.py --digits    a table of pictures, 3 seeds: about 50 minutes
+    python toy/claims.py --digits    a table of pictures, 3 seeds: about 40 minutes
     python toy/claims.py --control   does the machinery find what is there, and nothing else?
 
 Prints a line a claim, `claim N reproduced|contradicted|undecided numbers`, and writes claims.json,
