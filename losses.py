@@ -1,123 +1,137 @@
 """The paper's objectives, as pure functions of what the networks returned.
 
-Score matching teaches a fake what the student's samples look like; the distribution-matching
-loss moves the samples from where the fake says they are to where the teacher says they should be.
-Inside a phase that ends at s > 0 no clean sample exists: everything is said of x_s.
-Every loss is one number a sample, (B,): the mean over its elements. The loop takes their mean.
+Two losses alternate. Score matching teaches the fake network the distribution of the student's
+samples. Distribution matching moves the samples from where the fake says they are to where the
+teacher says they should be. In a phase that ends at s > 0 no clean sample x_0 exists, only x_s, so
+both are written in terms of x_s. At s = 0 they become the familiar losses of DMD.
+
+Every loss returns one number per sample, (B,): the mean over its elements.
 """
 
-import torch
 from torch import Tensor
 
-from sde import Process, coefficients, flow, kernel, like, v_to_x0
+from sde import Process, coefficients, expand_like, flow, transition, v_to_x0
 
 
-def mean(x: Tensor) -> Tensor:
+def mean_per_sample(x: Tensor) -> Tensor:
     """Mean over the elements of each sample: (B, ...) -> (B,)."""
     return x.flatten(1).mean(1)
 
 
-# -- score matching ------------------------------------------------------------------------------
+# -- score matching: what the fake learns ---------------------------------------------------------
 
 
 def flow_matching(v: Tensor, x_0: Tensor, eps: Tensor) -> Tensor:
-    """|| v - (eps - x_0) ||^2 at x_t = alpha_t x_0 + sigma_t eps, Eq. 4."""
-    return mean((v - (eps - x_0)) ** 2)
+    """|| v - (eps - x_0) ||^2, Eq. 4, with v predicted at x_t = alpha_t x_0 + sigma_t eps."""
+    return mean_per_sample((v - (eps - x_0)) ** 2)
 
 
-def v_target(x_s: Tensor, s, t, eps: Tensor, p: Process = flow) -> Tensor:
-    """Target of v for x_t = alpha_ts x_s + sigma_ts eps, Eq. 11: its mean given x_t is exact.
+def v_target(x_s: Tensor, s: float, t: Tensor, eps: Tensor, p: Process = flow) -> Tensor:
+    """The unbiased target of v at x_t = alpha_ts x_s + sigma_ts eps, Eq. 11.
 
     (alpha_s^2 sigma_t + alpha_t sigma_s^2) / (alpha_s^2 sigma_ts) eps - x_s / alpha_s
-    At s = 0 this is eps - x_0, the target of Eq. 4. It grows like 1 / sigma_ts as t -> s.
+
+    Denoising score matching holds for the kernel p(x_t | x_s) as for p(x_t | x_0): the mean of
+    -eps / sigma_ts given x_t is the score of p(x_t). Eq. 5 turns this score into a velocity, and
+    x_t = alpha_ts x_s + sigma_ts eps gives the form above. At s = 0 (alpha_s = 1, sigma_s = 0) it
+    is eps - x_0. Its variance grows like 1 / sigma_ts^2 as t -> s.
     """
-    eps_weight, alpha_s, sigma_ts = _target_parts(x_s, s, t, p)
-    return eps_weight / sigma_ts * eps - x_s / alpha_s
+    eps_factor, alpha_s, sigma_ts = target_factors(x_s, s, t, p)
+    return eps_factor / sigma_ts * eps - x_s / alpha_s
 
 
-def x0_target(x_s: Tensor, s, t, eps: Tensor, p: Process = flow) -> Tensor:
-    """Target of an x_0-prediction for the same x_t, Eq. 12; x_0 itself at s = 0.
+def x0_target(x_s: Tensor, s: float, t: Tensor, eps: Tensor, p: Process = flow) -> Tensor:
+    """The unbiased target of an x_0-prediction at the same x_t, Eq. 12; x_0 itself at s = 0.
 
     x_s / alpha_s - alpha_t sigma_s^2 / (alpha_s^2 sigma_ts) eps
     """
     alpha_s, sigma_s = coefficients(s, x_s, p)
-    alpha_ts, sigma_ts = kernel(like(s, x_s), like(t, x_s), p)
-    # alpha_t / alpha_s is alpha_ts
+    alpha_ts, sigma_ts = transition(expand_like(s, x_s), expand_like(t, x_s), p)
     return x_s / alpha_s - alpha_ts * sigma_s**2 / (alpha_s * sigma_ts) * eps
 
 
-def subinterval_matching(v: Tensor, x_s: Tensor, s, t, eps: Tensor, p: Process = flow) -> Tensor:
-    """Eq. 11's regression with Eq. 13's weight, clamp(1 / sigma_ts^2, 0, 10), in its stable form.
+def subinterval_matching(
+    v: Tensor, x_s: Tensor, s: float, t: Tensor, eps: Tensor, p: Process = flow
+) -> Tensor:
+    """Regression onto the target of Eq. 11 with the weight clamp(1 / sigma_ts^2, 0, 10), Eq. 13.
 
-    Both sides are multiplied by sigma_ts, so nothing is divided by it: finite at t = s.
+    Both sides are multiplied by sigma_ts, so nothing is divided by it and the loss is finite at
+    t = s. Where sigma_ts^2 > 1 / 10 weight and factor cancel, and this is the plain regression;
+    below, the clamp takes weight from the times at which the target is almost pure noise.
     At s = 0 it is Eq. 4 times min(1, 10 sigma_t^2).
     """
-    eps_weight, alpha_s, sigma_ts = _target_parts(x_s, s, t, p)
-    error = sigma_ts * v - (eps_weight * eps - sigma_ts / alpha_s * x_s)
-    return mean((1 / sigma_ts**2).clamp(0, 10) * error**2)
+    eps_factor, alpha_s, sigma_ts = target_factors(x_s, s, t, p)
+    error = sigma_ts * v - (eps_factor * eps - sigma_ts / alpha_s * x_s)
+    return mean_per_sample((1 / sigma_ts**2).clamp(0, 10) * error**2)
 
 
-def biased_matching(v: Tensor, x_s: Tensor, s, t, eps: Tensor, p: Process = flow) -> Tensor:
-    """The naive target eps - x_s of Fig. 2(c), with Eq. 13's weight: wrong unless s = 0."""
-    sigma_ts = _target_parts(x_s, s, t, p)[2]
-    return mean((1 / sigma_ts**2).clamp(0, 10) * (sigma_ts * (v - (eps - x_s))) ** 2)
+def naive_matching(
+    v: Tensor, x_s: Tensor, s: float, t: Tensor, eps: Tensor, p: Process = flow
+) -> Tensor:
+    """Regression onto eps - x_s, as if x_s were clean: Fig. 2(c), biased unless s = 0.
+
+    The weight is that of Eq. 13. A control: its minimiser is not the velocity of the samples.
+    """
+    sigma_ts = target_factors(x_s, s, t, p)[2]
+    return mean_per_sample((1 / sigma_ts**2).clamp(0, 10) * (sigma_ts * (v - (eps - x_s))) ** 2)
 
 
-def _target_parts(x_s: Tensor, s, t, p: Process) -> tuple[Tensor, Tensor, Tensor]:
-    """(alpha_s^2 sigma_t + alpha_t sigma_s^2) / alpha_s^2, alpha_s, sigma_ts of Eqs. 11 and 13."""
+def target_factors(x_s: Tensor, s: float, t: Tensor, p: Process) -> tuple[Tensor, Tensor, Tensor]:
+    """(alpha_s^2 sigma_t + alpha_t sigma_s^2) / alpha_s^2, alpha_s, sigma_ts of Eq. 11 and 13."""
     (alpha_s, sigma_s), (alpha_t, sigma_t) = coefficients(s, x_s, p), coefficients(t, x_s, p)
-    sigma_ts = kernel(like(s, x_s), like(t, x_s), p)[1]
+    sigma_ts = transition(expand_like(s, x_s), expand_like(t, x_s), p)[1]
     return sigma_t + alpha_t * (sigma_s / alpha_s) ** 2, alpha_s, sigma_ts
 
 
-# -- distribution matching -----------------------------------------------------------------------
+# -- distribution matching: what the student learns -----------------------------------------------
 
 
 def dmd_gradient(
     x_s: Tensor,
     x_t: Tensor,
-    s,
-    t,
+    s: float,
+    t: Tensor,
     v_real: Tensor,
     v_fake: Tensor,
-    weight="paper",
+    weight: str = "paper",
     p: Process = flow,
 ) -> Tensor:
-    """Gradient of the reverse KL (Eq. 6) at time t with respect to x_s, Eq. 10; Eq. 7 at s = 0.
+    """Gradient (B, ...) of the reverse KL (Eq. 6) at time t with respect to x_s, Eq. 10.
 
-    w (v_real - v_fake), (B, ...); what that is for each weight:
-    paper       alpha_ts (score_fake - score_real), w as printed in Eq. 10; grows like
-                1 / sigma_t as t -> 0
-    xs          estimate of x_s by the fake minus that by the teacher: the scores' difference
+    w (v_real - v_fake), with the weight w:
+    paper       alpha_t alpha_ts / (alpha_t sigma_t + sigma_t^2), Eq. 10; Eq. 7 at s = 0. It is
+                alpha_ts (score_fake - score_real): Eq. 5 turns the difference of velocities into
+                one of scores, and alpha_ts = dx_t / dx_s is the chain rule. It grows like
+                1 / sigma_t as t -> 0.
+    xs          estimate of x_s by the fake minus that by the teacher: the difference of scores
                 times sigma_ts^2 / alpha_ts; bounded at both ends
-    x0          the same of x_0; equals xs at s = 0
     normalised  xs over each sample's mean distance to the teacher's estimate of x_s, as in DMD
-    one         v_real - v_fake
+    none        v_real - v_fake
     """
     alpha_s, sigma_s = coefficients(s, x_s, p)
     alpha_t, sigma_t = coefficients(t, x_s, p)
-    alpha_ts, sigma_ts = kernel(like(s, x_s), like(t, x_s), p)
+    alpha_ts, sigma_ts = transition(expand_like(s, x_s), expand_like(t, x_s), p)
+    if weight == "none":
+        return v_real - v_fake
     if weight == "paper":
         w = alpha_t * alpha_ts / (alpha_t * sigma_t + sigma_t**2)
-    elif weight in ("xs", "normalised"):  # alpha_t / alpha_ts is alpha_s: no 0 / 0 at t = 1
+    elif weight in ("xs", "normalised"):  # alpha_s in place of alpha_t / alpha_ts: no 0/0 at t = 1
         w = sigma_ts**2 * alpha_s / (alpha_t * sigma_t + sigma_t**2)
-    elif weight == "x0":
-        w = sigma_t / (alpha_t + sigma_t)
-    elif weight == "one":
-        w = torch.ones_like(sigma_t)
     else:
-        raise ValueError(f"unknown weight {weight!r}; use paper, xs, x0, normalised or one")
+        raise ValueError(f"weight: expected paper, xs, normalised or none, got {weight!r}")
     if weight == "normalised":
         x_0 = v_to_x0(x_t, t, v_real, p)
+        # E[x_s | x_t] of the teacher
         x_s_real = alpha_s * x_0 + alpha_ts * (sigma_s / sigma_t) ** 2 * (x_t - alpha_t * x_0)
-        distance = (x_s - x_s_real).abs().flatten(1).mean(1)  # (B,)
-        w = w / like(distance.clamp(min=1e-6), x_s)
+        distance = mean_per_sample((x_s - x_s_real).abs())  # (B,)
+        w = w / expand_like(distance.clamp(min=1e-6), x_s)
     return w * (v_real - v_fake)
 
 
-def distribution_matching(x_s: Tensor, gradient: Tensor) -> Tensor:
-    """Surrogate loss whose gradient with respect to x_s is `gradient` over the number of elements.
+def dmd_loss(x_s: Tensor, gradient: Tensor) -> Tensor:
+    """Surrogate loss (B,) whose gradient with respect to x_s is `gradient` / number of elements.
 
-    Its value means nothing; the networks' outputs inside `gradient` are constants here.
+    Its value means nothing. The gradient is detached: only x_s depends on the student, so the
+    networks inside `gradient` are never differentiated, and they need no graph.
     """
-    return mean(x_s * gradient.detach())
+    return mean_per_sample(x_s * gradient.detach())

@@ -1,14 +1,14 @@
-"""Which expert owns a step or a time, and the roles that networks play.
+"""Roles: the parts that networks play, and which network of the teacher each of them starts from.
 
-A student is a list of experts, one for each phase, routed by the *index* of a step: routing by t
-disagrees with it at large shifts. A teacher or a fake may be several networks, routed by t.
-A role ("teacher1", "student1", "fake1") is an argument of a call and never a state of a network:
-a state would be read again when activation checkpointing recomputes, and be wrong by then.
+The student is a mixture of experts over time: one expert per phase, chosen by the *index* of the
+step. The teacher, and with it the fake, has one or two branches (Wan2.2: a high-noise and a
+low-noise network), chosen by t. A role is called as v = role(x_t, t, c). Its name, such as
+"teacher1", "student2" or "fake1", names its adapter and its tensors in a checkpoint.
 """
 
-import re
-from functools import partial
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,202 +16,205 @@ from torch import Tensor, nn
 from phases import Phase
 
 
-class Roles(NamedTuple):
-    """The networks of a run, whatever they share: three functions of a role's name.
+@dataclass
+class Role:
+    """A network as the method sees it: v = role(x_t, t, c), and the parameters that train.
 
-    velocity(role, x_t, t, c)  v (B, ...) float32 at x_t (B, ...), t (B,), conditions c
-    parameters_of(role)        {name: parameter} of what training the role changes
-    reset(role)                start the role from the teacher again, in place
-
-    The number in a role is its phase if it is a student, else its expert of the teacher.
+    velocity  v (B, ...) float32 at x_t (B, ...), t (B,), under the conditions c. For a role on a
+              shared network it passes the adapter's name down the call. It never sets it as a
+              state of the network: blocks that are recomputed in backward would read it too late.
+    reset     start the role from the teacher, in place, and return {name: parameter}
     """
 
+    name: str
     velocity: Callable[..., Tensor]
-    parameters_of: Callable[[str], dict[str, nn.Parameter]]
-    reset: Callable[[str], None]
+    reset: Callable[[], dict[str, nn.Parameter]] | None = None
+    parameters: dict[str, nn.Parameter] = field(default_factory=dict)
+
+    def __call__(self, x_t: Tensor, t: Tensor, c: dict | None = None) -> Tensor:
+        return self.velocity(x_t, t, c)
+
+    def start(self) -> None:
+        """Start from the teacher's weights. The first call also allocates the parameters."""
+        self.parameters = self.reset()
 
 
-def teacher_role(expert: int) -> str:
-    """The teacher's expert, guidance included."""
-    return f"teacher{expert}"
+class Roles(NamedTuple):
+    """All roles of a run. `depth` is 0 where one fake serves all truncation depths."""
+
+    teacher: dict[int, Role]  # by branch; guidance included
+    student: dict[int, Role]  # by phase
+    fakes: dict[tuple[int, int], Role]  # by branch and depth
 
 
-def student_role(k: int) -> str:
-    """The student's expert of phase k."""
-    return f"student{k}"
+# -- which role is on which branch ----------------------------------------------------------------
 
 
-def fake_role(expert: int, depth: int | None = None) -> str:
-    """The fake beside the teacher's expert; with a fake for each truncation depth, that one."""
-    return f"fake{expert}" + (f"-depth{depth}" if depth else "")
-
-
-def fake_roles(phase: Phase, per_depth: bool) -> list[str]:
-    """Every fake that a phase trains."""
-    depths = range(1, phase.depths + 1) if per_depth else [None]
-    return [fake_role(part.expert, depth) for part in phase.parts for depth in depths]
-
-
-def run_roles(phases: list[Phase], per_depth: bool) -> list[str]:
-    """Every trained role of a run, each once."""
-    fakes = [role for phase in phases for role in fake_roles(phase, per_depth)]
-    return [student_role(phase.k) for phase in phases] + list(dict.fromkeys(fakes))
-
-
-def expert_at(t: float, boundary_t: float | None) -> int:
-    """The teacher's expert that owns the time t: 1 down to the boundary, which is its own."""
+def branch_at(t: float, boundary_t: float | None) -> int:
+    """The branch of the teacher at time t: 1 down to the boundary and including it, then 2."""
     return 1 if boundary_t is None or t >= boundary_t else 2
 
 
-def expert_of(role: str, phases: list[Phase], boundary_t: float | None) -> int:
-    """The teacher's expert that a role is, is trained beside, or starts from.
-
-    A student starts from the one that owns the last step of its phase.
-    """
-    kind, number = re.match(r"([a-z]+)(\d+)", role).groups()
-    is_student = kind == "student"
-    return expert_at(phases[int(number) - 1].t[-2], boundary_t) if is_student else int(number)
+def base_of(phase: Phase, boundary_t: float | None) -> int:
+    """The branch that the phase's expert starts from: the one of the phase's last step."""
+    return branch_at(phase.t[-2], boundary_t)
 
 
-class Held(NamedTuple):
-    """What a phase has in memory."""
-
-    experts: list[int]  # of the teacher: the networks that its roles are, or start from
-    frozen: list[str]  # students of earlier phases
-    trained: list[str]  # its student, then its fakes
-    homes: dict[str, int]  # every role of the run -> the expert whose network it is on
+def fake_keys(phase: Phase, per_depth: bool) -> list[tuple[int, int]]:
+    """(branch, depth) of every fake that a phase trains."""
+    depths = range(1, phase.num_steps + 1) if per_depth else [0]
+    return [(interval.branch, depth) for interval in phase.intervals for depth in depths]
 
 
-def held(phases: list[Phase], per_depth: bool, boundary_t: float | None) -> list[Held]:
-    """The Held of each phase: of Wan2.2's first the high-noise expert alone, of its second both."""
-    found, roles = [], run_roles(phases, per_depth)
-    homes = {role: expert_of(role, phases, boundary_t) for role in roles}
-    for phase in phases:
-        earlier = [student_role(k) for k in range(1, phase.k)]
-        trained = [student_role(phase.k), *fake_roles(phase, per_depth)]
-        experts = {homes[role] for role in (*earlier, *trained)}
-        found.append(Held(sorted(experts), earlier, trained, homes))
-    return found
+def fake_name(branch: int, depth: int) -> str:
+    """fake1, or fake1-depth2."""
+    return f"fake{branch}" + (f"-depth{depth}" if depth else "")
 
 
-def separate_networks(
-    names: list[str], make: Callable[[], nn.Module], start: dict | None, teacher
+def trained_names(
+    phases: list[Phase], per_depth: bool, boundary_t: float | None = None
+) -> dict[str, int]:
+    """Name -> branch that it starts from, for every trained role of a run."""
+    students = {f"student{phase.k}": base_of(phase, boundary_t) for phase in phases}
+    keys = [key for phase in phases for key in fake_keys(phase, per_depth)]
+    return students | {fake_name(*key): key[0] for key in keys}
+
+
+class ActiveRoles(NamedTuple):
+    """What a phase keeps in memory. Wan2.2 needs branch 1 in phase 1 and both in phase 2."""
+
+    bases: list[int]  # branches of the teacher
+    frozen: list[str]  # experts of earlier phases
+    trained: list[str]  # the expert of this phase, then its fakes
+    base_of: dict[str, int]  # every trained role of the run -> its branch
+
+
+def active_roles(
+    phases: list[Phase], k: int, per_depth: bool, boundary_t: float | None
+) -> ActiveRoles:
+    """The active roles of phase k."""
+    names = trained_names(phases, per_depth, boundary_t)
+    frozen = [f"student{i}" for i in range(1, k)]
+    fakes = [fake_name(*key) for key in fake_keys(phases[k - 1], per_depth)]
+    trained = [f"student{k}", *fakes]
+    return ActiveRoles(sorted({names[n] for n in frozen + trained}), frozen, trained, names)
+
+
+# -- making roles ---------------------------------------------------------------------------------
+
+
+def separate_roles(
+    phases: list[Phase],
+    per_depth: bool,
+    make_network: Callable[[], nn.Module],
+    start: dict[str, Tensor],
+    teacher: Callable[..., Tensor],
 ) -> Roles:
-    """Roles with a network each, all from the tensors `start`; the teacher is a function."""
-    networks = {name: make() for name in names}
+    """A network of its own for every trained role, from the tensors `start`; for small networks.
 
-    def velocity(role, x_t, t, c=None):
-        return networks[role](x_t, t, c) if role in networks else teacher(x_t, t, c)
+    teacher: v = teacher(x_t, t, c), which may be an exact formula.
+    """
 
-    def reset(role):
-        networks[role].load_state_dict(start)
+    def make_role(name: str) -> Role:
+        network = make_network()
 
-    for name in names if start else ():
-        reset(name)
-    return Roles(velocity, lambda role: dict(networks[role].named_parameters()), reset)
+        def reset() -> dict[str, nn.Parameter]:
+            network.load_state_dict(start)
+            return dict(network.named_parameters())
+
+        return Role(name, network, reset)
+
+    return collect_roles(phases, per_depth, {1: Role("teacher1", teacher)}, make_role)
 
 
-def shared_networks(
-    network: Callable[[int], nn.Module],
-    expert: Callable[[str], int],
-    adapt: Callable[[nn.Module, str], dict | None],
-    copy: Callable[[nn.Module, nn.Module | None], nn.Module],
-    guided: Callable,
+def shared_roles(
+    phases: list[Phase],
+    per_depth: bool,
+    boundary_t: float | None,
+    load_base: Callable[[int], nn.Module],
+    start_adapter: Callable[[nn.Module, str], dict[str, nn.Parameter] | None],
+    copy_base: Callable[[nn.Module, nn.Module | None], nn.Module],
+    with_guidance: Callable[..., Tensor],
 ) -> Roles:
     """Roles on the frozen networks of a teacher, each of which is in memory once.
 
-    network(e)        the teacher's expert e, ready to be called
-    expert(role)      expert_of, whose network the role is on
-    adapt(net, role)  start an adapter of that name, return its parameters; None for a role that
-                      has parameters of its own, which
-    copy(net, old)    makes from the network's, in the place of old ones
-    guided(e)         v = f(net, x_t, t, c) of the teacher's expert e
+    load_base(branch)                          that network, ready to be called; loaded when needed
+    start_adapter(net, name)                   start an adapter of this name in place and return
+                                               its parameters; None for a role that trains all of
+                                               its parameters, on a copy of its own:
+    copy_base(net, old)                        a trainable copy; written over `old` if there is one
+    with_guidance(branch, net, x_t, t, c)      the teacher's v, with CFG
     """
-    adapters, own = {}, {}  # parameters, networks, of the roles that have been asked for
+    branches = trained_names(phases, per_depth, boundary_t)
 
-    def velocity(role, x_t, t, c=None):
-        if role in own:
-            return own[role](x_t, t, c)
-        net = network(expert(role))
-        if role.startswith("teacher"):
-            return guided(expert(role))(net, x_t, t, c)
-        return net(x_t, t, c, adapter=role)
+    def make_role(name: str) -> Role:
+        copies = []  # the network of a role that trains all of its parameters
 
-    def reset(role):
-        net = network(expert(role))
-        parameters = adapt(net, role)
-        if parameters is None:
-            own[role] = copy(net, own.get(role))
-        else:
-            adapters[role] = parameters
+        def velocity(x_t: Tensor, t: Tensor, c: dict | None = None) -> Tensor:
+            if copies:
+                return copies[0](x_t, t, c)
+            return load_base(branches[name])(x_t, t, c, adapter=name)
 
-    def parameters_of(role):
-        if role not in adapters and role not in own:
-            reset(role)
-        return dict(own[role].named_parameters()) if role in own else adapters[role]
+        def reset() -> dict[str, nn.Parameter]:
+            base = load_base(branches[name])
+            parameters = start_adapter(base, name)
+            if parameters is None:
+                copies[:] = [copy_base(base, copies[0] if copies else None)]
+                parameters = dict(copies[0].named_parameters())
+            return parameters
 
-    return Roles(velocity, parameters_of, reset)
+        return Role(name, velocity, reset)
 
+    def make_teacher(branch: int) -> Role:
+        return Role(
+            f"teacher{branch}",
+            lambda x_t, t, c=None: with_guidance(branch, load_base(branch), x_t, t, c),
+        )
 
-def owners(phases: list[Phase]) -> list[str]:
-    """The student's role that takes each of the N steps."""
-    return [student_role(phase.k) for phase in phases for _ in range(phase.depths)]
-
-
-def by_step(velocity: Callable, phases: list[Phase]) -> list[Callable]:
-    """The student's network of each of the N steps: v = nets[i](x_t, t, c)."""
-    return [partial(velocity, role) for role in owners(phases)]
+    teacher = {branch: make_teacher(branch) for branch in ((1,) if boundary_t is None else (1, 2))}
+    return collect_roles(phases, per_depth, teacher, make_role)
 
 
-def by_time(high: Callable, low: Callable, boundary_t: float) -> Callable:
-    """A network that asks `high` for samples with t >= boundary_t and `low` for the others.
-
-    It waits for the device to know who is whose; the loop draws one expert for an update instead.
-    """
-
-    def net(x_t, t, c=None):
-        v = torch.empty_like(x_t, dtype=torch.float32)
-        for expert, mine in ((high, t >= boundary_t), (low, t < boundary_t)):
-            if mine.any():
-                v[mine] = expert(x_t[mine], t[mine], select(c, mine))
-        return v
-
-    return net
+def collect_roles(
+    phases: list[Phase], per_depth: bool, teacher: dict[int, Role], make_role: Callable[[str], Role]
+) -> Roles:
+    """The roles of all phases, each made once: phases may share the names of their fakes."""
+    keys = dict.fromkeys(key for phase in phases for key in fake_keys(phase, per_depth))
+    return Roles(
+        teacher,
+        {phase.k: make_role(f"student{phase.k}") for phase in phases},
+        {key: make_role(fake_name(*key)) for key in keys},
+    )
 
 
-def by_depth(nets: list[Callable], depth: Tensor) -> Callable:
-    """A network that asks nets[j - 1] for the rows of truncation depth j; depth (B,) on the CPU."""
-
-    def net(x_t, t, c=None):
-        v = torch.empty_like(x_t, dtype=torch.float32)
-        for j in depth.unique().tolist():
-            mine = (depth == j).nonzero()[:, 0].to(x_t.device)
-            v[mine] = nets[j - 1](x_t[mine], t[mine], select(c, mine))
-        return v
-
-    return net
+def student_of_step(phases: list[Phase]) -> list[str]:
+    """The name of the expert that takes each of the N steps."""
+    return [f"student{phase.k}" for phase in phases for _ in range(phase.num_steps)]
 
 
-def in_passes(net: Callable, size: int) -> Callable:
-    """The same network, asked for `size` samples at a time: memory is that of one pass."""
-
-    def sliced(x_t, t, c=None):
-        rows = [slice(i, i + size) for i in range(0, len(x_t), size)]
-        return torch.cat([net(x_t[row], t[row], select(c, row)) for row in rows])
-
-    return sliced
+def student_nets(roles: Roles, phases: list[Phase]) -> list[Role]:
+    """The student's network of each step: v = nets[i](x_t, t, c). Routed by index, not by t."""
+    return [roles.student[phase.k] for phase in phases for _ in range(phase.num_steps)]
 
 
-def select(c: dict | None, rows) -> dict | None:
-    """Conditions of some rows of the batch (a slice, a mask or indices)."""
+def chunked(net: Callable, size: int) -> Callable:
+    """The same network, called with at most `size` samples at a time to limit memory."""
+
+    def call(x_t: Tensor, t: Tensor, c: dict | None = None) -> Tensor:
+        chunks = [slice(i, i + size) for i in range(0, len(x_t), size)]
+        return torch.cat([net(x_t[rows], t[rows], index_cond(c, rows)) for rows in chunks])
+
+    return call
+
+
+# -- conditions: None, or a flat dict of tensors with the batch first -----------------------------
+
+
+def index_cond(c: dict | None, rows: slice | Tensor) -> dict | None:
+    """The conditions of some samples of the batch."""
     return c and {name: value[rows] for name, value in c.items()}
 
 
-def concatenate(cs: list[dict | None]) -> dict | None:
-    """Conditions of several batches as one."""
-    return cs[0] and {name: torch.cat([c[name] for c in cs]) for name in cs[0]}
-
-
-def move(c: dict | None, device) -> dict | None:
-    """Conditions on another device."""
+def cond_to(c: dict | None, device: torch.device) -> dict | None:
+    """The conditions on another device."""
     return c and {name: value.to(device) for name, value in c.items()}

@@ -1,47 +1,65 @@
-"""N steps in K phases: who takes which step, where each phase ends, at which times it re-noises.
+"""N steps become K phases: when each phase starts and ends, where it re-noises, how it is sampled.
 
-One dial, `phases`, and everything here follows from it:
+The example of the paper: 4 steps, 2 phases, shift 5. Phase k ends at s = t_k.
 
-    K = N       one step a phase: Phased DMD as in Fig. 1(c), nothing to truncate
-    1 < K < N   several steps a phase, with truncation: Fig. 1(d); 4 steps in 2 phases is the paper
-    K = 1       DMD2 without its GAN, Fig. 1(b); without truncation it is vanilla DMD, Fig. 1(a)
-    K = N = 1   DMD
+    noise                                                    data
+    t       1 ---- 0.9375 ---- 0.8333 ------ 0.625 ------------ 0
+    step      1st         2nd         3rd             4th
+    expert    [ phase 1, s = 0.8333 ][       phase 2, s = 0      ]
+    phase 1 re-noises in (0.8333, 1)    x_s -> x_t, t in (s, 1)
+    phase 2 re-noises in (0, 1)         nested; disjoint would be (0, 0.8333)
+
+Expert k turns samples of p(x_{t_{k-1}}) into samples of p(x_{t_k}): its target is the data diffused
+to t_k, not clean data. Nested intervals all reach up to t = 1, since early samples are far from the
+teacher's data, and only high noise makes the two overlap, where the teacher's score can be trusted.
+
+`phases` selects the method:
+
+    K = N       one step per phase: Phased DMD as in Fig. 1(c), nothing to truncate
+    1 < K < N   several steps per phase, truncated: Fig. 1(d); 4 steps in 2 phases is the paper's
+    K = 1       DMD2 without its GAN, Fig. 1(b); without truncation vanilla few-step DMD, Fig. 1(a)
+    K = N = 1   one-step DMD
 """
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from sde import shift, unshift
+from sde import shift, step, unshift
+
+MARGIN = 0.02  # kept free at both ends of a re-noising interval, in u: at t = s the target explodes
 
 
 @dataclass(frozen=True)
-class Part:
-    """A piece of a re-noising interval that one expert of the teacher (and of the fake) owns."""
+class Interval:
+    """The part of a phase's re-noising interval that belongs to one branch of the teacher."""
 
-    expert: int  # of the teacher, counted from noise to data; 1 where there is only one
-    u: tuple[float, float]  # unshifted times
-    floor: float = 0.0  # draws below this t are clipped to it
+    branch: int  # 1 is the high-noise network, 2 the low-noise one
+    u: tuple[float, float]  # unshifted times, low and high
+    floor: float = 0.0  # times below are clipped to it, as the paper does at Wan2.2's boundary
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Phase k: its student expert takes steps first .. last - 1, from t[0] to s = t[-1]."""
+    """Phase k: its expert takes the steps first .. last - 1, from t[0] to s = t[-1]."""
 
     k: int  # 1 .. K, from noise to data
     first: int
     last: int
-    t: tuple[float, ...]  # the times of its steps, and the time s where it ends
-    parts: tuple[Part, ...]  # where it re-noises: one part, or one for each expert of the teacher
+    t: tuple[float, ...]  # the times of its steps, and its end s
+    intervals: tuple[Interval, ...]  # where it re-noises: one per branch of the teacher in use
 
     @property
     def s(self) -> float:
+        """The time at which the phase ends."""
         return self.t[-1]
 
     @property
-    def depths(self) -> int:
-        """How many truncation depths there are: one for each step."""
+    def num_steps(self) -> int:
+        """Its number of steps, and so of truncation depths."""
         return self.last - self.first
 
 
@@ -55,107 +73,165 @@ def make_phases(
     phases: int,
     S: float = 1.0,
     interval: str = "nested",
-    margin: float = 0.02,
     boundary_t: float | None = None,
-    boundary: str = "clip",
     fix_t: float = 0.0,
 ) -> list[Phase]:
-    """The phases of an N-step student. Raises ValueError where phases do not divide steps.
+    """The phases of a student of N steps. Raises ValueError for settings that make none.
 
-    interval    nested: (s, 1), the paper's; disjoint: (s, start of the phase), as in TDM
-    margin      kept from both ends of each interval, in u
-    boundary_t  the time at which the teacher changes from its high-noise expert 1 to expert 2
-    boundary    what a phase does that only the high-noise expert serves: clip its draws to the
-                boundary (the paper), or draw `inside` (boundary, end) from the start
-    fix_t       re-noise at this t alone, in every phase (Fig. 11); 0 for the interval
+    interval    nested: re-noise in (s, 1), the paper's choice; disjoint: in (s, start of the phase)
+    boundary_t  where the teacher changes from branch 1 to branch 2; None if it has one branch
+    fix_t       re-noise at this one t, in every phase (Fig. 11); 0 for the interval
     """
     if steps % phases:
-        near = [k for k in range(1, steps + 1) if steps % k == 0]
-        raise ValueError(f"--phases {phases} does not divide --steps {steps}; use one of {near}")
-    times, n = step_times(steps, S), steps // phases
-    made = []
+        divisors = [k for k in range(1, steps + 1) if steps % k == 0]
+        raise ValueError(
+            f"--phases: expected a divisor of --steps {steps} {divisors}, got {phases}"
+        )
+    times, n, result = step_times(steps, S), steps // phases, []
     for k in range(1, phases + 1):
         t = times[(k - 1) * n : k * n + 1]
         u_end = unshift(t[0], S) if interval == "disjoint" else 1.0
-        u = (unshift(t[-1], S) + margin, u_end - margin)
-        if u[0] >= u[1] and not fix_t:
-            raise ValueError(
-                f"phase {k} leaves no room to re-noise: fewer steps, fewer phases, or nested"
-            )
-        if fix_t and fix_t <= t[-1]:
-            raise ValueError(f"--fix-t {fix_t} is not above {t[-1]:.4g}, where phase {k} ends")
-        u = (unshift(fix_t, S),) * 2 if fix_t else u
-        made.append(Phase(k, (k - 1) * n, k * n, t, _cut(t, u, S, boundary_t, boundary)))
-    return made
+        u = (unshift(t[-1], S) + MARGIN, u_end - MARGIN)
+        if fix_t:
+            if fix_t <= t[-1]:
+                raise ValueError(
+                    f"--fix-t: expected more than {t[-1]:.4g}, where phase {k} ends, got {fix_t}"
+                )
+            u = (unshift(fix_t, S),) * 2
+        elif u[0] >= u[1]:
+            raise ValueError(f"phase {k} has no room to re-noise: use fewer --steps or --phases")
+        result.append(Phase(k, (k - 1) * n, k * n, t, split_at_boundary(t, u, S, boundary_t)))
+    return result
 
 
-def _cut(t, u, S: float, boundary_t, boundary: str) -> tuple[Part, ...]:
-    """Cut the interval u at the teacher's boundary, if it has one."""
+def split_at_boundary(
+    t: tuple[float, ...], u: tuple[float, float], S: float, boundary_t: float | None
+) -> tuple[Interval, ...]:
+    """Split the re-noising interval u of the steps at t between the branches of the teacher."""
     if boundary_t is None:
-        return (Part(1, u),)
-    cut = unshift(boundary_t, S)
-    if min(t[:-1]) >= boundary_t:  # every step is the high-noise expert's: the other one stays out
-        return (
-            Part(1, u, floor=boundary_t) if boundary == "clip" else Part(1, (max(cut, u[0]), u[1])),
-        )
-    parts = Part(1, (max(cut, u[0]), u[1])), Part(2, (u[0], min(cut, u[1])))
-    return tuple(part for part in parts if part.u[0] <= part.u[1])
+        return (Interval(1, u),)
+    if min(t[:-1]) >= boundary_t:  # all steps belong to branch 1, so branch 2 is not even loaded
+        return (Interval(1, u, floor=boundary_t),)
+    u_boundary = unshift(boundary_t, S)
+    high = Interval(1, (max(u_boundary, u[0]), u[1]))
+    low = Interval(2, (u[0], min(u_boundary, u[1])))
+    # an interval of no length is a --fix-t: it belongs to one branch, the boundary to branch 1
+    kept = [part for part in (high, low) if part.u[0] <= part.u[1]]
+    return tuple(kept) if u[0] < u[1] else tuple(kept[:1])
 
 
-def pick_part(phase: Phase, r: float) -> Part:
-    """The part that one draw r ~ U(0, 1) chooses, with probability its share of the interval.
+def sample_interval(phase: Phase, r: float) -> Interval:
+    """Choose one interval of the phase, with its share of the length, by r ~ U(0, 1).
 
-    One network for a whole update in place of two; the law of t stays that of the whole interval.
+    An update asks one branch of the teacher instead of two; overall t has the same distribution.
     """
-    if len(phase.parts) == 1:
-        return phase.parts[0]
-    widths = [part.u[1] - part.u[0] for part in phase.parts]
-    for part, width in zip(phase.parts, widths):
-        r -= width / sum(widths)
+    lengths = [part.u[1] - part.u[0] for part in phase.intervals]
+    r *= sum(lengths)
+    for part, length in zip(phase.intervals, lengths, strict=True):
+        r -= length
         if r < 0:
             return part
-    return phase.parts[-1]
+    return phase.intervals[-1]
 
 
-def renoise_times(part: Part, r: Tensor, S: float) -> Tensor:
-    """t (B,) for r ~ U(0, 1) (B,): uniform in the unshifted part, then shifted, then clipped."""
-    low, high = part.u
-    return shift(low + (high - low) * r, S).clamp(min=part.floor)
+def renoise_times(interval: Interval, r: Tensor, S: float) -> Tensor:
+    """Times t (B,) for r ~ U(0, 1) (B,): uniform in u, then shifted, then clipped to the floor."""
+    low, high = interval.u
+    return shift(low + (high - low) * r, S).clamp(min=interval.floor)
 
 
-def truncation_depths(phase: Phase, rows: range, r: float, mixed: bool, batch: int) -> Tensor:
-    """For some rows of a batch: which step of the phase is recorded and jumps to its end. (B,)
+def split_batch(
+    batch: int, micro_batch: int, depths: int, mixed: bool, r: float
+) -> list[tuple[int, int | None]]:
+    """(size, truncation depth) of the micro-batches of a batch, for one draw r ~ U(0, 1).
 
-    Drawn once for the whole batch, as the paper does; `mixed` gives every depth an equal share of
-    it instead, and r only says who goes first where the shares cannot be equal.
+    depths  how many truncation depths there are; 0: no truncation, the depth is None
+    mixed   the micro-batches take turns, so that every batch holds all depths; else one depth is
+            drawn for the whole batch, as in the paper
+    micro_batch 0 makes the fewest micro-batches: one, or one per depth.
     """
-    drawn = int(r * phase.depths)
-    if not mixed:
-        return torch.full((len(rows),), 1 + drawn)
-    turn = drawn if batch % phase.depths else 0
-    return 1 + (torch.arange(rows.start, rows.stop) + turn) % phase.depths
+    if micro_batch:
+        sizes = [min(micro_batch, batch - first) for first in range(0, batch, micro_batch)]
+    else:
+        count = depths if mixed and depths else 1
+        sizes = [batch // count + (m < batch % count) for m in range(count)]
+    if not depths:
+        return [(n, None) for n in sizes]
+    return [(n, 1 + (m % depths if mixed else int(r * depths))) for m, n in enumerate(sizes)]
 
 
-def table(phases: list[Phase], S: float) -> str:
-    """The phases as a table to print: times are x 1000, as model cards write them."""
-    rows = ["phase  expert  steps at t x 1000          ends at  re-noises in"]
+# -- sampling ------------------------------------------------------------------------------------
+
+
+def full_time(t: float, x: Tensor) -> Tensor:
+    """The time t for every sample of x, (B,) float32."""
+    return torch.full((len(x),), t, device=x.device)
+
+
+def trajectory(
+    nets: Sequence[Callable], times: Sequence[float], z: Tensor, c: dict | None = None
+) -> Iterator[Tensor]:
+    """The few-step pipeline: yield x (B, ...) at each of the times, z first. Step i calls nets[i].
+
+    The student is [expert 1, expert 1, expert 2, expert 2]; a teacher is one network, repeated.
+    """
+    x = z
+    yield x
+    for net, t, t_next in zip(nets, times[:-1], times[1:], strict=True):
+        x = step(x, t, t_next, net(x, full_time(t, x), c))
+        yield x
+
+
+def rollout(
+    nets: Sequence[Callable],
+    times: Sequence[float],
+    phase: Phase,
+    z: Tensor,
+    c: dict | None,
+    depth: int | None,
+    checkpointing: bool = False,
+) -> Tensor:
+    """Backward simulation (Eq. 9): from noise z to x_s at the end of the phase, (B, ...).
+
+    The student samples as it will after training: earlier experts, then the phase's own steps.
+    depth j (SGTS): the j-th step of the phase jumps straight to s and is the only one with a
+    gradient; those before it have none, so memory does not grow with the number of steps. None:
+    all steps of the phase have a gradient.
+    checkpointing: keep only the input of the truncated step, and compute it again in backward.
+    """
+    start = phase.first + (depth - 1 if depth else 0)  # the first step with a gradient
+    with torch.no_grad():
+        *_, x = trajectory(nets[:start], times[: start + 1], z, c)
+    if depth is None:
+        *_, x_s = trajectory(nets[start : phase.last], phase.t, x, c)
+        return x_s
+    t = times[start]
+
+    def jump(x: Tensor) -> Tensor:
+        return step(x, t, phase.s, nets[start](x, full_time(t, x), c))
+
+    if checkpointing and torch.is_grad_enabled():
+        return checkpoint(jump, x, use_reentrant=False, preserve_rng_state=False)
+    return jump(x)
+
+
+# -- for people ----------------------------------------------------------------------------------
+
+
+def format_phases(phases: list[Phase], S: float) -> str:
+    """The phases as a table to print; times are x 1000, as model cards write them."""
+    rows = ["phase  steps at t x 1000          ends at  re-noises in"]
     for phase in phases:
         steps = " ".join(f"{1000 * t:.4g}" for t in phase.t[:-1])
-        rows.append(
-            f"{phase.k:5}  {phase.k:6}  {steps:26}  {1000 * phase.s:7.4g}  {_intervals(phase, S)}"
-        )
+        intervals = " and ".join(format_interval(part, S) for part in phase.intervals)
+        rows.append(f"{phase.k:5}  {steps:26}  {1000 * phase.s:7.4g}  {intervals}")
     return "\n".join(rows)
 
 
-def _intervals(phase: Phase, S: float) -> str:
-    """(800, 994) clipped to 875 by expert 1, ..."""
-    texts = []
-    for part in phase.parts:
-        low, high = (1000 * shift(u, S) for u in part.u)
-        text = f"({low:.4g}, {high:.4g})" + (
-            f", clipped to {1000 * part.floor:.4g}" if part.floor else ""
-        )
-        texts.append(
-            text + (f" by teacher expert {part.expert}" if part.expert > 1 or part.floor else "")
-        )
-    return " and ".join(texts)
+def format_interval(interval: Interval, S: float) -> str:
+    """(800, 994) clipped to 875 by the high-noise branch."""
+    low, high = (1000 * shift(u, S) for u in interval.u)
+    text = f"({low:.4g}, {high:.4g})"
+    if interval.floor:
+        text += f", clipped to {1000 * interval.floor:.4g}"
+    return text if interval.branch == 1 else f"{text} by the low-noise branch"

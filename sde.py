@@ -1,112 +1,123 @@
 """The diffusion process: how clean data becomes noise, and what a velocity says about both.
 
-Conventions of the whole project, stated here and nowhere else:
+Conventions of the whole project:
 
-    t = 0 is data, t = 1 is noise, and s < t always     x_t = alpha_t x_0 + sigma_t eps
-    every network predicts the velocity                 v = eps - x_0
-    score                                               grad log p(x_t), written `score`
-    unshifted times are called u, shifted ones t        t = shift(u, S); intervals are drawn in u
-    phases, steps and experts count from noise to data  phase 1 starts at t = 1
+    t = 0 is data, t = 1 is noise, and s < t          x_t = alpha_t x_0 + sigma_t eps
+    every network predicts the velocity               v = eps - x_0, float32
+    score                                             grad log p(x_t)
+    u is an unshifted time, t a shifted one           t = shift(u, S); re-noising draws u
+    phases, steps and experts count from noise        phase 1 starts at t = 1
+    shapes                                            x (B, ...), t (B,) or one number for all
 
-Nothing here assumes alpha + sigma = 1. The paper's process, `flow`, is the default of every
-function; `vp` is there so that tests can tell a formula from a coincidence.
+No formula assumes alpha + sigma = 1. Every function takes a process `p`; the default is the
+paper's, `flow`. The other one, `vp`, lets tests tell a right formula from one that is right by
+chance.
 """
 
 import math
-from typing import Callable, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
 class Process(NamedTuple):
-    """A Gaussian process p(x_t | x_0) = N(alpha_t x_0, sigma_t^2 I), Eq. 1. Times of any shape."""
+    """A Gaussian process p(x_t | x_0) = N(alpha_t x_0, sigma_t^2 I), Eq. 1."""
 
     alpha: Callable
     sigma: Callable
 
 
-def exact(t) -> Tensor:
-    """A number as a 0-dim float64 tensor, which changes nobody's dtype; tensors pass."""
+def as_float64(t: float | Tensor) -> Tensor:
+    """Convert a Python number to a 0-dim float64 tensor, which promotes no other dtype."""
     return t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
 
 
 flow = Process(alpha=lambda t: 1 - t, sigma=lambda t: t)
-# alpha_t = cos(pi t / 2), written so that alpha_1 is 0 and not -4e-8
+# alpha_t = cos(pi t / 2), written so that alpha_1 is exactly 0 and not -4e-8
 vp = Process(
-    alpha=lambda t: torch.sin(math.pi / 2 * (1 - exact(t))),
-    sigma=lambda t: torch.sin(math.pi / 2 * exact(t)),
+    alpha=lambda t: torch.sin(math.pi / 2 * (1 - as_float64(t))),
+    sigma=lambda t: torch.sin(math.pi / 2 * as_float64(t)),
 )
 
 
-def like(t, x: Tensor):
-    """Times (B,) as (B, 1, ..., 1), ready to multiply x (B, ...); a number serves all samples."""
+def expand_like(t: float | Tensor, x: Tensor) -> float | Tensor:
+    """Reshape times (B,) to (B, 1, ..., 1), ready to multiply x (B, ...); a number stays one."""
     return t.reshape(-1, *[1] * (x.ndim - 1)) if isinstance(t, Tensor) and t.ndim else t
 
 
-def coefficients(t, x: Tensor, p: Process = flow):
-    """alpha_t and sigma_t, shaped to multiply x (B, ...); t is a number or (B,)."""
-    t = like(t, x)
+def coefficients(t: float | Tensor, x: Tensor, p: Process = flow) -> tuple:
+    """alpha_t and sigma_t, shaped to multiply x (B, ...)."""
+    t = expand_like(t, x)
     return p.alpha(t), p.sigma(t)
 
 
 def snr(t: Tensor, p: Process = flow) -> Tensor:
-    """Signal-to-noise ratio alpha_t^2 / sigma_t^2: inf at t = 0, 0 at t = 1, decreasing."""
+    """Signal-to-noise ratio alpha_t^2 / sigma_t^2: infinite at t = 0, 0 at t = 1."""
     return (p.alpha(t) / p.sigma(t)) ** 2
 
 
 # -- from s to t ---------------------------------------------------------------------------------
 
 
-def kernel(s, t, p: Process = flow) -> tuple[Tensor, Tensor]:
-    """alpha_ts = alpha_t / alpha_s and sigma_ts of p(x_t | x_s), Eq. 2. Needs s <= t, s < 1."""
-    t = exact(t)
-    alpha_ts = p.alpha(t) / p.alpha(s)
-    # sigma_ts^2 = sigma_t^2 - alpha_ts^2 sigma_s^2, as a product: no cancellation when t is near s
-    sigma_t, carried = p.sigma(t), alpha_ts * p.sigma(s)
+def transition(s: float | Tensor, t: float | Tensor, p: Process = flow) -> tuple[Tensor, Tensor]:
+    """alpha_ts and sigma_ts of the transition kernel p(x_t | x_s), Eq. 2, for s <= t and s < 1.
+
+    alpha_ts = alpha_t / alpha_s,  sigma_ts^2 = sigma_t^2 - alpha_ts^2 sigma_s^2
+    """
+    t = as_float64(t)
+    alpha_ts, sigma_t = p.alpha(t) / p.alpha(s), p.sigma(t)
+    # the difference of squares as a product: a plain difference would cancel where t is near s
+    carried = alpha_ts * p.sigma(s)
     return alpha_ts, ((sigma_t - carried).clamp(min=0) * (sigma_t + carried)).sqrt()
 
 
-def diffuse(x_s: Tensor, s, t, eps: Tensor, p: Process = flow) -> Tensor:
-    """x_t = alpha_ts x_s + sigma_ts eps, Eq. 2; at s = 0 it is Eq. 1. x_s, eps (B, ...).
+def diffuse(
+    x_s: Tensor, s: float | Tensor, t: float | Tensor, eps: Tensor, p: Process = flow
+) -> Tensor:
+    """x_t = alpha_ts x_s + sigma_ts eps, Eq. 2; Eq. 1 at s = 0. x_s, eps and x_t (B, ...).
 
-    Where x_s has the law p(x_s), x_t has the law p(x_t), whatever s is, Eq. 3.
+    The process is Markov: if x_s follows p(x_s), x_t follows p(x_t), whatever s is (Eq. 3). This
+    is why a phase can re-noise its own noisy samples and never needs clean ones.
     """
-    alpha_ts, sigma_ts = kernel(like(s, x_s), like(t, x_s), p)
+    alpha_ts, sigma_ts = transition(expand_like(s, x_s), expand_like(t, x_s), p)
     return alpha_ts * x_s + sigma_ts * eps
 
 
 # -- what a velocity says ------------------------------------------------------------------------
 
 
-def v_to_x0(x_t: Tensor, t, v: Tensor, p: Process = flow) -> Tensor:
+def v_to_x0(x_t: Tensor, t: float | Tensor, v: Tensor, p: Process = flow) -> Tensor:
     """x_0 = (x_t - sigma_t v) / (alpha_t + sigma_t); finite at both ends."""
     alpha_t, sigma_t = coefficients(t, x_t, p)
     return (x_t - sigma_t * v) / (alpha_t + sigma_t)
 
 
-def v_to_eps(x_t: Tensor, t, v: Tensor, p: Process = flow) -> Tensor:
+def v_to_eps(x_t: Tensor, t: float | Tensor, v: Tensor, p: Process = flow) -> Tensor:
     """eps = (x_t + alpha_t v) / (alpha_t + sigma_t); finite at both ends."""
     alpha_t, sigma_t = coefficients(t, x_t, p)
     return (x_t + alpha_t * v) / (alpha_t + sigma_t)
 
 
-def v_to_score(x_t: Tensor, t, v: Tensor, p: Process = flow) -> Tensor:
-    """score = -eps / sigma_t, Eq. 5 turned round. At t = 0 a velocity holds no score (0 / 0)."""
+def v_to_score(x_t: Tensor, t: float | Tensor, v: Tensor, p: Process = flow) -> Tensor:
+    """score = -eps / sigma_t, the inverse of Eq. 5. Undefined (0 / 0) at t = 0."""
     return -v_to_eps(x_t, t, v, p) / coefficients(t, x_t, p)[1]
 
 
-def score_to_v(x_t: Tensor, t, score: Tensor, p: Process = flow) -> Tensor:
-    """v = -x_t / alpha_t - (sigma_t + sigma_t^2 / alpha_t) score, Eq. 5. At t = 1: 0 / 0."""
+def score_to_v(x_t: Tensor, t: float | Tensor, score: Tensor, p: Process = flow) -> Tensor:
+    """v = -x_t / alpha_t - (sigma_t + sigma_t^2 / alpha_t) score, Eq. 5. Undefined at t = 1."""
     alpha_t, sigma_t = coefficients(t, x_t, p)
     return -x_t / alpha_t - (sigma_t + sigma_t**2 / alpha_t) * score
 
 
-def step(x_t: Tensor, t, t_next, v: Tensor, p: Process = flow) -> Tensor:
-    """The solver's step t -> t_next: x_0 and eps are kept, their mixture changes.
+def step(
+    x_t: Tensor, t: float | Tensor, t_next: float | Tensor, v: Tensor, p: Process = flow
+) -> Tensor:
+    """One step of the solver from t to t_next: x_{t'} = alpha_{t'} x_0 + sigma_{t'} eps.
 
-    x_{t'} = alpha_{t'} x_0 + sigma_{t'} eps. For the flow this is Euler's x_t + (t' - t) v, for
-    another process it is DDIM's step. The result never depends on noise drawn on the way.
+    x_0 and eps are what v says at x_t. For the flow this is Euler's x_t + (t' - t) v exactly; for
+    another process it is the DDIM step. No fresh noise is added.
     """
     alpha, sigma = coefficients(t_next, x_t, p)
     return alpha * v_to_x0(x_t, t, v, p) + sigma * v_to_eps(x_t, t, v, p)
@@ -115,11 +126,11 @@ def step(x_t: Tensor, t, t_next, v: Tensor, p: Process = flow) -> Tensor:
 # -- the shift of the times ----------------------------------------------------------------------
 
 
-def shift(u, S: float):
-    """t = S u / (1 + (S - 1) u): S > 1 moves times towards noise. Numbers or tensors."""
+def shift(u: float | Tensor, S: float) -> float | Tensor:
+    """t = S u / (1 + (S - 1) u): S > 1 moves times towards noise."""
     return S * u / (1 + (S - 1) * u)
 
 
-def unshift(t, S: float):
-    """u with shift(u, S) = t."""
+def unshift(t: float | Tensor, S: float) -> float | Tensor:
+    """u such that shift(u, S) = t."""
     return t / (S - (S - 1) * t)

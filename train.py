@@ -1,317 +1,226 @@
 """Phased DMD: distil a teacher into a few-step student, phase by phase.
 
-python train.py                                    the toy: a ring of 8 modes, 40 s on a CPU
-python train.py --phases 1 --out out/one-phase     the same steps as one phase, DMD2
-python train.py --points FILE.csv                  your own points as the data
-python train.py --teacher wan22-tiny               all that wan22 does, with random small networks
-python train.py --teacher wan22 --dry-run          gigabytes and days of the real one
-python train.py --resume                           go on with what is in the output folder
+python train.py                                a ring of 8 modes, half a minute on a CPU
+python train.py --phases 1 --out out/dmd2      the same steps in one phase: DMD2
+python train.py --points FILE.csv              your own points as the data
+python train.py --teacher wan22-tiny           the loop of wan22 on small random networks
+python train.py --teacher wan22 --dry-run      estimate memory and time; needs no weights, no GPU
+python train.py --resume                       continue the run in the output folder
 """
 
 import argparse
-import difflib
 import math
 import shlex
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-import losses
 import moe
-import phases as ph
-from models import export, large, parallel, sampling
+from losses import dmd_gradient, dmd_loss, naive_matching, subinterval_matching
+from models import common, media, parallel, teachers
 from models.adamw import AdamW
-from models.draws import normal, uniform
-from models.flags import (
-    Parser,
-    add_flags,
-    check,
-    closed_pipe,
-    given,
-    is_out_of_memory,
-    pick_device,
-    plain,
-    setting,
+from models.common import UserError, stream, uniform
+from phases import (
+    Interval,
+    Phase,
+    format_phases,
+    make_phases,
+    renoise_times,
+    rollout,
+    sample_interval,
+    split_batch,
+    step_times,
 )
-from models.folder import (
-    Log,
-    Stop,
-    contents,
-    environment,
-    hashes,
-    keep_newest,
-    settle,
-    watch,
-)
-from models.files import Interrupted, UserError, read_json, write, write_json, write_tensors
-from models.meter import Meter
-from models.pictures import curves
-from sample import recorded, rollout, times_of, trajectory
-from sde import diffuse, v_to_x0
+from sde import diffuse
 from toy import digits, toy2d
 
-
-ON_OFF, KINDS = ("on", "off"), ("lora", "full")
+what, method, training, memory, output = (
+    partial(common.option, group=group) for group in common.GROUPS
+)
+ON_OFF, KINDS, DTYPES = ("on", "off"), ("lora", "full"), ("bf16", "float32")
 
 
 # fmt: off
 @dataclass(frozen=True)
 class Config:
-    """The settings of a run: one flag each. Defaults are the paper's where it gives them."""
+    """The settings of a run: one flag each. The defaults are the paper's, where it gives them."""
 
-    teacher: str = setting("toy2d", "preset")
-    toy: str = setting("ring", "distribution of toy2d", choices=tuple(toy2d.TOYS))
-    points: str = setting("", "csv or npy, n x d, n <= 2000: your own data in place of --toy")
-    bandwidth: float = setting(0.0, "sd around each point, in sd of the data; 0: automatic",
-                               low=0, high=10)
-    classes: str = setting("off", "toys: condition on the class", choices=ON_OFF)
-    guidance: tuple = setting((1.0,), "guidance scale of the teacher: of all its experts, or two "
-                              "numbers, high-noise low-noise", kind=float, low=0, high=100)
-    weights: tuple = setting((), "folder of published weights, or a path an expert (high noise "
-                             "first), or `random`; none: weights/NAME", kind=str)
-    teacher_lora: tuple = setting((), "LoRA to merge into the teacher, one an expert", kind=str)
-    prompts: str = setting("", "embeddings of models.text, or a text file, one prompt a line")
-    images: str = setting("", "image to video: first frames of models.vae")
-    size: tuple = setting((), "pixels, [FRAMESx]HEIGHTxWIDTH[:PROBABILITY], one or more", kind=str)
-    frames: int = setting(1, "of a video, 4n + 1", low=1, high=10_001)
+    teacher: str        = what("toy2d", "name of a preset: toy2d, mnist, wan22, qwen-image, ...")
+    toy: str            = what("ring", "distribution of toy2d", tuple(toy2d.TOYS))
+    points: str         = what("", "your own data for toy2d: csv or npy, n x d, n <= 2000")
+    classes: str        = what("off", "toys: condition on the class", ON_OFF)
+    guidance: tuple     = what((1.0,), "CFG scale of the teacher, or two: high noise, low noise",
+                               kind=float, low=0)
+    weights: tuple      = what((), "published weights: a folder, or a path per branch (high noise "
+                               "first), or `random` (default weights/NAME)", kind=str)
+    teacher_lora: tuple = what((), "LoRA to merge into the teacher, one per branch", kind=str)
+    prompts: str        = what("", "text file with one prompt per line, or embeddings")
+    images: str         = what("", "image to video: first frames made by models.encoders")
+    size: tuple         = what((), "pixels, [FRAMESx]HEIGHTxWIDTH[:PROBABILITY] ...", kind=str)
+    frames: int         = what(1, "frames of a video, 4n + 1", low=1)
 
-    phases: int = setting(2, "K, must divide --steps; 1 is DMD2", low=1, high=1000)
-    steps: int = setting(4, "N, network evaluations of a sample", low=1, high=1000)
-    shift: float = setting(5.0, "S of the times, t = S u / (1 + (S - 1) u)",
-                            low=0.01, high=100)
-    interval: str = setting("nested", "re-noise in (s, 1), or (s, start of the phase)",
-                            choices=("nested", "disjoint"))
-    t_margin: float = setting(0.02, "kept from both ends of the interval, in u", low=0, high=0.4)
-    fix_t: float = setting(0.0, "re-noise at this t alone (Fig. 11); 0: anywhere",
-                            low=0, high=0.999)
-    boundary: str = setting("clip", "of teachers of two experts: phase 1's draws below it",
-                            choices=("clip", "inside"))
-    truncate: str = setting("on", "record one step (SGTS), or every step of the phase",
-                            choices=ON_OFF)
-    depths: str = setting("drawn", "truncation depth: one drawn for a batch, or all in each",
-                          choices=("drawn", "mixed"))
-    target: str = setting("unbiased", "of the fake: Eq. 11, or the naive one of Fig. 2(c)",
-                          choices=("unbiased", "biased"))
-    weight: str = setting("paper", "of the generator's gradient; paper is Eq. 10",
-                          choices=("paper", "xs", "x0", "normalised", "one"))
+    phases: int         = method(2, "K, a divisor of --steps; 1 is DMD2", low=1)
+    steps: int          = method(4, "N, steps of the student", low=1, high=1000)
+    shift: float        = method(5.0, "S in t = S u / (1 + (S - 1) u)", low=0.01, high=100)
+    interval: str       = method("nested", "re-noise in (s, 1), or in (s, start of the phase)",
+                                 ("nested", "disjoint"))
+    fix_t: float        = method(0.0, "re-noise at this t only (Fig. 11); 0: no", low=0, high=0.999)
+    truncate: str       = method("on", "gradient through one step (SGTS), or through all", ON_OFF)
+    depths: str         = method("drawn", "truncation depth: one drawn per batch, or every one in "
+                                 "each batch", ("drawn", "mixed"))
+    target: str         = method("unbiased", "target of the fake: Eq. 11, or Fig. 2(c)",
+                                 ("unbiased", "biased"))
+    weight: str         = method("paper", "weight of the student's gradient; paper: Eq. 10",
+                                 ("paper", "xs", "normalised", "none"))
 
-    iters: int = setting(400, "generator updates a phase", low=1, high=10**9)
-    fake_updates: int = setting(5, "fake updates for each generator update", low=1, high=1000)
-    fake_per_depth: bool = setting(False, "a fake for every truncation depth (not in the paper)")
-    reuse_rollouts: bool = setting(False, "the fake updates of an iteration share one rollout")
-    warmup: int = setting(0, "fake updates before a phase's first generator update",
-                          low=0, high=10**9)
-    batch: int = setting(64, "samples of an update", low=1, high=10**6)
-    micro_batch: int = setting(0, "samples of one pass; 0: the whole batch", low=0, high=10**6)
-    generator: str = setting("lora", "the student's experts: adapters, or all parameters",
-                             choices=KINDS)
-    fake: str = setting("full", "the fakes: adapters, or all parameters", choices=KINDS)
-    rank: int = setting(64, "of adapters", low=1, high=4096)
-    alpha: float = setting(8.0, "of adapters, which add alpha / rank up down x", above=0, high=4096)
-    lr: float = setting(5e-5, "of the generator (AdamW); 2e-6 where it is full", above=0, high=1)
-    fake_lr: float = setting(4e-7, "of the fake (AdamW); 5e-5 where it is lora", above=0, high=1)
-    lr_decay: float = setting(0.0, "last part of a phase, in which rates fall to 0", low=0, high=1)
+    iters: int          = training(400, "student updates per phase", low=1)
+    fake_updates: int   = training(5, "fake updates per student update", low=1)
+    fake_per_depth: bool = training(False, "one fake per truncation depth (not in the paper)")
+    reuse_rollouts: bool = training(False, "fake updates of an iteration share their samples")
+    warmup: int         = training(0, "fake updates before a phase's first student update", low=0)
+    batch: int          = training(64, "samples per update", low=1)
+    micro_batch: int    = training(0, "samples per forward; 0: as many as share a depth", low=0)
+    generator: str      = training("lora", "what the student's experts train", KINDS)
+    fake: str           = training("full", "what the fakes train", KINDS)
+    rank: int           = training(64, "rank of the adapters", low=1)
+    alpha: float        = training(8.0, "adapters add alpha / rank up(down(x))", above=0)
+    lr: float           = training(5e-5, "rate of the student; 2e-6 where full", above=0, high=1)
+    fake_lr: float      = training(4e-7, "rate of the fakes; 5e-5 where lora", above=0, high=1)
+    lr_decay: float     = training(0.0, "last part of a phase, in which rates fall to 0", low=0,
+                                   high=1)
+    seed: int           = training(0, "seed of all random numbers", low=0)
 
-    dtype: str = setting("bf16", "inside large networks; all else is float32",
-                         choices=("bf16", "float32"))
-    checkpointing: str = setting("on", "compute blocks again in backward: less memory",
-                                 choices=ON_OFF)
-    record: str = setting("auto", "the generator's recorded step: first, kept while teacher and "
-                          "fake are asked, or last, once more: least memory",
-                          choices=("auto", "first", "last"))
-    offload: str = setting("none", "to pinned host memory: the expert that is not at work, or all "
-                           "blocks but two", choices=("none", "expert", "blocks"))
-    compile: bool = setting(False, "torch.compile the blocks")
+    dtype: str          = memory("bf16", "inside large networks; all else is float32", DTYPES)
+    checkpointing: str  = memory("on", "recompute activations in backward", ON_OFF)
+    offload: str        = memory("none", "expert: the teacher's idle branch in host memory",
+                                 ("none", "expert"))
+    compile: bool       = memory(False, "torch.compile the blocks of large networks")
 
-    seed: int = setting(0, "of all that is drawn", low=0, high=2**63)
-    save_every: int = setting(200, "iterations between two states for --resume", low=1, high=10**9)
-    sample_every: int = setting(0, "iterations between two looks: picture, numbers, curves; 0: no",
-                                low=0, high=10**9)
-    keep: int = setting(0, "students kept of those looks, the newest", low=0, high=10**6)
-    max_skips: int = setting(20, "non-finite updates in a row to skip before stopping",
-                             low=0, high=10**9)
-    eval_samples: int = setting(10_000, "samples behind each number of metrics.json; of large "
-                                "teachers: noises for one prompt", low=2, high=10**6)
+    save_every: int     = output(200, "iterations between checkpoints for --resume", low=1)
+    sample_every: int   = output(0, "iterations between previews; 0: none", low=0)
+    eval_samples: int   = output(10_000, "samples behind each metric", low=2)
 # fmt: on
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A teacher: what Config starts from, and the functions that know what its samples are.
-
-    All of them raise UserError where settings or files are wrong.
-    """
-
-    settings: dict
-    check: Callable  # check(cfg), without a look at files
-    files: Callable  # files(cfg) -> every file that a run reads, each looked at
-    boundary: Callable  # boundary(cfg) -> t where the low-noise expert begins, None if there is one
-    start: Callable  # start(cfg, out, watch, device) -> tensors that roles start from, {} if none
-    roles: Callable  # roles(cfg, phases, device, out, start) -> moe.Roles
-    data: Callable  # data(cfg, out) -> batch(n, *where) -> (c, shape)
-    report: Callable  # report(run, look) -> numbers, png
-    record: Callable  # record(cfg, held, device) -> first or last, for --record auto
-    plan: Callable  # plan(cfg, phases, held, device, rate) -> text for --dry-run
-    speed: Callable  # speed(run, calls of Meter, seconds) -> numbers for the log
-    closing: Callable  # closing(run, fake_lag) -> what to say at the end of a phase
-    base: Callable  # base(cfg) -> the files of its networks, each looked at
-    settled: Callable  # settled(cfg, flags of sample.py) -> cfg
-    ask: Callable  # ask(cfg, flags, out, run's folder, device) -> cfg, conditions, shape, names
-    sampler: Callable  # sampler(cfg, experts, wear, device, folder, offload) -> velocity
-    present: Callable  # present(cfg, c, xs, flags, names, device) -> numbers, (file name, bytes)
-    device: str = "auto"  # that --device auto means
-    threads: int = 0  # of the CPU while training; 0 leaves torch's own choice
-    samples: int = 4  # of sample.py
-
-
-def base_roles(cfg: Config, phases: list[ph.Phase], device, out: Path, start: dict) -> moe.Roles:
-    """Roles on the frozen networks of a large teacher."""
-    expert = partial(moe.expert_of, phases=phases, boundary_t=large.boundary(cfg))
-    names = moe.run_roles(phases, cfg.fake_per_depth)
-    return moe.shared_networks(*large.parts(cfg, device, out, expert, names))
 
 
 TOY = dict(  # what a mixture in the plane needs in place of the paper's settings
     shift=1.0, weight="xs", depths="mixed", warmup=200, batch=256, generator="full", lr=1e-3,
-    fake_lr=2e-3, lr_decay=0.5, max_skips=0,
+    fake_lr=2e-3, lr_decay=0.5, checkpointing="off",
 )  # fmt: skip
-LARGE = dict(fake="lora", micro_batch=1, sample_every=50, save_every=50, keep=2, eval_samples=4)
-VIDEO = dict(frames=81, size=("480x832:0.4", "832x480:0.4", "720x1280:0.1", "1280x720:0.1"))
-PICTURE = dict(size=("720x1280",))
+DIGITS = dict(  # small enough for float32, and for no need to save memory
+    guidance=(2.0,), size=("32x32",), shift=3.0, weight="none", depths="mixed", fake_updates=3,
+    reuse_rollouts=True, warmup=50, generator="full", lr=3e-4, fake_lr=1e-3, lr_decay=0.5,
+    dtype="float32", checkpointing="off",
+)  # fmt: skip
+LARGE = dict(fake="lora", micro_batch=1, sample_every=50, save_every=50, eval_samples=4)
+VIDEO = LARGE | dict(frames=81, size=("480x832:0.4", "832x480:0.4", "720x1280:0.1", "1280x720:0.1"))
 QWEN = dict(shift=3.0, guidance=(4.0,), size=(
     "1328x1328", "1664x928", "928x1664", "1472x1104", "1104x1472", "1584x1056", "1056x1584",
 ))  # fmt: skip
-TINY = dict(iters=4, batch=4, micro_batch=2, sample_every=2, save_every=2, rank=4, fake_updates=2)
-DIGITS = dict(  # small enough for float32, and for no need to save memory
-    guidance=(2.0,), size=("32x32",), shift=3.0, weight="one", iters=400, fake_updates=3,
-    reuse_rollouts=True, warmup=50, micro_batch=64, generator="full", lr=3e-4, fake_lr=1e-3,
-    lr_decay=0.5, max_skips=0, dtype="float32", checkpointing="off", record="first",
-)  # fmt: skip
-CLIP = dict(frames=9, size=("48x64", "64x48"))
-
-
-def toy(**settings) -> Preset:
-    """A row of an exact distribution. One thread: at this size a second one only waits."""
-    return Preset(
-        settings, toy2d.check, toy2d.files, lambda cfg: None, toy2d.start, toy2d.roles,
-        toy2d.data, toy2d.report, lambda *_: "first", toy2d.plan, lambda *_: {},
-        toy2d.closing, toy2d.files, toy2d.settled, toy2d.ask, toy2d.sampler, toy2d.present,
-        "cpu", threads=1, samples=10_000,
-    )  # fmt: skip
-
-
-def base(**settings) -> Preset:
-    """A row of a large teacher, or of a small one of its architecture."""
-    return Preset(
-        settings, large.check, large.files, large.boundary, large.start, base_roles,
-        large.data, large.report, large.record, large.plan_of, large.speed, large.closing,
-        large.base_files, sampling.settled, sampling.ask, sampling.sampler, sampling.present,
-    )  # fmt: skip
-
-
-def mnist(**settings) -> Preset:
-    """The row of a large teacher, but for what a picture is worth. One thread, as for toys."""
-    return replace(
-        base(**settings), check=digits.check, files=digits.files, report=digits.report,
-        settled=digits.settled, ask=digits.ask, present=digits.present, device="cpu", threads=1,
-        samples=1000,
-    )  # fmt: skip
-
-
+TINY = LARGE | dict(
+    iters=4, batch=4, micro_batch=2, sample_every=2, save_every=2, rank=4, fake_updates=2
+)
+CLIP = TINY | dict(frames=9, size=("48x64", "64x48"))
 # fmt: off
-PRESETS = {
-    "toy2d":           toy(**TOY),
-    "mnist":           mnist(**DIGITS),
-    "wan21-1.3b":      base(**LARGE, **VIDEO, guidance=(6.0,)),
-    "wan21":           base(**LARGE, **PICTURE, guidance=(5.0,)),
-    "wan22":           base(**LARGE, **VIDEO, guidance=(4.0, 3.0)),
-    "wan22-i2v":       base(**LARGE, **VIDEO, guidance=(3.5, 3.5)),
-    "wan22-5b":        base(**LARGE, frames=81, size=("704x1280",), guidance=(5.0,)),
-    "qwen-image":      base(**LARGE, **QWEN),
-    "wan21-tiny":      base(**LARGE | TINY, **CLIP, guidance=(5.0,)),
-    "wan22-tiny":      base(**LARGE | TINY, **CLIP, guidance=(4.0, 3.0)),
-    "wan22-i2v-tiny":  base(**LARGE | TINY, **CLIP, guidance=(3.5, 3.5)),
-    "qwen-image-tiny": base(**LARGE | TINY | QWEN | dict(size=("64x96", "96x64"))),
+PRESETS = {  # teacher: (module, settings); CONTRIBUTING.md lists what a module provides
+    "toy2d":           (toy2d,    TOY),
+    "mnist":           (digits,   DIGITS),
+    "wan21-1.3b":      (teachers, VIDEO | dict(guidance=(6.0,))),
+    "wan21":           (teachers, LARGE | dict(guidance=(5.0,), size=("720x1280",))),
+    "wan22":           (teachers, VIDEO | dict(guidance=(4.0, 3.0))),
+    "wan22-i2v":       (teachers, VIDEO | dict(guidance=(3.5, 3.5))),
+    "wan22-5b":        (teachers, VIDEO | dict(guidance=(5.0,), size=("704x1280",))),
+    "qwen-image":      (teachers, LARGE | QWEN),
+    "wan21-tiny":      (teachers, CLIP | dict(guidance=(5.0,))),
+    "wan22-tiny":      (teachers, CLIP | dict(guidance=(4.0, 3.0))),
+    "wan22-i2v-tiny":  (teachers, CLIP | dict(guidance=(3.5, 3.5))),
+    "qwen-image-tiny": (teachers, TINY | QWEN | dict(size=("64x96", "96x64"))),
 }
 # fmt: on
-RATES = {"lora": (5e-5, 5e-5), "full": (2e-6, 4e-7)}  # of generator and fake, by kind
+LEARNING_RATES = {"lora": (5e-5, 5e-5), "full": (2e-6, 4e-7)}  # of student and fake
+MAX_SKIPS = 20  # non-finite updates in a row before a run stops
+KEEP_STUDENTS = 2  # of a large teacher's previews, the newest
 
 
-def config(teacher: str = "toy2d", **given) -> Config:
-    """The settings of a preset, changed where given."""
-    settings = PRESETS[teacher].settings | {"teacher": teacher} | given
+def make_config(teacher: str = "toy2d", **settings) -> Config:
+    """The settings of a preset, changed where `settings` says so. Raises UserError."""
+    if teacher not in PRESETS:
+        raise UserError(f"--teacher: expected one of {', '.join(PRESETS)}, got {teacher}")
+    settings = PRESETS[teacher][1] | {"teacher": teacher} | settings
     cfg = Config(**settings)
-    rates = {"lr": RATES[cfg.generator][0], "fake_lr": RATES[cfg.fake][1]}
-    return replace(cfg, **{name: x for name, x in rates.items() if name not in settings})
+    rates = {"lr": LEARNING_RATES[cfg.generator][0], "fake_lr": LEARNING_RATES[cfg.fake][1]}
+    return replace(cfg, **{name: lr for name, lr in rates.items() if name not in settings})
 
 
-# -- the loop ------------------------------------------------------------------------------------
+def module_of(cfg: Config):
+    """The preset's module: toy2d, digits or teachers."""
+    return PRESETS[cfg.teacher][0]
+
+
+def phases_of(cfg: Config) -> list[Phase]:
+    """The phases of the settings. Raises UserError if they make none."""
+    boundary_t = module_of(cfg).boundary_of(cfg)
+    try:
+        return make_phases(cfg.steps, cfg.phases, cfg.shift, cfg.interval, boundary_t, cfg.fix_t)
+    except ValueError as error:
+        raise UserError(str(error)) from None
 
 
 @dataclass
 class Run:
-    """A run between two iterations: all that changes is the roles' tensors and the counters."""
+    """A run. Between two iterations only the roles' parameters and the counters have changed."""
 
     cfg: Config
-    phases: list[ph.Phase]
-    held: list[moe.Held]  # what each phase has in memory
+    phases: list[Phase]
     roles: moe.Roles
-    batch: Callable  # of the preset's data
+    data: Callable  # (n, shared, rng) -> conditions of n samples, shape of one sample
     device: torch.device
     out: Path  # the run's folder
-    meter: Meter  # of what the networks are asked
-    record_last: bool  # which of the two ways to spend memory
     k: int = 1  # phase
-    i: int = 0  # next iteration of it; negative while the fake warms up
-    optimizers: dict = field(default_factory=dict)
-    skips: dict[str, int] = field(default_factory=dict)  # non-finite updates in a row, by role
+    i: int = 0  # next iteration of the phase; negative while the fake warms up
+    optimizers: dict[str, AdamW] = field(default_factory=dict)  # by role name
+    skips: dict[str, int] = field(default_factory=dict)  # non-finite updates in a row
 
     @property
-    def phase(self) -> ph.Phase:
+    def phase(self) -> Phase:
+        """The current phase."""
         return self.phases[self.k - 1]
 
     @property
-    def trained(self) -> list[str]:
-        """What a state has to hold: the student's experts so far, and the fakes of the phase."""
-        return self.held[self.k - 1].frozen + self.held[self.k - 1].trained
-
-    @property
-    def student(self) -> list[Callable]:
-        """The networks of the student's steps so far, those of phases 1 to k."""
-        return moe.by_step(self.roles.velocity, self.phases[: self.k])
-
-    @property
-    def finished(self) -> bool:
-        return self.k == len(self.phases) and self.i == self.cfg.iters
+    def nets(self) -> list[moe.Role]:
+        """The student's network of each step, up to the end of the current phase."""
+        return moe.student_nets(self.roles, self.phases[: self.k])
 
     @property
     def times(self) -> tuple[float, ...]:
-        return ph.step_times(self.cfg.steps, self.cfg.shift)
+        """The times of the student's steps, from 1 to 0."""
+        return step_times(self.cfg.steps, self.cfg.shift)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last phase has been trained."""
+        return self.k == len(self.phases) and self.i == self.cfg.iters
+
+    def key(self, u: int) -> tuple:
+        """The key of update u's random numbers, equal on all ranks."""
+        return self.cfg.seed, self.k, self.i, u
 
 
-def begin_phase(run: Run, k: int) -> None:
-    """Phase k: its expert and its fakes start from the teacher, not from the phase before."""
-    run.k, run.i, run.optimizers = k, -run.cfg.warmup, {}  # old moments go before new ones come
-    student, *fakes = run.held[k - 1].trained
-    for role in (student, *fakes):
-        run.roles.reset(role)
-    rates = dict.fromkeys(fakes, run.cfg.fake_lr) | {student: run.cfg.lr}
-    run.optimizers = {role: AdamW(run.roles.parameters_of(role), lr) for role, lr in rates.items()}
-    run.meter.forget_peak(run.device)  # of loading
+# -- the method ----------------------------------------------------------------------------------
 
 
 def train(run: Run) -> Iterator[list[dict]]:
-    """The whole method. Yields log rows after each iteration; `run` is whole at every yield."""
+    """Train phase after phase. Yields the log rows of each iteration, and can be left there."""
     while True:
         while run.i < run.cfg.iters:
-            rows = iteration(run)
+            rows = run_iteration(run)
             run.i += 1
             yield rows
         if run.k == len(run.phases):
@@ -319,650 +228,387 @@ def train(run: Run) -> Iterator[list[dict]]:
         begin_phase(run, run.k + 1)
 
 
-def iteration(run: Run) -> list[dict]:
-    """Fakes first, so that they know the samples that the generator is judged on (A1)."""
-    updates = 1 if run.i < 0 else run.cfg.fake_updates
-    rollouts = fake_rollouts(run, updates)
-    rows = [fake_update(run, update, rollouts) for update in range(updates)]
-    return rows if run.i < 0 else [*rows, generator_update(run, updates)]
+def begin_phase(run: Run, k: int) -> None:
+    """Start the expert and the fakes of phase k from the teacher; earlier experts stay frozen.
+
+    The old fake followed other samples, those at t_{k-1}. Starting anew, fake and teacher are the
+    same function, so the student's first gradient is guidance alone and not an old fake's error.
+    """
+    run.k, run.i, run.optimizers = k, -run.cfg.warmup, {}  # frees old moments before new ones
+    student = run.roles.student[k]
+    fakes = [run.roles.fakes[key] for key in moe.fake_keys(run.phase, run.cfg.fake_per_depth)]
+    for role, lr in [(student, run.cfg.lr), *((fake, run.cfg.fake_lr) for fake in fakes)]:
+        role.start()
+        run.optimizers[role.name] = AdamW(role.parameters, lr)
 
 
-def fake_rollouts(run: Run, updates: int) -> Iterator[tuple]:
-    """The samples of every pass of an iteration's fake updates, without gradient."""
-    own = 1 if run.cfg.reuse_rollouts else updates  # updates with a rollout of their own
-    passes = [(update, first, n) for update in range(own) for first, n in micro_batches(run.cfg)]
-    # small networks take all in one go: the generator does not change between these updates
-    made = []
-    for group in [[one] for one in passes] if run.cfg.micro_batch else [passes]:
+def run_iteration(run: Run) -> list[dict]:
+    """Update the fake several times, then the student once.
+
+    The student's gradient is right only where the fake has converged on the student's present
+    samples (assumption A1). So the fake goes first and takes five updates for each of the student.
+    """
+    updates, rows = run.cfg.fake_updates if run.i >= 0 else 1, []
+    for u in range(updates):
+        if u == 0 or not run.cfg.reuse_rollouts:
+            samples = simulate(run, u)
+            samples = list(samples) if run.cfg.reuse_rollouts else samples
+        rows.append(update_fake(run, u, samples))
+    return rows if run.i < 0 else [*rows, update_student(run, updates)]
+
+
+def simulate(run: Run, u: int) -> Iterator[tuple]:
+    """Yield micro-batches with the student's samples x_s at the end of the phase (Eq. 9)."""
+    for batch in micro_batches(run, u):
         with torch.no_grad():
-            samples = simulate(run, group)
-        yield from samples
-        made += samples if own < updates else []
-    for _ in range(updates - own):
-        yield from made
+            x_s = rollout(run.nets, run.times, run.phase, batch.z, batch.c, batch.depth)
+        yield x_s, batch
 
 
-def fake_update(run: Run, update: int, rollouts: Iterator[tuple]) -> dict:
-    """One step of the fake on samples of the present generator: Eq. 8, inside (s, 1) Eq. 13."""
-    part, total, by_t = draw_part(run, update), 0.0, 0.0
-    for first, n in micro_batches(run.cfg):
-        each, t = fake_loss(run, part, update, first, *next(rollouts))
-        loss = each.mean() * (n / run.cfg.batch)
+def update_fake(run: Run, u: int, samples: Iterable[tuple]) -> dict:
+    """One step of score matching on the student's samples: Eq. 8; inside (s, 1) Eq. 13.
+
+    v_real - v_fake is a difference of scores only if teacher and fake are the same function of
+    their scores (assumption A2). The target of Eq. 11 ensures this; the naive one does not.
+    """
+    s, interval, total = run.phase.s, choose_interval(run, u), 0.0
+    matching = subinterval_matching if run.cfg.target == "unbiased" else naive_matching
+    for x_s, batch in samples:
+        t, eps = renoise(run, interval, x_s, batch.rng)
+        x_t = diffuse(x_s, s, t, eps)  # (n, ...)
+        v_fake = fake_of(run, interval, batch)(x_t, t, batch.c)
+        loss = matching(v_fake, x_s, s, t, eps).mean() * batch.share
         loss.backward()
         total += loss.detach()
-        by_t += t_bins(each.detach(), t)
-    total, (sums, counts) = parallel.total(total, by_t)
-    return apply(run, moe.fake_role(part.expert), {"loss": total}, {"loss_by_t": sums / counts})
+    loss = parallel.all_reduce_sum(total)[0]
+    return step_optimizers(run, moe.fake_name(interval.branch, 0), {"loss": loss})
 
 
-def fake_loss(run: Run, part: ph.Part, update, first: int, x_s: Tensor, c, depth) -> tuple:
-    """Score matching of the fake inside (s, 1): a loss (B,), and the times t (B,) of the phase."""
-    t, eps = renoise(run, part, update, first, x_s)
-    v_fake = fake_of(run, part, depth)(diffuse(x_s, run.phase.s, t, eps), t, c)
-    match = losses.subinterval_matching if run.cfg.target == "unbiased" else losses.biased_matching
-    return match(v_fake, x_s, run.phase.s, t, eps), t
-
-
-def t_bins(each: Tensor, t: Tensor, bins: int = 5) -> Tensor:
-    """Sums of (B,) numbers and their counts, by t in equal parts of [0, 1]: (2, bins)."""
-    inside = (t[:, None] * bins).clamp(max=bins - 1).floor() == torch.arange(bins, device=t.device)
-    return torch.stack([each, torch.ones_like(each)]) @ inside.float()
-
-
-def generator_update(run: Run, update: int) -> dict:
-    """One step of the generator down the reverse KL at a random t, Eq. 10."""
-    part, total, square, moments = draw_part(run, update), 0.0, 0.0, 0.0
-    for first, n in micro_batches(run.cfg):
-        x, t_j, c, depth = approach(run, [(update, first, n)])
-        with torch.set_grad_enabled(not run.record_last):
-            x_s = recorded(run.student, run.phase, x, t_j, c)
-        with torch.no_grad():
-            t, eps = renoise(run, part, update, first, x_s)
-            x_t = diffuse(x_s, run.phase.s, t, eps)
-            v_real = run.roles.velocity(moe.teacher_role(part.expert), x_t, t, c)
-            v_fake = fake_of(run, part, depth)(x_t, t, c)
-            gradient = losses.dmd_gradient(x_s, x_t, run.phase.s, t, v_real, v_fake, run.cfg.weight)
-            square += losses.mean((v_real - v_fake) ** 2).mean() * (n / run.cfg.batch)
-            moments += torch.stack([x_s.mean(), x_s.square().mean()]) * (n / run.cfg.batch)
-        if run.record_last:  # the gradient is known: no other network while this graph lives
-            x_s = recorded(run.student, run.phase, x, t_j, c)
-        loss = losses.distribution_matching(x_s, gradient).mean() * (n / run.cfg.batch)
+def update_student(run: Run, u: int) -> dict:
+    """One step of the expert down the reverse KL at random times t: Eq. 10; at s = 0 Eq. 7."""
+    s, interval, total = run.phase.s, choose_interval(run, u), 0.0
+    recompute = run.cfg.checkpointing == "on"
+    for batch in micro_batches(run, u):
+        x_s = rollout(run.nets, run.times, run.phase, batch.z, batch.c, batch.depth, recompute)
+        with torch.no_grad():  # the gradient is a constant: no graph of teacher or fake
+            t, eps = renoise(run, interval, x_s, batch.rng)
+            x_t = diffuse(x_s, s, t, eps)
+            v_real = run.roles.teacher[interval.branch](x_t, t, batch.c)  # CFG included
+            v_fake = fake_of(run, interval, batch)(x_t, t, batch.c)
+            gradient = dmd_gradient(x_s, x_t, s, t, v_real, v_fake, run.cfg.weight)
+            squares = torch.stack([(v_real - v_fake).square().mean(), x_s.square().mean()])
+        loss = dmd_loss(x_s, gradient).mean() * batch.share
         loss.backward()
-        total += loss.detach()
-    total, square, (mean, second) = parallel.total(total, square, moments)
-    about = {"x_mean": mean, "x_std": (second - mean**2).clamp(min=0).sqrt()}
-    return apply(run, moe.student_role(run.k), {"loss": total, "distance": square.sqrt()}, about)
+        total += squares * batch.share
+    distance, x_rms = parallel.all_reduce_sum(total)[0].sqrt()
+    return step_optimizers(run, f"student{run.k}", {"distance": distance, "x_rms": x_rms})
 
 
-def simulate(run: Run, passes: list[tuple]) -> list[tuple]:
-    """For each pass (update, first, n): n samples x_{t_k}, their conditions, truncation depths."""
-    x, t_j, c, depth = approach(run, passes)
-    x_s = recorded(run.student, run.phase, x, t_j, c)
-    ends = torch.tensor([n for *_, n in passes]).cumsum(0).tolist()
-    rows = [slice(end - n, end) for end, (*_, n) in zip(ends, passes)]
-    return [(x_s[row], moe.select(c, row), depth[row]) for row in rows]
+class MicroBatch(NamedTuple):
+    """What some samples of an update start from."""
+
+    z: Tensor  # (n, ...) noise
+    c: dict | None  # conditions
+    depth: int | None  # truncation depth; None: every step of the phase has a gradient
+    rng: torch.Generator  # gives t and eps next
+    share: float  # n / batch
 
 
-def approach(run: Run, passes: list[tuple]) -> tuple:
-    """All passes' samples before their recorded step: x, its times, conditions, depths."""
-    zs, cs, depths = [], [], []
-    for update, first, n in passes:
-        where = run.cfg.seed, run.k, run.i, update
-        c, shape = run.batch(n, *where, first)
-        cs.append(moe.move(c, run.device))
-        zs.append(draw(run, normal, shape, update, first, n, "z").to(run.device))
-        r = uniform((), *where, "depth").item()  # without `first`: all processes agree
-        rows, mixed = range(first, first + n), run.cfg.depths == "mixed"
-        depths.append(ph.truncation_depths(run.phase, rows, r, mixed, run.cfg.batch))
-    z, c, depth = torch.cat(zs), moe.concatenate(cs), torch.cat(depths)
-    truncate = run.cfg.truncate == "on"
-    x, t_j = rollout(run.student, run.times, run.phase, z, c, depth, truncate)
-    return x, t_j, c, depth
+def micro_batches(run: Run, u: int) -> Iterator[MicroBatch]:
+    """The micro-batches of update u that this rank computes.
 
-
-def draw(run: Run, numbers: Callable, shape, update, first: int, n: int, purpose: str) -> Tensor:
-    """`numbers` (n, *shape) of the samples from `first` on: passes of any size see the same.
-
-    Each sample has a stream of its own, but for a batch in one pass: toys would only make streams.
+    Each has a random stream of its own, so numbers do not depend on how many ranks there are. What
+    all ranks must agree on (shape, depth, branch) comes from streams whose key has no m.
     """
-    where = run.cfg.seed, run.k, run.i, update
-    if not run.cfg.micro_batch:
-        return numbers((n, *shape), *where, first, purpose)
-    return torch.stack([numbers(shape, *where, first + j, purpose) for j in range(n)])
+    cfg, r = run.cfg, uniform((), *run.key(u), "depth").item()
+    depths = 0 if cfg.truncate == "off" else run.phase.num_steps
+    sizes = split_batch(cfg.batch, cfg.micro_batch, depths, cfg.depths == "mixed", r)
+    for m, (n, depth) in parallel.my_share(list(enumerate(sizes))):
+        rng = stream(*run.key(u), m)
+        c, shape = run.data(n, stream(*run.key(u), "data"), rng)
+        z = torch.randn(n, *shape, generator=rng).to(run.device)
+        yield MicroBatch(z, moe.cond_to(c, run.device), depth, rng, n / cfg.batch)
 
 
-def draw_part(run: Run, update) -> ph.Part:
-    """The teacher's expert of an update; without m, so that all processes agree."""
-    return ph.pick_part(run.phase, uniform((), run.cfg.seed, run.k, run.i, update, "expert").item())
+def renoise(run: Run, interval: Interval, x_s: Tensor, rng: torch.Generator) -> tuple:
+    """Random times t (n,) in the interval and noise eps (n, ...)."""
+    t = renoise_times(interval, torch.rand(len(x_s), generator=rng), run.cfg.shift)
+    return t.to(x_s.device), torch.randn(x_s.shape, generator=rng).to(x_s.device)
 
 
-def renoise(run: Run, part: ph.Part, update, first: int, x_s: Tensor) -> tuple[Tensor, Tensor]:
-    """The times t (B,) and the noise eps (B, ...) of one pass."""
-    numbers = lambda kind, shape, why: draw(run, kind, shape, update, first, len(x_s), why)
-    t = ph.renoise_times(part, numbers(uniform, (), "t"), run.cfg.shift)
-    return t.to(x_s.device), numbers(normal, x_s.shape[1:], "eps").to(x_s.device)
+def choose_interval(run: Run, u: int) -> Interval:
+    """The part of the phase's interval, and so the teacher's branch, that update u uses."""
+    return sample_interval(run.phase, uniform((), *run.key(u), "interval").item())
 
 
-def fake_of(run: Run, part: ph.Part, depth: Tensor) -> Callable:
-    """The fake beside the teacher's expert; where there is one a depth, each row asks its own."""
-    ask = run.roles.velocity
-    if not run.cfg.fake_per_depth:
-        return partial(ask, moe.fake_role(part.expert))
-    roles = [moe.fake_role(part.expert, j) for j in range(1, run.phase.depths + 1)]
-    return moe.by_depth([partial(ask, role) for role in roles], depth)
+def fake_of(run: Run, interval: Interval, batch: MicroBatch) -> moe.Role:
+    """The fake beside the interval's branch, for the truncation depth of the batch."""
+    return run.roles.fakes[interval.branch, batch.depth if run.cfg.fake_per_depth else 0]
 
 
-def micro_batches(cfg: Config) -> list[tuple[int, int]]:
-    """(first sample, size) of the passes of one batch: of those that are run here."""
-    size = cfg.micro_batch or cfg.batch
-    passes = [(first, min(size, cfg.batch - first)) for first in range(0, cfg.batch, size)]
-    return parallel.deal(passes)
+# -- optimizer and checkpoint --------------------------------------------------------------------
 
 
-def apply(run: Run, name: str, values: dict[str, Tensor], about: dict[str, Tensor]) -> dict:
-    """Step the optimizers of a role that have gradients, unless one of values is not finite.
+def step_optimizers(run: Run, name: str, values: dict[str, Tensor]) -> dict:
+    """Step the roles of this name that have gradients. Returns the update's log row.
 
-    Returns the log's row: values, and what else is worth knowing (empty bins are None there).
+    The update is skipped if one of `values`, or the norm of the gradients, is not finite.
     """
-    mine = [opt for role, opt in run.optimizers.items() if role.split("-")[0] == name]
-    mine = [opt for opt in mine if any(p.grad is not None for p in opt.parameters.values())]
-    grads = [p.grad for opt in mine for p in opt.parameters.values() if p.grad is not None]
-    values["grad_norm"] = parallel.norm(grads)
-    all_of = [x.flatten() for x in (*values.values(), *about.values())]
-    numbers = torch.cat(all_of).tolist()  # the one wait for the device
-    finite = all(map(math.isfinite, numbers[: len(values)]))
+    optimizers = [o for role, o in run.optimizers.items() if role.split("-")[0] == name]
+    optimizers = [o for o in optimizers if any(p.grad is not None for p in o.parameters.values())]
+    grads = [p.grad for o in optimizers for p in o.parameters.values() if p.grad is not None]
+    values = values | {"grad_norm": parallel.grad_norm(grads)}
+    numbers = torch.stack(list(values.values())).tolist()  # the update's only GPU sync
+    finite = all(map(math.isfinite, numbers))
     run.skips[name] = 0 if finite else run.skips.get(name, 0) + 1
-    if run.skips[name] > run.cfg.max_skips:
+    if run.skips[name] > MAX_SKIPS:
         raise UserError(
-            f"phase {run.k}, iteration {run.i}: {dict(zip(values, numbers))} of {name} is not "
-            "finite; start over with --overwrite and lower rates, or allow --max-skips"
+            f"phase {run.k}, iteration {run.i}: {run.skips[name]} updates of {name} in a row were "
+            "not finite; start over with --overwrite and a lower --lr or --fake-lr"
         )
-    for optimizer in mine:
+    for optimizer in optimizers:
         if finite:
-            optimizer.step(rate(run.cfg, run.i))
+            optimizer.step(lr_factor(run.cfg, run.i))
         for p in optimizer.parameters.values():
             p.grad = None
     row = {"phase": run.k, "iteration": run.i, "role": name, "skipped": not finite}
-    row["seconds_update"] = round(run.meter.lap(), 5)  # the device is done: numbers are here
-    shown = iter(x if math.isfinite(x) else None for x in numbers)
-    for key, x in (values | about).items():
-        row[key] = [next(shown) for _ in x] if x.ndim else next(shown)
-    return row
+    numbers = [x if math.isfinite(x) else None for x in numbers]  # JSON has no NaN
+    return row | dict(zip(values, numbers, strict=True))
 
 
-def rate(cfg: Config, i: int) -> float:
+def lr_factor(cfg: Config, i: int) -> float:
     """Factor of both learning rates: 1, then linear to 0 over the last lr_decay of a phase."""
     return min(1.0, (cfg.iters - i) / max(1.0, cfg.iters * cfg.lr_decay))
 
 
-def fake_lag(run: Run, batches: int = 16, updates: int = 20) -> tuple[float, float]:
-    """The fake's loss on fresh samples now, and after 20 more updates of a copy: is A1 true?
-
-    At the fake's full rate, so that a lagging fake can catch up; one that has arrived only jitters.
-    The same draws for both losses, so that their noise cancels. The run is as it was before.
-    """
-    tensors = {name: tensor.clone() for name, tensor in tensors_of(run).items()}
-    counters = counters_of(run)
-    run.i = 0  # where both rates are whole
-
-    def loss() -> float:
-        passes = [(f"lag{j}", 0, run.cfg.batch) for j in range(batches)]
-        with torch.no_grad():
-            found = [
-                fake_loss(run, draw_part(run, update), update, first, *sample)[0].mean()
-                for (update, first, _), sample in zip(passes, simulate(run, passes))
-            ]
-        return torch.stack(found).mean().item()
-
-    now = loss()
-    for j in range(updates):
-        with torch.no_grad():
-            more = simulate(
-                run, [(f"lag more {j}", first, n) for first, n in micro_batches(run.cfg)]
-            )
-        fake_update(run, f"lag more {j}", iter(more))
-    later = loss()
-    restore(run, tensors, counters)
-    return now, later
-
-
-@torch.no_grad()
-def look(run: Run) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """One condition, eval_samples noises: what the student so far makes of them, and is told.
-
-    Rows by name: x at the end of each phase, and the x_0 that its last step, and, of the x_{t_k}
-    re-noised, teacher and fake believe in; when all is done the teacher's own few steps too. And
-    x at every step. Networks get micro_batch samples at a time.
-    """
-    n, where, phase = run.cfg.eval_samples, (run.cfg.seed, "look"), run.phase
-    c, shape = run.batch(1, *where, 0)
-    c = moe.move(moe.select(c, torch.zeros(n, dtype=torch.long)), run.device)
-    z, eps = (normal((n, *shape), *where, name).to(run.device) for name in ("z", "eps"))
-    few = lambda nets: [moe.in_passes(net, run.cfg.micro_batch or n) for net in nets]
-    *_, before, x_s = xs = list(trajectory(few(run.student), run.times[: phase.last + 1], z, c))
-    rows = {f"student, t = {p.s:.3g}": xs[p.last] for p in run.phases[: run.k]}
-    last = times_of(phase.t[-2], x_s)
-    rows["student x_0"] = v_to_x0(before, last, few(run.student)[-1](before, last, c))
-    part = ph.pick_part(phase, 0.5)
-    t = ph.renoise_times(part, torch.full((n,), 0.5), run.cfg.shift).to(run.device)
-    x_t = diffuse(x_s, phase.s, t, eps)
-    deepest = phase.depths if run.cfg.fake_per_depth else None  # the law that is sampled
-    fake = partial(run.roles.velocity, moe.fake_role(part.expert, deepest))
-    teacher = partial(run.roles.velocity, moe.teacher_role(part.expert))
-    for name, net in zip(("teacher x_0", "fake x_0"), few([teacher, fake])):
-        rows[f"{name} at t = {t[0]:.2f}"] = v_to_x0(x_t, t, net(x_t, t, c))
-    if run.finished:
-        boundary_t = PRESETS[run.cfg.teacher].boundary(run.cfg)
-        experts = [moe.expert_at(t, boundary_t) for t in run.times[:-1]]
-        nets = few([partial(run.roles.velocity, moe.teacher_role(e)) for e in experts])
-        *_, rows[f"teacher, {len(nets)} steps"] = trajectory(nets, run.times, z, c)
-    return rows, xs
-
-
-# -- state ---------------------------------------------------------------------------------------
-
-
-def tensors_of(run: Run) -> dict[str, Tensor]:
-    """Everything trained so far, by role: parameters, and second moments of the phase."""
-    tensors = {
-        f"{role}/{name}": p
-        for role in run.trained
-        for name, p in run.roles.parameters_of(role).items()
-    }
-    moments = {
-        f"{role}.second/{name}": v
-        for role, opt in run.optimizers.items()
-        for name, v in opt.second.items()
-    }
-    return {name: tensor.detach() for name, tensor in (tensors | moments).items()}
-
-
-def counters_of(run: Run) -> dict:
-    """The rest of the state: with the draws a function of these, nothing else is needed."""
-    steps = {role: opt.steps for role, opt in run.optimizers.items()}
-    return {"phase": run.k, "iteration": run.i, "steps": steps, "skips": dict(run.skips)}
-
-
-def restore(run: Run, tensors: dict[str, Tensor], counters: dict) -> None:
-    """Put the run where tensors_of and counters_of were taken. Raises UserError."""
-    begin_phase(run, counters["phase"])
-    run.i, run.skips = counters["iteration"], dict(counters["skips"])
-    for role, steps in counters["steps"].items():
-        run.optimizers[role].steps = steps
-    for name, tensor in tensors_of(run).items():
-        if name not in tensors or tensors[name].shape != tensor.shape:
-            raise UserError(
-                f"the state of {run.out} does not hold {name}; start over with --overwrite"
-            )
-        parallel.put(tensor, tensors[name])
+def state_tensors(run: Run) -> dict[str, Tensor]:
+    """All that was trained: parameters of experts and of this phase's fakes, second moments."""
+    roles = [role for k, role in run.roles.student.items() if k <= run.k]
+    roles += [role for role in run.roles.fakes.values() if role.name in run.optimizers]
+    tensors = {f"{role.name}/{key}": p for role in roles for key, p in role.parameters.items()}
+    for name, optimizer in run.optimizers.items():
+        tensors |= {f"{name}.second/{key}": v for key, v in optimizer.second.items()}
+    return {key: tensor.detach() for key, tensor in tensors.items()}
 
 
 def save_state(run: Run, log_bytes: int, seconds: float) -> None:
-    """The state of before or of now, never half of each."""
-    about = counters_of(run) | {
-        "kind": "state",
-        "log_bytes": log_bytes,
-        "seconds": seconds,
-        "settings": plain(run.cfg),
-    }
+    """Write a checkpoint. Random numbers are functions of the counters: there is no other state."""
+    counters = dict(phase=run.k, iteration=run.i, skips=run.skips, log_bytes=log_bytes)
+    counters["optimizer_steps"] = {name: o.steps for name, o in run.optimizers.items()}
+    metadata = {"kind": "state", "settings": common.to_json(run.cfg), "seconds": seconds} | counters
     name = f"phase{run.k}-{run.i:06}"
-    parallel.write_state(run.out / "state", name, tensors_of(run), about)
+    parallel.write_state(run.out / "state", name, state_tensors(run), metadata)
 
 
 def load_state(run: Run) -> tuple[int, float]:
-    """Go on from the folder's state, or from the first phase. Returns log_bytes, seconds."""
+    """Continue from the run's checkpoint, or begin phase 1. Returns log_bytes and seconds."""
     folder = run.out / "state"
-    if (folder / "state.safetensors").exists():
-        raise UserError(f"{folder} is of another version; start over with --overwrite")
-    if not parallel.once((folder / "state.json").exists):
+    if not parallel.on_rank0((folder / "state.json").exists):
+        begin_phase(run, 1)
         return 0, 0.0
-    tensors, about = parallel.read_state(folder, plain(run.cfg), "start over with --overwrite")
-    restore(run, tensors, about)
-    return about["log_bytes"], about["seconds"]
+    tensors, metadata = parallel.read_state(folder, common.to_json(run.cfg), common.START_OVER)
+    for k in range(1, metadata["phase"]):
+        run.roles.student[k].start()  # allocate the parameters of frozen experts
+    begin_phase(run, metadata["phase"])
+    run.i, run.skips = metadata["iteration"], metadata["skips"]
+    for name, steps in metadata["optimizer_steps"].items():
+        run.optimizers[name].steps = steps
+    for name, tensor in state_tensors(run).items():
+        if name not in tensors or tensors[name].shape != tensor.shape:
+            raise UserError(f"{folder}: expected a tensor {name}; {common.START_OVER}")
+        parallel.copy_to_local(tensor, tensors[name])
+    return metadata["log_bytes"], metadata["seconds"]
+
+
+def save_student(run: Run, path: Path) -> None:
+    """Write the experts trained so far into one safetensors file."""
+    roles = [role for k, role in run.roles.student.items() if k <= run.k]
+    tensors = {f"{role.name}/{key}": p for role in roles for key, p in role.parameters.items()}
+    tensors = {key: parallel.full_tensor(p) for key, p in tensors.items()}
+    metadata = {"kind": "student", "settings": common.to_json(run.cfg), "phase": run.k}
+    common.write_tensors(path, tensors, metadata)
+
+
+# -- a run from its first iteration to its last ----------------------------------------------------
+
+
+def make_run(cfg: Config, device: torch.device, out: Path) -> Run:
+    """A run before its first phase. The module's `prepare` must have been called for `out`."""
+    module, phases = module_of(cfg), phases_of(cfg)
+    roles = module.make_roles(cfg, phases, device, out)
+    return Run(cfg, phases, roles, module.make_data(cfg, out), device, out)
+
+
+def run_training(run: Run, began: float, stop: common.Stop) -> float:
+    """Train with progress bar, log, previews and checkpoints. Returns the seconds it took."""
+    cfg, module = run.cfg, module_of(run.cfg)
+    log_bytes, seconds = load_state(run)
+    log, began, clock, bar = (
+        common.Log(run.out / "log.jsonl", log_bytes),
+        began - seconds,
+        None,
+        None,
+    )
+    common.reset_peak_memory(run.device)
+    for rows in train(run):
+        if bar is None or rows[0]["iteration"] == -cfg.warmup:
+            text, done = f"phase {run.k} of {len(run.phases)}", run.i + cfg.warmup - 1
+            bar = tqdm(total=cfg.iters + cfg.warmup, initial=done, desc=text, disable=None)
+            phase_rows = []
+        seconds = time.time() - (clock or began)
+        memory = round(common.peak_memory(run.device) / 1e9, 3)
+        rows[-1] |= {"seconds_iteration": round(seconds, 4), "memory_gb": memory}
+        rows[-1] |= module.throughput(cfg, run.phase, seconds, run.device)
+        log.write([row | {"seconds": round(time.time() - began, 3)} for row in rows])
+        phase_rows += rows
+        bar.set_postfix({"loss": rows[0]["loss"], "distance": rows[-1].get("distance")}, False)
+        bar.update()
+        last, signal = run.i == cfg.iters, stop.received()
+        if is_due(run, cfg.sample_every):
+            save_preview(run, log)
+        if signal or is_due(run, cfg.save_every):
+            save_state(run, log.sync(), time.time() - began)
+        stop.check()
+        if last:
+            bar.close()
+            print(module.phase_summary(cfg, run.phases, run.k, phase_rows), end="")
+        clock = time.time()  # previews and checkpoints belong to no iteration
+    return time.time() - began
+
+
+def is_due(run: Run, every: int) -> bool:
+    """Whether something that is done every so many iterations, and at the last, is due now."""
+    return every > 0 and run.i > 0 and (run.i % every == 0 or run.i == run.cfg.iters)
+
+
+def report(run: Run) -> tuple[dict, bytes]:
+    """Metrics and a picture of the student so far, by the preset's module."""
+    module, progress = module_of(run.cfg), (run.k, run.device, run.out, run.finished)
+    return module.report(run.cfg, run.phases, run.roles, *progress)
+
+
+def save_preview(run: Run, log: common.Log) -> None:
+    """Write metrics, picture and curves, and of large teachers the student so far."""
+    metrics, picture = report(run)
+    log.write([{"phase": run.k, "iteration": run.i, "role": "preview"} | metrics])
+    file = run.out / "previews" / f"phase{run.k}-{run.i:06}.png"
+    common.write_file(file, picture)
+    if module_of(run.cfg) is teachers:
+        save_student(run, file.with_suffix(".safetensors"))
+    if common.is_writer:
+        common.write_file(run.out / "curves.png", media.curves(run.out / "log.jsonl"))
+        for old in sorted(file.parent.glob("*.safetensors"))[:-KEEP_STUDENTS]:
+            old.unlink()
+
+
+def save_results(run: Run, seconds: float, stop: common.Stop) -> dict:
+    """Write student, picture and metrics. metrics.json comes last: it marks a finished run."""
+    save_student(run, run.out / "student.safetensors")
+    stop.check()
+    began = time.time()
+    metrics, picture = report(run)
+    metrics |= {"seconds": round(seconds, 1), "seconds_metrics": round(time.time() - began, 1)}
+    stop.check()
+    common.write_file(run.out / "samples.png", picture)
+    common.write_json(run.out / "metrics.json", metrics)
+    return metrics
 
 
 # -- the command ---------------------------------------------------------------------------------
 
 
-def prepare(args, cfg: Config, stop: Stop) -> Run:
-    """A run as its folder has it, or a new one: config, starting tensors, networks."""
-    preset, out, device = PRESETS[cfg.teacher], args.out, torch.device(args.device)
-
-    def begin() -> dict:
-        if args.overwrite or "config.json" not in contents(out):
-            config = {
-                "settings": plain(cfg),
-                "environment": environment(args.device),
-                "files": hashes(preset.files(cfg)),
-            }
-            write_json(out / "config.json", config)
-        return preset.start(cfg, out, lambda steps, text: watch(steps, text, stop), device)
-
-    start = parallel.once(begin)
-    if len(set(parallel.gather(preset.boundary(cfg)))) > 1:
-        raise UserError("nodes read unlike weights; give all the same")
-    stop.check()
-    run = new_run(cfg, start, device, out)
-    begin_phase(run, 1)
-    return run
-
-
-def new_run(cfg: Config, start: dict[str, Tensor], device: torch.device, out: Path) -> Run:
-    """A run whose networks are there, all roles at `start`, before its first phase begins."""
-    preset, phases = PRESETS[cfg.teacher], phases_of(cfg)
-    roles = preset.roles(cfg, phases, device, out, start)
-    meter = Meter(roles.velocity)
-    roles = roles._replace(velocity=meter)
-    held = moe.held(phases, cfg.fake_per_depth, preset.boundary(cfg))
-    auto = cfg.record == "auto"  # by one GPU's memory, for all
-    way = parallel.once(lambda: preset.record(cfg, held, device)) if auto else cfg.record
-    batch = preset.data(cfg, out)
-    return Run(cfg, phases, held, roles, batch, device, out, meter, way == "last")
-
-
-def phases_of(cfg: Config) -> list[ph.Phase]:
-    """The phases of the settings; raises UserError where they make none."""
-    try:
-        return ph.make_phases(
-            cfg.steps,
-            cfg.phases,
-            cfg.shift,
-            cfg.interval,
-            cfg.t_margin,
-            PRESETS[cfg.teacher].boundary(cfg),
-            cfg.boundary,
-            cfg.fix_t,
-        )
-    except ValueError as error:
-        raise UserError(str(error)) from None
-
-
-def drive(run: Run, began: float, stop: Stop) -> float:
-    """Train to the end with bars, log, looks and states. Returns its begin, breaks left out."""
-    size, before = load_state(run)
-    began -= before
-    log, bar = Log(run.out / "log.jsonl", size), None
-    lap = time.time()
-    for rows in train(run):
-        if bar is None or rows[0]["iteration"] == -run.cfg.warmup:
-            bar = new_bar(run)
-        seconds, lap = time.time() - began, timed(run, rows, lap)
-        log.write([row | {"seconds": round(seconds, 3)} for row in rows])
-        bar.update()
-        bar.set_postfix(short(rows), refresh=False)
-        last, stopping = run.i == run.cfg.iters, parallel.any_of(stop.signal)
-        if due(run, run.cfg.sample_every):
-            take_look(run, log)
-        if last or stopping or due(run, run.cfg.save_every):
-            save_state(run, log.sync(), time.time() - began)
-        if stopping:
-            raise Interrupted(stopping)
-        if last:
-            bar.close()
-            print(parallel.once(lambda: PRESETS[run.cfg.teacher].closing(run, fake_lag)))
-        lap = time.time()
-        run.meter.restart()  # looks and states are of no iteration
-    return began
-
-
-def due(run: Run, every: int) -> bool:
-    """Whether something that is done at every so many iterations, and at the last, is due."""
-    return every > 0 and run.i > 0 and (run.i % every == 0 or run.i == run.cfg.iters)
-
-
-def timed(run: Run, rows: list[dict], lap: float) -> float:
-    """Adds to an iteration's last row how fast it was. Returns the time of now."""
-    now = time.time()
-    calls, seconds = run.meter.take(), now - lap
-    speed = {
-        "seconds_iteration": round(seconds, 4),
-        "samples_per_second": round(len(rows) * run.cfg.batch / seconds, 3),
-        "memory_gb": round(run.meter.peak_memory(run.device) / 1e9, 3),
-    }
-    rows[-1] |= speed | PRESETS[run.cfg.teacher].speed(run, calls, seconds)
-    return now
-
-
-def take_look(run: Run, log: Log) -> None:
-    """Picture, numbers, curves and the student of now: something to choose from."""
-    numbers, picture = PRESETS[run.cfg.teacher].report(run, look)
-    log.write([{"phase": run.k, "iteration": run.i, "role": "look"} | numbers])
-    file = run.out / "looks" / f"phase{run.k}-{run.i:06}.png"
-    write(file, picture)
-    parallel.once(lambda: write(run.out / "curves.png", curves(run.out / "log.jsonl")))
-    if run.cfg.keep:
-        save_student(run, file.with_suffix(".safetensors"))
-        parallel.once(lambda: keep_newest(file.parent, run.cfg.keep))
-
-
-def new_bar(run: Run) -> tqdm:
-    """A bar for the rest of a phase."""
-    total = run.cfg.iters + run.cfg.warmup
-    return tqdm(
-        total=total,
-        initial=run.i + run.cfg.warmup - 1,
-        desc=f"phase {run.k} of {len(run.phases)}",
-        disable=None,
-    )
-
-
-def short(rows: list[dict]) -> dict:
-    """What a bar has room for: loss of the fake, distance of the student from the teacher."""
-    shown = {"loss": rows[0]["loss"], "distance": rows[-1].get("distance")}
-    return {key: f"{value:.3f}" for key, value in shown.items() if value is not None}
-
-
-def save_student(run: Run, path: Path) -> None:
-    """The experts that are trained so far, in one file."""
-    experts = [moe.student_role(phase.k) for phase in run.phases[: run.k]]
-    tensors = {
-        f"{role}/{name}": p for role in experts for name, p in run.roles.parameters_of(role).items()
-    }
-    write_tensors(path, tensors, {"settings": plain(run.cfg), "kind": "student", "phase": run.k})
-
-
-def finish(run: Run, began: float, stop: Stop) -> dict:
-    """Student, picture and numbers; metrics.json comes last and says that the run is finished."""
-    save_student(run, run.out / "student.safetensors")
-    stop.check()
-    trained = time.time()
-    metrics, picture = PRESETS[run.cfg.teacher].report(run, look)
-    write(run.out / "samples.png", picture)
-    metrics |= {
-        "seconds": round(trained - began, 1),
-        "seconds_metrics": round(time.time() - trained, 1),
-    }
-    stop.check()
-    write_json(run.out / "metrics.json", metrics)
-    return metrics
-
-
-def show(metrics: dict, out: Path) -> None:
-    """The numbers, a line each, and where the rest is."""
-    for name, value in metrics.items():
-        values = value if isinstance(value, list) else [value]
-        print(f"{name:28}" + " ".join(f"{v:10.4g}" for v in values))
-    print(f"folder: {out}")
-
-
-def dry_run(cfg: Config, device: str, tflops: float) -> None:
-    """What a run would be: the phases, memory and time, on the meta device."""
-    phases = phases_of(cfg)
-    print(ph.table(phases, cfg.shift) + remark(cfg))
-    preset = PRESETS[cfg.teacher]
-    held = moe.held(phases, cfg.fake_per_depth, preset.boundary(cfg))
-    print(preset.plan(cfg, phases, held, device, 1e12 * tflops))
-
-
-def remark(cfg: Config) -> str:
-    """What to know before days of training: whether other tools could ask the right expert."""
-    phases, boundary_t = phases_of(cfg), PRESETS[cfg.teacher].boundary(cfg)
-    homes = {role: moe.expert_of(role, phases, boundary_t) for role in moe.owners(phases)}
-    try:
-        export.experts_of(phases, homes, boundary_t)
-        return ""
-    except UserError as error:
-        return f"\nnote: {error}"
-
-
-def parser() -> Parser:
-    """A flag for every field of Config, and those that are about the command and not the run."""
-    made = Parser(__doc__)
-    add_flags(made, Config, {name: preset.settings for name, preset in PRESETS.items()})
-    made.add_argument(
-        "--device",
-        default="auto",
-        choices=("auto", "cpu", "cuda", "mps"),
-        help="auto: the fastest there is; toys: cpu",
-    )
-    made.add_argument("--out", type=Path, help="the run's folder (default out/TEACHER)")
-    made.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on with what is in --out; starts if nothing is there",
-    )
-    made.add_argument("--overwrite", action="store_true", help="replace the run in --out")
-    made.add_argument(
-        "--dry-run", action="store_true", help="print phases, memory and time, write nothing"
-    )
-    made.add_argument(
-        "--tflops", type=float, default=0.0, help="of --dry-run: your device's (default: measured)"
-    )
-    made.add_argument(
-        "--context-parallel",
-        type=int,
-        default=1,
-        metavar="P",
-        help="under torchrun: processes that share the tokens of each sample (default 1)",
-    )
-    made.add_argument(
-        "--processes",
-        default="",
-        metavar="[NODESx]N",
-        help="of --dry-run: plan for so many, as 8, or for 4x8 of 4 nodes (default 1)",
-    )
-    made.add_argument("--adapter", choices=KINDS, help="sets both --generator and --fake")
-    return made
-
-
 def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
-    """Command line -> options (with the settings that were given) and the checked Config."""
-    args = parser().parse_args(argv)
-    args.given = given(args, Config)
-    if args.adapter:
-        args.given = {"generator": args.adapter, "fake": args.adapter} | args.given
-    for name in ("points", "prompts", "images", "weights", "teacher_lora"):
-        if name in args.given:  # in full, since a run may go on from elsewhere
-            args.given[name] = in_full(args.given[name])
-    args.asked, args.out = args.device, args.out or Path("out") / args.given.get("teacher", "toy2d")
-    if not 0 <= args.tflops < 1e6:
-        raise UserError(f"--tflops {args.tflops} is no rate in Tflop/s, as 400")
-    if args.processes and not args.dry_run:
-        raise UserError("--processes is of --dry-run; torchrun starts the processes of a run")
+    """Parse the command line into the command's own options and a Config. Raises UserError."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--teacher", nargs="?")  # --help shows the defaults of this one
+    teacher = finder.parse_known_args(argv)[0].teacher or "toy2d"
+    parser = common.Parser(__doc__)
+    presets = {name: settings for name, (_, settings) in PRESETS.items()}
+    common.add_run_flags(common.add_flags(parser, Config, presets, teacher))
+    args = parser.parse_args(argv)
+    args.explicit = explicit = common.explicit_flags(args, Config)
+    for name in {"points", "prompts", "images", "weights", "teacher_lora"} & set(explicit):
+        explicit[name] = common.absolute_paths(explicit[name])  # a run may be resumed elsewhere
+    args.out = args.out or Path("out") / teacher
     if args.resume and args.overwrite:
-        raise UserError("--resume keeps a run and --overwrite removes it; give one of them")
-    cfg = Config(**args.given)
-    check_teacher(cfg)
-    args.device = pick_device(args.device, usual_device(args, cfg))
-    return args, config(**args.given)
-
-
-def in_full(paths):
-    """One path, or several, from the root; `random` is none."""
-    if isinstance(paths, tuple):
-        return tuple(map(in_full, paths))
-    return paths if paths in ("", "random") else str(Path(paths).resolve())
-
-
-def usual_device(args, cfg: Config) -> str:
-    """What --device auto means: the teacher's word, a resumed run's own teacher's."""
-    file = args.out / "config.json"
-    held = read_json(file, "start over with --overwrite") if args.resume and file.is_file() else {}
-    settings = held.get("settings")
-    teacher = settings.get("teacher") if isinstance(settings, dict) else None
-    return PRESETS[teacher if teacher in list(PRESETS) else cfg.teacher].device
-
-
-def check_teacher(cfg: Config) -> None:
-    """Raise UserError for a teacher that there is not."""
-    if cfg.teacher not in PRESETS:
-        near = difflib.get_close_matches(cfg.teacher, PRESETS, cutoff=0)
-        raise UserError(f"unknown --teacher {cfg.teacher}; nearest: {', '.join(near)}")
+        raise UserError("--resume keeps a run and --overwrite removes it: give one of them")
+    if args.processes and not args.dry_run:
+        raise UserError("--processes belongs to --dry-run; torchrun starts the ranks of a run")
+    return args, make_config(**explicit)
 
 
 def validate(cfg: Config, files: bool = True) -> None:
-    """Raise UserError for settings, and for files, that cannot make a run."""
-    check_teacher(cfg)
-    check(cfg)
-    PRESETS[cfg.teacher].check(cfg)
+    """Raise UserError for settings, or input files, that cannot make a run."""
+    common.check_values(cfg)
+    module_of(cfg).check_config(cfg)
     if files:
-        PRESETS[cfg.teacher].files(cfg)
-    phases_of(cfg)
-    if cfg.fake_per_depth and cfg.truncate == "off":
-        raise UserError("--fake-per-depth needs truncation: without it there are no depths")
+        module_of(cfg).input_files(cfg)
+    if cfg.truncate == "off" and cfg.fake_per_depth:
+        raise UserError("--fake-per-depth needs --truncate on: without it there are no depths")
+    depths = phases_of(cfg)[0].num_steps
+    count = -(-cfg.batch // cfg.micro_batch) if cfg.micro_batch else min(depths, cfg.batch)
+    if cfg.depths == "mixed" and count % depths:
+        raise UserError(
+            f"--depths mixed: expected a multiple of {depths} micro-batches, one per depth, got "
+            f"{count}; change --batch or --micro-batch"
+        )
 
 
-MEMORY = "--dry-run says what would fit: --micro-batch 1, --record last, --offload expert or blocks"
+def resolve(args: argparse.Namespace, cfg: Config) -> tuple[Config, bool]:
+    """The settings to run with, and whether that run is finished. Records a new run."""
+    if not args.resume:
+        validate(cfg)
+    how = args.out, cfg, args.explicit, args.resume, args.overwrite, Config
+    cfg, finished = common.resolve_run(*how)
+    validate(cfg)
+    if not finished:
+        device = common.pick_device(args.device, module_of(cfg).DEFAULT_DEVICE)
+        ranks = parallel.topology.processes, parallel.topology.context_parallel
+        files = module_of(cfg).input_files(cfg)
+        now = common.environment(device, *ranks)
+        common.record_run(args.out, cfg, now, files, args.overwrite)
+    return cfg, finished
+
+
+def run_command(args: argparse.Namespace, cfg: Config) -> None:
+    """Train, or continue, or print the metrics of a finished run."""
+    cfg, finished = parallel.on_rank0(lambda: resolve(args, cfg))
+    if finished:
+        print("This run is already finished. Use --overwrite to train it again.")
+        metrics = common.read_json(args.out / "metrics.json", common.START_OVER)
+        return common.print_metrics(metrics, args.out)
+    module, began = module_of(cfg), time.time()
+    device = torch.device(common.pick_device(args.device, module.DEFAULT_DEVICE))
+    torch.set_num_threads(module.THREADS or torch.get_num_threads())
+    print(format_phases(phases_of(cfg), cfg.shift))
+    flags = f" --context-parallel {args.context_parallel}" * (args.context_parallel > 1)
+    again = f"{parallel.launch_command()} train.py --resume --out {shlex.quote(str(args.out))}"
+    with common.Stop(f"continue with: {again}{flags}", parallel.max_over_ranks) as stop:
+        progress = partial(common.with_progress, stop=stop)
+        parallel.on_rank0(lambda: module.prepare(cfg, args.out, device, progress))
+        stop.check()
+        run = make_run(cfg, device, args.out)
+        seconds = run_training(run, began, stop)
+        common.print_metrics(save_results(run, seconds, stop), args.out)
 
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit status: 0, 2 for a user's error, 130 or 143 for a signal."""
-    parallel.quiet()
-    try:
+
+    def work() -> None:
         args, cfg = parse(argv)
-        if args.dry_run:
-            with parallel.planned(args.processes, args.context_parallel):
-                validate(cfg, files=False)
-                dry_run(cfg, args.device, args.tflops)
-            return 0
-        with parallel.processes(args.device, args.context_parallel, "train.py"):
-            work(args, cfg)
-        return 0
-    except UserError as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:
-        return closed_pipe()
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
-            raise
-        print(f"train.py: out of memory; {MEMORY}", file=sys.stderr)
-        return 2
-    except Interrupted as interrupted:
-        device = "" if args.asked == "auto" else f" --device {args.asked}"
-        tokens = f" --context-parallel {args.context_parallel}" if args.context_parallel > 1 else ""
-        out = shlex.quote(str(args.out))
-        line = f"{args.launcher} train.py --resume --out {out}{device}{tokens}"
-        print(f"stopped; continue with: {line}")
-        return 128 + interrupted.number
+        device = common.pick_device(args.device, module_of(cfg).DEFAULT_DEVICE)
+        if not args.dry_run:
+            with parallel.distributed(device, args.context_parallel, "train.py"):
+                return run_command(args, cfg)
+        with parallel.pretend_topology(args.processes, args.context_parallel):
+            validate(cfg, files=False)
+            print(format_phases(phases_of(cfg), cfg.shift))
+            print(module_of(cfg).plan_text(cfg, phases_of(cfg), torch.device(device)))
 
-
-def work(args, cfg: Config) -> None:
-    """Train, or go on, or show what is finished."""
-    args.launcher = parallel.launcher()
-    usual = torch.get_num_threads()
-    torch.set_num_threads(PRESETS[cfg.teacher].threads or usual)
-    cfg, finished = parallel.once(lambda: settled(args, cfg))
-    if finished:
-        print("finished before; nothing was run. --overwrite trains again")
-        return show(read_json(args.out / "metrics.json", "start over with --overwrite"), args.out)
-    print(ph.table(phases_of(cfg), cfg.shift) + remark(cfg))
-    began = time.time()
-    with Stop() as stop:
-        run = prepare(args, cfg, stop)
-        began = drive(run, began, stop)
-        torch.set_num_threads(usual)  # distances of many samples gain from every core
-        show(finish(run, began, stop), args.out)
-
-
-def settled(args, cfg: Config) -> tuple[Config, bool]:
-    """The settings to run with, checked, and whether that run is finished. Raises UserError."""
-    if not args.resume:
-        validate(cfg)
-    cfg, finished = settle(args, cfg)
-    if args.resume:
-        validate(cfg)
-    return cfg, finished
+    parallel.silence_other_ranks()
+    advice = "try --micro-batch 1 or --offload expert (--dry-run estimates what fits)"
+    return common.exit_status("train.py", work, advice)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
-"""The paper's optimizer, without the memory that it does not use."""
+"""The paper's optimizer, without the first moment, which it does not need."""
 
 import math
 
 import torch
 
-from models.parallel import part
+from models.parallel import local
 
 
 class AdamW:
-    """AdamW with betas (0, 0.999), no decay, eps 1e-8: what the paper trains with.
+    """AdamW with betas (0, 0.999), no weight decay and eps 1e-8, as in the paper.
 
-    Without momentum the first moment is the gradient itself, so only the second is kept.
+    With beta1 = 0 the first moment is the gradient itself, so only the second one is stored.
     """
 
     def __init__(self, parameters: dict[str, torch.nn.Parameter], lr: float):
@@ -19,12 +19,13 @@ class AdamW:
 
     @torch.no_grad()
     def step(self, factor: float, beta: float = 0.999, eps: float = 1e-8) -> None:
-        """Move every parameter that has a gradient by about lr * factor, against it."""
+        """Update every parameter that has a gradient, at the learning rate lr * factor."""
         self.steps += 1
-        unbias = math.sqrt(1 - beta**self.steps)
+        correction = math.sqrt(1 - beta**self.steps)  # the second moment starts at zero
         for name, p in self.parameters.items():
-            if p.grad is None:  # nobody reads the output of Qwen-Image's last text branch
+            if p.grad is None:  # e.g. the last text branch of Qwen-Image, whose output is unused
                 continue
-            p, grad, v = part(p), part(p.grad), part(self.second[name])
+            p, grad, v = local(p), local(p.grad), local(self.second[name])  # this rank's shard
             v.mul_(beta).addcmul_(grad, grad, value=1 - beta)
-            p.addcdiv_(grad, v.sqrt().add_(eps * unbias), value=-self.lr * factor * unbias)
+            denominator = v.sqrt().add_(eps * correction)
+            p.addcdiv_(grad, denominator, value=-self.lr * factor * correction)

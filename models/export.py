@@ -1,315 +1,321 @@
-"""A student as files that diffusers, ComfyUI, LightX2V and Wan2.2-Lightning take, with a card.
+"""A student as files for other tools, and the LoRA files of all trainers as roles for sample.py.
 
-sample.py --student DIR --export DIR calls `export`. Students of adapters become LoRA files; with
---merge, and students of all parameters, full weights in the layout and the names of their base.
+A LoRA is written in the one format that diffusers, ComfyUI, LightX2V and Wan2.2-Lightning all load:
+lora_down, lora_up and alpha in float32 under the published names, for Wan after "diffusion_model.".
+What a LoRA cannot say becomes full weights: a student of all parameters, or one whose teacher has a
+LoRA merged in. That is a bf16 file per expert under the original names, as ComfyUI reads them.
 """
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from hashlib import sha256
 from pathlib import Path
+from string import Template
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor
 
-from models import card, files, folder, large, lora, weights
-from models.files import Entry, UserError, write, write_entries, write_json
+from models import lora, weights
+from models.common import (
+    UserError,
+    cannot_write,
+    file_digest,
+    format_value,
+    read_json,
+    write_json,
+)
 from models.qwen_image import QwenImage
-from models.wan import Wan
+from models.weights import RoleWeights, branch_paths, is_random, meta_network, teacher_spec
 
 PAPER = "arXiv 2510.27684"
+NOISE = {1: "high", 2: "low"}  # of a branch of the teacher
+CARD = Path(__file__).with_name("export_card.md")
+DIFFUSERS = {"WanTransformer3DModel", "QwenImageTransformer2DModel"}  # its classes
 
 
 class Student(NamedTuple):
-    """A finished student, as its folder holds it."""
+    """A finished student, as its run folder has it."""
 
     cfg: object  # train.Config
-    phases: list  # phases.Phase
-    boundary: float | None  # of its teacher
-    homes: dict[str, int]  # role -> the teacher's expert whose network it is on
+    phases: list  # of phases.Phase
+    boundary_t: float | None  # of its teacher
+    base_of: dict[str, int]  # role -> branch of the teacher that it is on
     file: object  # student.safetensors, open
 
 
-class Expert(NamedTuple):
-    """One phase of a student, on its way out."""
-
-    phase: object
-    role: str
-    e: int  # the teacher's expert
-    noise: str  # high or low, where the base is two transformers
-
-    @property
-    def stem(self) -> str:
-        """Name of its file."""
-        return f"{self.noise}_noise_model" if self.noise else f"phase{self.phase.k}"
+# -- export --------------------------------------------------------------------------------------
 
 
-def experts_of(phases: list, homes: dict[str, int], boundary: float | None) -> list[Expert]:
-    """The experts of a student. Raises UserError where other tools would ask the wrong one."""
-    found = []
-    for phase in phases:
-        role = f"student{phase.k}"
-        noise = ("high", "low")[homes[role] - 1] if boundary else ""
-        found.append(Expert(phase, role, homes[role], noise))
-    if boundary:
-        check_routing(found, boundary)
-    return found
+def export_student(student: Student, out: Path) -> list[Path]:
+    """Write a student's files and their card to a new folder. Returns their paths."""
+    cfg, phases = student.cfg, student.phases
+    check_exportable(phases, student.base_of, student.boundary_t)
+    if out.is_file() or (out.exists() and any(out.iterdir())):
+        raise UserError(f"--export: {out} is not empty; choose another folder")
+    is_full = cfg.generator == "full" or bool(cfg.teacher_lora)
+    make_tensors = full_tensors if is_full else lora_tensors
+    with whole_folder(out) as part:
+        metadata = [file_metadata(student, phase) for phase in phases]
+        for phase, entry in zip(phases, metadata):
+            file = part / f"{file_stem(student, phase)}.safetensors"
+            save_file(make_tensors(student, phase), file, entry)
+        config = base_config(cfg)
+        if is_full and config.get("_class_name") in DIFFUSERS:
+            write_json(part / "config.json", config)
+        (part / "README.md").write_text(make_card(student, metadata, is_full))
+    return sorted(out.iterdir())
 
 
-def check_routing(experts: list[Expert], boundary: float) -> None:
-    """Raise UserError unless routing by t, as all tools do, is routing by step, as ours."""
-    for one in experts:
-        strays = [t for t in one.phase.t[:-1] if (t >= boundary) != (one.noise == "high")]
+def check_exportable(phases: list, base_of: dict[str, int], boundary_t: float | None) -> None:
+    """Raise UserError unless routing by t, as other tools do, is routing by step, as we do.
+
+    They call the high-noise transformer for t >= boundary_t, and load one LoRA for each of the two.
+    """
+    noises = []
+    for phase in phases if boundary_t else ():
+        branch = base_of[f"student{phase.k}"]
+        noises.append(NOISE[branch])
+        strays = [t for t in phase.t[:-1] if (t >= boundary_t) != (branch == 1)]
         if strays:
             raise UserError(
-                f"this student cannot be exported: phase {one.phase.k} takes the step at t x 1000 "
-                f"= {1000 * strays[0]:.4g} with the {one.noise}-noise transformer, and other tools "
-                f"choose by t, {1000 * boundary:.4g} and above is high noise; train with another "
-                "--shift or --phases"
+                f"cannot export: phase {phase.k} takes the step at t x 1000 = "
+                f"{1000 * strays[0]:.4g} with the {NOISE[branch]}-noise transformer, but other "
+                f"tools take the high-noise one from {1000 * boundary_t:.4g} on; "
+                "train with another --shift or --phases"
             )
-    by_noise = [one.noise for one in experts]
-    if len(set(by_noise)) < len(by_noise):
-        k = next(one.phase.k for one in experts if by_noise.count(one.noise) > 1)
-        raise UserError(
-            f"this student cannot be exported: phases {k} and {k + 1} are both on the "
-            f"{by_noise[k - 1]}-noise transformer, and other tools load one LoRA for each; "
-            f"sample it here, or train with --phases 2"
-        )
+        if noises[-1] in noises[:-1]:
+            raise UserError(
+                f"cannot export: phases {phase.k - 1} and {phase.k} are both on the {noises[-1]}"
+                "-noise transformer, and other tools load one LoRA for each; train with --phases 2"
+            )
+
+
+def file_stem(student: Student, phase) -> str:
+    """Name of an expert's file: high_noise_model, low_noise_model, as Lightning, or phase1, ..."""
+    branch = student.base_of[f"student{phase.k}"]
+    return f"{NOISE[branch]}_noise_model" if student.boundary_t else f"phase{phase.k}"
+
+
+def lora_tensors(student: Student, phase) -> dict[str, Tensor]:
+    """An expert's LoRA under the published names."""
+    prefix = "" if teacher_spec(student.cfg.teacher).network is QwenImage else "diffusion_model."
+    role, tensors = f"student{phase.k}", {}
+    for name in student.file.keys():
+        owner, _, parameter = name.partition("/")
+        if owner == role:
+            layer, part = parameter.rsplit(".", 1)
+            tensors[f"{prefix}{layer}.lora_{part}.weight"] = student.file.get_tensor(name)
+            tensors[f"{prefix}{layer}.alpha"] = torch.tensor(float(student.cfg.alpha))
+    return tensors
+
+
+def full_tensors(student: Student, phase) -> dict[str, Tensor]:
+    """All parameters of an expert; bf16, but float32 where its port is, as in norms of Wan."""
+    cfg, role = student.cfg, f"student{phase.k}"
+    branch, own = student.base_of[role], weights.student_weights(cfg, student.file, role)
+    if own.full:
+        net = meta_network(cfg, branch, torch.bfloat16).requires_grad_(False)
+        weights.load_tensors(net, own.full(), "cpu")
+    else:
+        path = branch_paths(cfg.teacher, *cfg.weights)[0][branch - 1]
+        merged = lora.sort_high_low(cfg.teacher_lora)[branch - 1]
+        deltas = {f"{layer}.weight": lora.delta_of(x) for layer, x in own.factors.items()}
+        net = weights.load(path, teacher=cfg.teacher, teacher_lora=merged, deltas=deltas)
+    return {name: p.data for name, p in net.named_parameters()}
+
+
+def base_config(cfg) -> dict:
+    """config.json of the base, {} if it has none."""
+    if is_random(cfg):
+        return {}
+    path = branch_paths(cfg.teacher, *cfg.weights)[0][0]
+    file = (path.parent if path.is_file() else path) / "config.json"
+    return read_json(file, "download it again") if file.is_file() else {}
+
+
+@contextmanager
+def whole_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill. It becomes `out` at the end, or is removed if anything fails."""
+    part = out.resolve().with_name(out.name + ".part")
+    try:
+        part.mkdir(parents=True)
+    except OSError as error:
+        raise cannot_write(part, error) from error
+    try:
+        yield part
+        if out.exists():
+            out.rmdir()  # empty
+        part.rename(out)
+    except BaseException as error:  # Ctrl-C too
+        shutil.rmtree(part, ignore_errors=True)
+        if isinstance(error, (OSError, SafetensorError)):
+            raise cannot_write(out, error) from error
+        raise
 
 
 # -- what a file says of itself ------------------------------------------------------------------
 
 
-def metadata(student: Student, one: Expert) -> dict[str, str]:
-    """Strings for the header of an expert's file."""
-    cfg, phase = student.cfg, one.phase
-    times = [t for p in student.phases for t in p.t[:-1]] + [0.0]
-    low, high = min(p.u[0] for p in phase.parts), max(p.u[1] for p in phase.parts)
-    about = {
-        "format": "pt", "paper": PAPER, "teacher": cfg.teacher, "base": base_name(cfg),
-        "base_fingerprint": fingerprint(cfg, one.e), "phase": str(phase.k),
-        "phases": str(cfg.phases), "steps": json.dumps(list(range(phase.first, phase.last))),
-        "times": json.dumps(times), "shift": str(cfg.shift), "expert": str(one.e),
-        "interval": f"{cfg.interval}, unshifted {low:.4g} to {high:.4g}",
-        "timestep_rounding": "bf16" if rounds(cfg) else "none",
-    }  # fmt: skip
-    about |= {"noise": one.noise, "boundary": str(student.boundary)} if one.noise else {}
+def file_metadata(student: Student, phase) -> dict[str, str]:
+    """The header's strings: what sample.py --lora needs to know, and what a reader wants to."""
+    cfg, branch = student.cfg, student.base_of[f"student{phase.k}"]
+    ends = [u for interval in phase.intervals for u in interval.u]
+    rounds = teacher_spec(cfg.teacher).network is QwenImage and cfg.dtype == "bf16"
+    metadata = {
+        "format": "pt",
+        "paper": PAPER,
+        "teacher": cfg.teacher,
+        "base": base_name(cfg),
+        "base_fingerprint": base_fingerprint(cfg, branch),
+        "branch": str(branch),
+        "phase": str(phase.k),
+        "phases": str(cfg.phases),
+        "steps": json.dumps(list(range(phase.first, phase.last))),
+        "times": json.dumps([t for p in student.phases for t in p.t[:-1]] + [0.0]),
+        "shift": str(cfg.shift),
+        "interval": f"{cfg.interval}, unshifted {min(ends):.4g} to {max(ends):.4g}",
+        "timestep_rounding": "bf16" if rounds else "none",
+    }
+    if student.boundary_t:
+        metadata |= {"noise": NOISE[branch], "boundary": str(student.boundary_t)}
     if cfg.generator == "lora":
-        about |= {"rank": str(cfg.rank), "alpha": str(cfg.alpha)}
-    if cfg.teacher_lora:  # merged, with full weights
-        about["base_lora"] = Path(lora.high_first(cfg.teacher_lora)[one.e - 1]).name
-    return about
+        metadata |= {"rank": str(cfg.rank), "alpha": str(cfg.alpha)}
+    if cfg.teacher_lora:
+        metadata["base_lora"] = Path(lora.sort_high_low(cfg.teacher_lora)[branch - 1]).name
+    return metadata
 
 
 def base_name(cfg) -> str:
-    """What a base is called: as published, or the user's folder."""
-    published = weights.row_of(cfg.teacher).repository
-    if large.is_random(cfg):
-        return f"{cfg.teacher}, random"
-    if not (cfg.weights or published):
-        return f"{cfg.teacher}, of this repository"
+    """The base as published, or the name of the user's folder."""
+    repository = teacher_spec(cfg.teacher).repository
+    if is_random(cfg) or not (cfg.weights or repository):
+        return f"{cfg.teacher} ({'random weights' if is_random(cfg) else 'of this repository'})"
     name = Path(cfg.weights[0]).name if cfg.weights else ""
-    return published if name in ("", published.split("/")[-1]) else name
+    return repository if name in ("", repository.split("/")[-1]) else name
 
 
-def fingerprint(cfg, e: int) -> str:
-    """Of the files of the teacher's expert; nothing of random ones."""
-    if large.is_random(cfg):
+def base_fingerprint(cfg, branch: int) -> str:
+    """Digest of the files of a branch of the teacher; "" for random weights."""
+    if is_random(cfg):
         return ""
-    files = weights.shards(weights.locate(cfg.teacher, *cfg.weights)[0][e - 1])
-    return sha256(" ".join(map(folder.fingerprint, files)).encode()).hexdigest()
+    files = weights.shards(branch_paths(cfg.teacher, *cfg.weights)[0][branch - 1])
+    return sha256(" ".join(map(file_digest, files)).encode()).hexdigest()
 
 
-def rounds(cfg) -> bool:
-    """Whether the student saw times rounded to bf16, as the pipeline of Qwen-Image feeds them."""
-    return weights.row_of(cfg.teacher).network is QwenImage and cfg.dtype == "bf16"
+# -- the card ------------------------------------------------------------------------------------
 
 
-# -- adapters ------------------------------------------------------------------------------------
+def make_card(student: Student, metadata: list[dict[str, str]], is_full: bool) -> str:
+    """Fill in the sections of export_card.md that fit: what the student is, how to run it."""
+    cfg, spec, two = student.cfg, teacher_spec(student.cfg.teacher), bool(student.boundary_t)
+    kind = "picture" if spec.network is QwenImage else "i2v" if spec.is_i2v else "video"
+    sections = ["head", "diffusers", f"{'full' if is_full else 'lora'} {'two' if two else 'one'}"]
+    sections += ["scheduler", kind, "comfyui"]
+    if two and not is_full and 1000 % cfg.steps == 0:
+        sections.append("lightx2v")
+        if (cfg.steps, cfg.shift, student.boundary_t) == (4, 5.0, spec.boundary):
+            sections.append("lightning")
+    if spec.folder:  # no other tool has this base
+        sections = ["head"] if is_full else ["head", "here"]
+    text = dict(re.findall(r"<!-- (.+?) -->\n(.*?)(?=<!-- |\Z)", CARD.read_text(), re.S))
+    values = {name: format_value(value) for name, value in vars(cfg).items()}
+    card = "".join(text[name] for name in sections)
+    return Template(card).substitute(values | card_values(student, metadata, is_full))
 
 
-def lora_files(student: Student, one: Expert, bf16: bool) -> dict[Path, dict[str, Entry]]:
-    """path -> entries of an expert's LoRA, and of its twin. Never what a consumer would refuse."""
-    entries = lora_entries(student, one, torch.float32)
-    wan = weights.row_of(student.cfg.teacher).network is Wan
-    refused = lora.refusals(dict.fromkeys(entries, "F32"), wan)
-    assert not any(refused.values()), refused
-    name = f"{one.stem}.safetensors"
-    twin = {Path("bf16") / name: lora_entries(student, one, torch.bfloat16)} if bf16 else {}
-    return {Path(name): entries} | twin
+def card_values(student: Student, metadata: list[dict[str, str]], is_full: bool) -> dict[str, str]:
+    """The placeholders of export_card.md that are not settings of the run."""
+    cfg, spec, phases = student.cfg, teacher_spec(student.cfg.teacher), student.phases
+    qwen, two = spec.network is QwenImage, bool(student.boundary_t)
+    stems = [file_stem(student, phase) for phase in phases]
+    *frames, height, width = cfg.size[0].partition(":")[0].split("x")
+    frames, base = frames[0] if frames else cfg.frames, metadata[0]["base"]
+    settings = f"num_inference_steps={cfg.steps}, height={height}, width={width}, "
+    settings += "true_cfg_scale=1.0" if qwen else f"guidance_scale=1.0, num_frames={frames}"
+    rows, nodes = [], []
+    for phase, stem, entry in zip(phases, stems, metadata):
+        steps = ", ".join(str(i + 1) for i in range(phase.first, phase.last))
+        rows.append(f"| {stem}.safetensors | {phase.k} | {steps} | {entry['interval']} |")
+        noise, leftover = ("enable" if x else "disable" for x in (phase.k == 1, phase.s > 0))
+        nodes.append(f"| {stem} | {phase.first} | {phase.last} | {noise} | {leftover} |")
+    pipeline = "QwenImage" if qwen else "WanImageToVideo" if spec.is_i2v else "Wan"
+    return dict(
+        base=base,
+        base_model=f"base_model: {base}\n" * (base == spec.repository),
+        merged=f" with {metadata[0]['base_lora']}" if cfg.teacher_lora else "",
+        trained="all parameters"
+        if cfg.generator == "full"
+        else f"LoRA of rank {cfg.rank}, alpha {format_value(cfg.alpha)}",
+        times=", ".join(f"{1000 * t:.6g}" for t in json.loads(metadata[0]["times"])[:-1]),
+        rounding=metadata[0]["timestep_rounding"],
+        paper=PAPER,
+        rows="\n".join(rows),
+        nodes="\n".join(nodes),
+        pipeline=f"{pipeline}Pipeline",
+        network="QwenImageTransformer2DModel" if qwen else "WanTransformer3DModel",
+        experts=json.dumps([stem for p, stem in zip(phases, stems) for _ in p.t[:-1]]),
+        settings=settings + ("" if two else ", callback_on_step_end=switch"),
+        width_height=f"({width}, {height})",
+        fps=str(spec.fps),
+        loader="UNETLoader with" if is_full else "LoraLoaderModelOnly (strength 1) with",
+        shift_node="ModelSamplingAuraFlow" if qwen else "ModelSamplingSD3",
+        unshifted=json.dumps([1000 * (cfg.steps - i) // cfg.steps for i in range(cfg.steps)]),
+        first_low=str(phases[0].last),
+        task="i2v-A14B" if spec.is_i2v else "t2v-A14B",
+    )
 
 
-def lora_entries(student: Student, one: Expert, dtype: torch.dtype) -> dict[str, Entry]:
-    """The keys that every consumer takes: lora_down, lora_up, alpha, under published names."""
-    wan = weights.row_of(student.cfg.teacher).network is Wan
-    prefix, entries = "diffusion_model." if wan else "", {}
-    alpha = torch.tensor(float(student.cfg.alpha))
-    for name in student.file.keys():
-        role, _, parameter = name.partition("/")
-        if role == one.role:
-            layer, part = parameter.rsplit(".", 1)
-            shape = tuple(student.file.get_slice(name).get_shape())
-            read = partial(student.file.get_tensor, name)
-            entries[f"{prefix}{layer}.lora_{part}.weight"] = Entry(dtype, shape, read)
-            entries[f"{prefix}{layer}.alpha"] = Entry(torch.float32, (), lambda: alpha)
-    return entries
+# -- LoRA files as roles -------------------------------------------------------------------------
 
 
-# -- full weights --------------------------------------------------------------------------------
+class LoraPlan(NamedTuple):
+    """LoRA files on a published base: which role takes which step."""
+
+    roles: list[str]  # of each step
+    times: tuple[float, ...]
+    base_of: dict[str, int]  # role -> branch of the teacher that it is on
+    weights_of: Callable[[str], RoleWeights]
 
 
-def full_files(student: Student, one: Expert, place: Path, bf16: bool) -> dict:
-    """path -> entries of an expert's full weights: the base's files, names and dtypes, or bf16.
+def assign_loras(
+    cfg, paths: list[Path], steps_given: bool, times: tuple[float, ...], boundary_t: float | None
+) -> LoraPlan:
+    """Which file takes which steps: by its metadata if we exported it, else by t.
 
-    A tensor is read when its turn comes: neither the base nor the result is ever in memory.
+    steps_given: the user asked for other steps than such metadata have.
     """
-    source = source_of(student, one)
-    net, stored = weights.plan(source, torch.bfloat16, student.cfg.teacher)
-    change, found = changed(student, one, net), {}
-    for name, there in stored.items():
-        path = place if source.is_file() else place / there.file.name
-        dtype = weights.dtype_of(name, net) if bf16 else weights.DTYPES[there.dtype]
-        entry = Entry(dtype, there.shape, partial(change, name, there))
-        found.setdefault(path, {})[there.key] = entry
-    return found
+    files = []
+    for path in paths:
+        files += sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    metadata = [lora.read_metadata(file) for file in files]
+    for file, entry in zip(files, metadata):
+        if not file.is_file():
+            raise UserError(f"--lora: {file} does not exist; name LoRA files or their folder")
+        if entry.get("teacher", cfg.teacher) != cfg.teacher:
+            raise UserError(f"{file} is for {entry['teacher']}, not for {cfg.teacher}")
+    exported = bool(files) and all("times" in entry for entry in metadata)
+    if exported and not steps_given:
+        plan = lora.files_by_metadata(files, 2 if boundary_t else 1)
+        for role, file in plan.files.items():
+            digest = lora.read_metadata(file).get("base_fingerprint")
+            if digest != base_fingerprint(cfg, plan.base_of[role]):
+                print(f"note: {file.name} was made on other files of the base than these")
+    else:
+        if exported:
+            print(f"note: these files are for t = {metadata[0]['times']}, not for the steps asked")
+        plan = lora.files_by_time(files, times, boundary_t)
 
+    def weights_of(role: str) -> RoleWeights:
+        net = meta_network(cfg, plan.base_of[role])
+        return RoleWeights(*lora.split_deltas(weights.read_lora(net, plan.files[role]), net))
 
-def source_of(student: Student, one: Expert) -> Path:
-    """The base's folder, or file, of an expert."""
-    return weights.locate(student.cfg.teacher, *student.cfg.weights)[0][one.e - 1]
-
-
-def places_of(student: Student, experts: list[Expert]) -> list[Path]:
-    """Where each expert's full weights go: as the base has them, in own folders if alike."""
-    inside = {name for names in weights.LAYOUTS for name in names}
-    places = []
-    for one in experts:
-        source = source_of(student, one)
-        root = Path() if one.noise else Path(f"phase{one.phase.k}")
-        named = source.is_file() or source.name in inside
-        places.append(root / source.name if named else root)
-    if len(set(places)) < len(places):
-        places = [Path(one.stem) / place for one, place in zip(experts, places)]
-    return places
-
-
-def changed(student: Student, one: Expert, net) -> Callable:
-    """change(name, where it is in the base) -> the parameter as the expert has it."""
-    cfg, read = student.cfg, student.file.get_tensor
-    if cfg.generator == "full":
-        return lambda name, there: read(f"{one.role}/{name}")
-    held, scale, merges = set(student.file.keys()), cfg.alpha / cfg.rank, []
-    if cfg.teacher_lora:
-        merges.append(weights.read_lora(net, Path(lora.high_first(cfg.teacher_lora)[one.e - 1])))
-
-    def change(name: str, there) -> Tensor:
-        with weights.opened(there.file) as shard:
-            tensor = weights.merged(shard.get_tensor(there.key), name, merges)
-        layer = f"{one.role}/{name.removesuffix('.weight')}"
-        if f"{layer}.up" not in held or not name.endswith(".weight"):
-            return tensor
-        return tensor.float().addmm(read(f"{layer}.up"), read(f"{layer}.down"), alpha=scale)
-
-    return change
-
-
-def beside(source: Path, size: int) -> dict[str, dict]:
-    """name -> contents of the config and the index of a base's folder; the index with its size."""
-    found = {}
-    for file in sorted(source.glob("*.json")) if source.is_dir() else ():
-        found[file.name] = said = files.read_json(file, "download it again")
-        if file.name.endswith(".index.json"):
-            said["metadata"] = said.get("metadata", {}) | {"total_size": size}
-    return found
-
-
-# -- the whole -----------------------------------------------------------------------------------
-
-
-def export(student: Student, out: Path, merge: bool, bf16: bool) -> list[Path]:
-    """Write a student's files and their card, all or none; returns them. Raises UserError."""
-    experts = experts_of(student.phases, student.homes, student.boundary)
-    full = check_kind(student.cfg, merge)
-    places = places_of(student, experts) if full else []
-    said = [metadata(student, one) for one in experts]  # once: it reads pieces of the base
-    planned = {}  # path -> entries, metadata
-    for i, one in enumerate(experts):
-        made = full_files(student, one, places[i], bf16) if full else lora_files(student, one, bf16)
-        assert not planned.keys() & made.keys()
-        planned |= {path: (entries, said[i]) for path, entries in made.items()}
-    sizes = {path: sum(map(nbytes, entries.values())) for path, (entries, _) in planned.items()}
-    check_place(out, sum(sizes.values()))
-    with whole_folder(out) as part:
-        for path, (entries, about) in planned.items():
-            write_entries(part / path, entries, about)
-        for one, place in zip(experts, places):
-            size = sum(n for path, n in sizes.items() if place in path.parents)
-            for name, content in beside(source_of(student, one), size).items():
-                write_json(part / place / name, content)
-        diffusers = full and is_diffusers(source_of(student, experts[0]))
-        text = card.text(student, experts, said, places, diffusers)
-        write(part / "README.md", text.encode())
-    return sorted(path for path in out.rglob("*") if path.is_file())
-
-
-def check_kind(cfg, merge: bool) -> bool:
-    """Whether full weights are to be written. Raises UserError where that, or a LoRA, cannot be."""
-    full = merge or cfg.generator == "full"
-    if merge and cfg.generator == "full":
-        raise UserError("--merge is for adapters; a full student is exported as full weights")
-    if full and large.is_random(cfg):
-        raise UserError("full weights follow the files of a base, and random ones have none")
-    if cfg.teacher_lora and not full:
-        raise UserError("this student belongs to its base with --teacher-lora, and other tools "
-                        "would load it without; --merge writes all three as one")  # fmt: skip
-    return full
-
-
-def is_diffusers(source: Path) -> bool:
-    """Whether the config of a base is of the layout of diffusers."""
-    config = source / "config.json"
-    kind = files.read_json(config, "").get("_class_name") if config.is_file() else None
-    return kind in ("WanTransformer3DModel", "QwenImageTransformer2DModel")
-
-
-def nbytes(entry: Entry) -> int:
-    """Of a tensor in a file."""
-    return entry.dtype.itemsize * torch.Size(entry.shape).numel()
-
-
-def check_place(out: Path, size: int) -> None:
-    """Raise UserError where the files would meet others, or a disk without room."""
-    try:
-        held = sorted(path.name for path in out.iterdir()) if out.exists() else []
-    except OSError as error:
-        raise UserError(f"--export {out}: {error.strerror}; choose another folder") from error
-    if held or out.resolve() == Path.cwd():
-        held = held or ["you"]
-        raise UserError(f"--export {out} holds other things ({held[0]}); choose another folder")
-    there = next(path for path in (out.resolve(), *out.resolve().parents) if path.exists())
-    free = shutil.disk_usage(there).free
-    if size > free:
-        raise UserError(f"--export {out} needs {size / 1e9:.4g} GB, {there} has {free / 1e9:.4g}")
-
-
-@contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill, which becomes `out` at the end, or is gone."""
-    out = out.resolve()
-    part = out.with_name(out.name + ".part")
-    if part.exists():
-        raise UserError(f"{part} is what a stopped export left; remove it")
-    try:
-        yield part
-        if out.exists():
-            out.rmdir()  # empty, as check_place saw
-        part.rename(out)
-    except BaseException as error:  # Ctrl-C too
-        shutil.rmtree(part, ignore_errors=True)
-        if isinstance(error, OSError):
-            raise files.cannot_write(out, error) from error
-        raise
+    for role, file in plan.files.items():  # all of them, before a base is loaded
+        if weights_of(role).deltas and is_random(cfg):
+            raise UserError(f"{file} changes layers that have no adapters; use published weights")
+    return LoraPlan(plan.roles, plan.times, plan.base_of, weights_of)

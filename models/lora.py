@@ -1,8 +1,13 @@
-"""Low-rank adapters: a role is an argument of the call, never a state of the network."""
+"""Low-rank adapters, and the LoRA files of all trainers.
+
+The name of an adapter is an argument of the call, never a state of the network: a block that is
+recomputed in backward must use the adapter that it used in forward.
+"""
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,12 +17,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from models import parallel
-from models.draws import stream
-from models.files import UserError, first_line
+from models.common import UserError, first_line, stream
 
 
 class Linear(nn.Linear):
-    """y = W x + b in the dtype of x, plus alpha / rank up(down(x)) of the adapter that is named."""
+    """y = W x + b in the dtype of x, plus alpha / rank up(down(x)) of the adapter of this name."""
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs)
@@ -29,7 +33,7 @@ class Linear(nn.Linear):
 
 
 class Adapter(nn.Module):
-    """alpha / rank up down x, float32 weights."""
+    """alpha / rank up down x, with float32 weights that compute in the dtype of x."""
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float, device=None):
         super().__init__()
@@ -42,39 +46,59 @@ class Adapter(nn.Module):
         return F.linear(F.linear(x, self.down.to(x.dtype)), self.scale * self.up.to(x.dtype))
 
 
-def adapted(net: nn.Module) -> dict[str, Linear]:
-    """The linear layers of a port that adapters are for, by name."""
-    named = net.named_modules()
-    return {key: m for key, m in named if isinstance(m, Linear) and net.adapted(key)}
-
-
-def add_adapter(net: nn.Module, name: str, rank: int = 64, alpha: float = 8, device=None) -> None:
-    """Give every adapted layer a place for an adapter of this name, if it has none."""
-    for layer in adapted(net).values():
-        if name not in layer.adapters:
-            layer.adapters[name] = Adapter(layer, rank, alpha, device)
-
-
-def parameters(net: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    """Those of the adapter of this name."""
-    found = {key: layer.adapters[name] for key, layer in adapted(net).items()}
-    return {f"{key}.{x}": p for key, one in found.items() for x, p in one.named_parameters()}
-
-
 class Factors(NamedTuple):
-    """What an adapter is: it adds scale up down x."""
+    """The low-rank change of one layer: W + scale up down."""
 
     up: Tensor  # (outputs, rank) float32
     down: Tensor  # (rank, inputs) float32
     scale: float  # alpha / rank
 
 
-def attach(net: nn.Module, name: str, factors: dict[str, Factors], device=None) -> None:
-    """Give every adapted layer an adapter of this name, whose factors are these, frozen.
+def adapted_layers(net: nn.Module) -> dict[str, Linear]:
+    """The linear layers that published LoRAs adapt, by name."""
+    return {
+        name: module
+        for name, module in net.named_modules()
+        if isinstance(module, Linear) and net.adapted(name)
+    }
 
-    device: where a layer computes, if its weights may be elsewhere by now.
+
+def add_adapter(net: nn.Module, name: str, rank: int = 64, alpha: float = 8, device=None) -> None:
+    """Add an adapter of this name to every adapted layer that has none. It has no values yet."""
+    for layer in adapted_layers(net).values():
+        if name not in layer.adapters:
+            layer.adapters[name] = Adapter(layer, rank, alpha, device)
+
+
+def adapter_parameters(net: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """The parameters of the adapter of this name: blocks.0.ffn.0.down, blocks.0.ffn.0.up, ..."""
+    return {
+        f"{key}.{part}": p
+        for key, layer in adapted_layers(net).items()
+        for part, p in layer.adapters[name].named_parameters()
+    }
+
+
+def start_adapter(
+    net: nn.Module, name: str, key: tuple, rank: int = 64, alpha: float = 8, device=None
+) -> dict[str, nn.Parameter]:
+    """Add an adapter, or start it again in place. Returns its parameters.
+
+    up is 0, so the network computes what it did before; down comes from the random stream of key.
     """
-    for key, layer in adapted(net).items():
+    add_adapter(net, name, rank, alpha, device)
+    rng = stream(*key)
+    for layer in adapted_layers(net).values():
+        adapter = layer.adapters[name]
+        down = torch.randn(rank, layer.in_features, generator=rng) / rank  # on the CPU
+        parallel.copy_to_local(adapter.down, down)
+        parallel.local(adapter.up.detach()).zero_()
+    return adapter_parameters(net, name)
+
+
+def attach(net: nn.Module, name: str, factors: dict[str, Factors], device=None) -> None:
+    """Add a frozen adapter with these factors, one for every adapted layer."""
+    for key, layer in adapted_layers(net).items():
         up, down, scale = factors[key]
         layer.adapters[name] = adapter = Adapter(layer, len(down), 1.0, device)
         adapter.requires_grad_(False)
@@ -83,126 +107,78 @@ def attach(net: nn.Module, name: str, factors: dict[str, Factors], device=None) 
         adapter.down.copy_(down)
 
 
-def has_adapter(net: nn.Module, name: str) -> bool:
-    """Whether the adapted layers have one of this name."""
-    return any(name in layer.adapters for layer in adapted(net).values())
+# -- LoRA files ----------------------------------------------------------------------------------
 
-
-def start_adapter(
-    net: nn.Module, name: str, where: tuple, rank: int = 64, alpha: float = 8, device=None
-) -> dict[str, nn.Parameter]:
-    """Give every adapted linear layer of a port an adapter of this name, or start it anew in place.
-
-    down is a function of `where`, up is 0: the adapter changes nothing yet. Returns its parameters.
-    """
-    add_adapter(net, name, rank, alpha, device)
-    draws = stream(*where)
-    for layer in adapted(net).values():
-        adapter = layer.adapters[name]
-        drawn = torch.randn(rank, layer.in_features, generator=draws) / rank  # on the CPU
-        parallel.put(adapter.down, drawn)
-        parallel.part(adapter.up.detach()).zero_()
-    return parameters(net, name)
-
-
-# -- files of others -----------------------------------------------------------------------------
-
-# lora_down / lora_up and lora_A / lora_B are two words for the same two factors
+# lora_down / lora_up and lora_A / lora_B are two names of the same two factors
 SUFFIX = re.compile(
     r"\.(?:(?P<down>lora_down|lora_A)|(?P<up>lora_up|lora_B))(?:\.default)?\.weight$"
     r"|\.(?P<alpha>alpha)$|\.(?P<diff>diff|diff_b|diff_m)$"
 )
+DIFFS = {"diff": ".weight", "diff_b": ".bias", "diff_m": ".modulation"}
 
 
-def high_first(files) -> list:
-    """Two files in the order high noise, low noise, if one says it; as they come otherwise.
-
-    Raises UserError where both say the same.
-    """
-    says = [noise_of(file) for file in files]
-    if len(says) == 2 and says[0] == says[1] != "":
-        raise UserError(f"{files[0]} and {files[1]} are both of {says[0]} noise; name one of each")
-    swapped = len(says) == 2 and (says[0] == "low" or says[1] == "high")
-    return list(files)[::-1] if swapped else list(files)
-
-
-NOISE = re.compile(r"(high|low)[-_ ]?noise", re.I)  # as names say it, before anything else
-WORD = re.compile(  # High, -low-, LOW; not slow, FLOW, lower
-    r"((?<![a-zA-Z])(?:high|low)|High|Low)(?![a-z])|(?<![a-zA-Z])(HIGH|LOW)(?![a-zA-Z])"
-)
-
-
-def noise_of(file) -> str:
-    """high, low, or nothing: by the metadata that models/export.py writes, or the file's name."""
-    said, name = metadata(file).get("noise"), Path(file).name
-    found = NOISE.findall(name) or ["".join(words) for words in WORD.findall(name)]
-    words = {word.lower() for word in found}
-    return said or (words.pop() if len(words) == 1 else "")
-
-
-def metadata(file) -> dict[str, str]:
-    """What the header of a file says besides tensors; nothing where there is no such file."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            return opened.metadata() or {}
-    except (OSError, SafetensorError, ValueError):
-        return {}
-
-
-class Change(NamedTuple):
-    """What a file does to one parameter."""
+class Delta(NamedTuple):
+    """The change of one parameter."""
 
     shape: tuple  # that the parameter must have
-    merge: Callable[[Tensor], Tensor]  # W -> W + alpha / rank up down
-    factors: Factors | None = None  # where it is of that kind
+    apply: Callable[[Tensor], Tensor]  # W float32 -> W + alpha / rank up down
+    factors: Factors | None = None  # if it is of low rank
 
 
-def split(changes: dict[str, Change], net: nn.Module) -> tuple[dict[str, Factors], dict]:
-    """A file's changes as adapters of all adapted layers, and the rest, which must be merged.
+def delta_of(factors: Factors) -> Delta:
+    """The change that these factors make, to be merged into a weight."""
+    up, down, scale = factors
+    shape = (len(up), down.shape[1])
+    return Delta(shape, lambda weight: weight.addmm(up, down, alpha=scale), factors)
 
-    As adapters they keep float32 factors over a bf16 base. None, where a layer has none.
+
+def split_deltas(
+    deltas: dict[str, Delta], net: nn.Module
+) -> tuple[dict[str, Factors], dict[str, Delta]]:
+    """A file's changes as (factors by adapted layer, the rest, which must be merged).
+
+    As an adapter the factors stay float32 over a bf16 base. If one adapted layer has no factors
+    there is no adapter, and everything is merged.
     """
-    layers = {f"{key}.weight": key for key in adapted(net)}
-    found = {
-        k: changes[w].factors for w, k in layers.items() if w in changes and changes[w].factors
-    }
-    if len(found) < len(layers):
-        return {}, changes
-    return found, {name: change for name, change in changes.items() if name not in layers}
+    layers = {f"{name}.weight": name for name in adapted_layers(net)}
+    factors = {layers[key]: d.factors for key, d in deltas.items() if key in layers and d.factors}
+    if len(factors) < len(layers):
+        return {}, deltas
+    return factors, {key: delta for key, delta in deltas.items() if key not in layers}
 
 
-def read(path: Path, aliases: dict[str, str]) -> dict[str, Change]:
-    """name of a parameter -> the file's change of it.
+def read_deltas(path: Path, aliases: dict[str, str]) -> dict[str, Delta]:
+    """Read a LoRA file: name of a parameter -> its change.
 
-    aliases: every name of a layer -> ours. Without alpha the scale is 1, or what the metadata
-    of diffusers says; .diff, .diff_b, .diff_m are whole changes of weight, bias, modulation.
-    Raises UserError for a file that is no LoRA of this network.
+    aliases: every name that a file may use for a layer -> ours. Without an alpha the scale is 1,
+    or that of diffusers' metadata. .diff, .diff_b, .diff_m change a whole weight, bias, modulation.
     """
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key).float() for key in file.keys()}
-            about = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        metadata = json.loads(read_metadata(path).get("lora_adapter_metadata", "{}"))
     except (OSError, SafetensorError, ValueError) as error:
         raise UserError(f"cannot read {path} ({first_line(error)}); name a LoRA file") from error
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
-        module, part = place(key, aliases)
-        if not module:
-            raise UserError(f"{path}: {key} is of no layer of this network")
-        if part in layers.setdefault(module, {}):
-            raise UserError(f"{path}: {key} is there twice, under two names")
+        layer, part = parse_key(key, aliases)
+        if not layer:
+            raise UserError(f"{path}: {key} is not a LoRA of a layer of this network")
+        if part in layers.setdefault(layer, {}):
+            raise UserError(f"{path}: {key} is there twice, under two names; keep one")
         if not tensor.isfinite().all():
-            raise UserError(f"{path}: {key} is not finite")
-        layers[module][part] = tensor
+            raise UserError(f"{path}: {key} has values that are not finite; use another file")
+        layers[layer][part] = tensor
     if not layers:
-        raise UserError(f"{path} holds no tensor")
-    alpha = alpha_of(about, path)
-    changes = [changes_of(module, parts, alpha, path) for module, parts in layers.items()]
-    return {name: change for found in changes for name, change in found.items()}
+        raise UserError(f"{path} has no tensors; name a LoRA file")
+    alpha, deltas = metadata_alpha(metadata, path), {}
+    for layer, parts in layers.items():
+        deltas |= layer_deltas(layer, parts, alpha, path)
+    return deltas
 
 
-def place(key: str, aliases: dict[str, str]) -> tuple[str, str]:
-    """Our name of the layer that a key belongs to, and which part of its change it is."""
+def parse_key(key: str, aliases: dict[str, str]) -> tuple[str, str]:
+    """Our name of the layer of a key ("" if it has none), and the part: up, down, alpha, diff..."""
     suffix = SUFFIX.search(key)
     if not suffix:
         return "", ""
@@ -210,122 +186,127 @@ def place(key: str, aliases: dict[str, str]) -> tuple[str, str]:
     return aliases.get(module, ""), suffix["diff"] or suffix.lastgroup
 
 
-def alpha_of(about, path: Path) -> float | None:
-    """The alpha of diffusers' metadata. Raises UserError for what it may say besides."""
-    if not isinstance(about, dict):
-        raise UserError(f"{path}: its lora_adapter_metadata is no JSON object")
-    about = {key.removeprefix("transformer."): value for key, value in about.items()}
-    unknown = [key for key in ("alpha_pattern", "use_rslora", "use_dora") if about.get(key)]
-    if unknown:
-        raise UserError(f"{path}: {unknown[0]} in its metadata is not supported")
-    alpha = about.get("lora_alpha")
-    if alpha is not None and type(alpha) not in (int, float):
-        raise UserError(f"{path}: lora_alpha {alpha!r} in its metadata is no number")
-    return alpha
+def metadata_alpha(metadata: dict, path: Path) -> float | None:
+    """The alpha of diffusers' metadata. Raises UserError for scales that we do not apply."""
+    metadata = {key.removeprefix("transformer."): value for key, value in metadata.items()}
+    for key in ("alpha_pattern", "use_rslora", "use_dora"):
+        if metadata.get(key):
+            raise UserError(f"{path}: {key} in its metadata is not supported; use another file")
+    return metadata.get("lora_alpha")
 
 
-def changes_of(module: str, parts: dict[str, Tensor], alpha: float | None, path: Path) -> dict:
-    """The merges of one layer: what each of its parameters becomes."""
-    kinds = {"diff": ".weight", "diff_b": ".bias", "diff_m": ".modulation"}
-    changes = {module + kinds[kind]: adder(parts[kind]) for kind in kinds if kind in parts}
+def layer_deltas(
+    layer: str, parts: dict[str, Tensor], alpha: float | None, path: Path
+) -> dict[str, Delta]:
+    """The changes of one layer's parameters. alpha: of the file, if the layer has none."""
+    deltas = {}
+    for part, suffix in DIFFS.items():
+        if part in parts:
+            diff = parts[part]
+            deltas[layer + suffix] = Delta(tuple(diff.shape), lambda w, diff=diff: w + diff)
     if not {"up", "down", "alpha"} & set(parts):
-        return changes
+        return deltas
     up, down = parts.get("up"), parts.get("down")
     if up is None or down is None or "diff" in parts:
-        raise UserError(f"{path}: {module} needs both factors of its change, and nothing beside")
-    if up.ndim != 2 or down.ndim != 2 or up.shape[1] != down.shape[0] or not len(down):
-        raise UserError(f"{path}: {module} has factors {tuple(up.shape)} and {tuple(down.shape)}")
-    if "alpha" in parts and parts["alpha"].numel() != 1:
-        raise UserError(f"{path}: {module} has an alpha of {parts['alpha'].numel()} numbers")
-    rank = len(down)
-    own = parts["alpha"].item() if "alpha" in parts else alpha
-    scale = 1.0 if own is None else own / rank
-    merge = lambda w: w.addmm(up, down, alpha=scale)
-    change = Change((len(up), down.shape[1]), merge, Factors(up, down, scale))
-    return changes | {module + ".weight": change}
+        raise UserError(f"{path}: {layer}: a LoRA needs lora_up and lora_down, and no .diff")
+    if up.ndim != 2 or down.ndim != 2 or up.shape[1] != len(down):
+        shapes = f"{tuple(up.shape)} and {tuple(down.shape)}"
+        raise UserError(f"{path}: {layer}: expected up (out, rank), down (rank, in), got {shapes}")
+    alpha = parts["alpha"].item() if "alpha" in parts else alpha
+    scale = 1.0 if alpha is None else alpha / len(down)
+    return deltas | {layer + ".weight": delta_of(Factors(up, down, scale))}
 
 
-def adder(change: Tensor) -> Change:
-    """w -> w + change."""
-    return Change(tuple(change.shape), lambda w: w + change)
+# -- which file is for which branch, and for which steps -----------------------------------------
+
+NOISE = re.compile(r"(high|low)[-_ ]?noise", re.I)  # as most names say it
+WORD = re.compile(  # High, -low-, LOW; not slow, FLOW, lower
+    r"((?<![a-zA-Z])(?:high|low)|High|Low)(?![a-z])|(?<![a-zA-Z])(HIGH|LOW)(?![a-zA-Z])"
+)
 
 
-# -- who takes which file ------------------------------------------------------------------------
+def read_metadata(file: Path | str) -> dict[str, str]:
+    """The strings in the header of a safetensors file; {} if there is no such file."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            return opened.metadata() or {}
+    except (OSError, SafetensorError, ValueError):
+        return {}
 
 
-class Key(NamedTuple):
-    """A key of a LoRA file, taken apart."""
-
-    prefix: str  # diffusion_model. transformer. lora_unet_ or nothing
-    module: str
-    part: str  # up, down, alpha, diff
-    word: str  # lora_down, lora_up, lora_A, lora_B, alpha, diff
-
-
-def taken_apart(key: str) -> Key:
-    """The parts of a key. Raises UserError where its end is none of a LoRA's."""
-    suffix = SUFFIX.search(key)
-    if not suffix:
-        raise UserError(f"{key} ends in nothing that a LoRA has (lora_down.weight, lora_up.weight, "
-                        "lora_A.weight, lora_B.weight, alpha)")  # fmt: skip
-    head = re.match(r"diffusion_model\.|transformer\.|lora_unet_|", key)[0]
-    part = "diff" if suffix["diff"] else suffix.lastgroup
-    word = suffix[part] if part != "diff" else "diff"
-    return Key(head, key[len(head) : suffix.start()], part, word)
+def noise_of(file: Path | str) -> str:
+    """ "high", "low" or "": by the metadata that models/export.py writes, or by the file's name."""
+    name = Path(file).name
+    words = NOISE.findall(name) or ["".join(groups) for groups in WORD.findall(name)]
+    words = {word.lower() for word in words}
+    return read_metadata(file).get("noise") or (words.pop() if len(words) == 1 else "")
 
 
-def refusals(dtypes: dict[str, str], wan: bool) -> dict[str, str]:
-    """Consumer -> why it refuses a file, key -> dtype, or silently does the wrong thing.
-
-    As read in their code of 2025-11 to 2026-08; an empty reason: it takes the file.
-    """
-    found = [taken_apart(key) for key in dtypes]
-    float32 = all(
-        kind == "F32" for key, kind in zip(found, dtypes.values()) if key.part in ("up", "down")
-    )
-    prefixes, words = {key.prefix for key in found}, {key.word for key in found}
-    factors = {key.module for key in found if key.part in ("up", "down")}
-    scaled = {key.module for key in found if key.part == "alpha"}
-    ab, every, some = bool(words & {"lora_A", "lora_B"}), factors <= scaled, bool(scaled)
-    outside = [key for key in found if not re.match(r"(transformer_)?blocks[._]", key.module)]
-    renamed = any(re.search(r"attn[12][._]to_|ffn[._]net[._]", key.module) for key in found)
-    native = wan and renamed  # diffusers' names of Wan's layers
-    foreign = prefixes - {"diffusion_model.", ""}
-    reasons = {
-        "diffusers": [
-            (wan and "" in prefixes, "Wan's names without a prefix load nothing, or raise"),
-            (wan and some and bool(outside), f"it raises on alpha of {first(outside)}"),
-            (wan and any("patch_embedding" in key.module for key in outside),
-             "it raises on a change of patch_embedding"),
-            ("transformer." in prefixes and not ab,
-             "it doubles the prefix transformer. of lora_down and lora_up, and loads nothing"),
-            (not wan and not ab and not every, "lora_down and lora_up need an alpha"),
-            (not wan and ab and some, "it drops the alpha of lora_A and lora_B"),
-            ("diff" in words, "whole differences (.diff)"),
-        ],
-        "ComfyUI": [
-            (native, "it has no map for diffusers' names of Wan's layers"),
-            (wan and "" in prefixes, "Wan's names need the prefix diffusion_model."),
-            ("transformer." in prefixes, "it has no map for the prefix transformer."),
-        ],
-        "LightX2V": [
-            (native, "it knows the original names alone"),
-            (bool(foreign), f"it does not strip the prefix {min(foreign, default='')}"),
-        ],
-    }  # fmt: skip
-    if wan:
-        reasons["Wan2.2-Lightning"] = [
-            (native or bool(foreign), "it knows the original names alone"),
-            (ab, "it ignores lora_A and lora_B"),
-            (not every, "it needs an alpha for every layer"),
-            (not float32, "up and down must be float32"),
-            ("diff" in words, "whole differences (.diff)"),
-        ]
-    return {
-        who: next((reason for wrong, reason in rows if wrong), "") for who, rows in reasons.items()
-    }
+def sort_high_low(files: Iterable) -> list:
+    """Sort two files: high noise first. If neither says what it is, they keep their order."""
+    files = list(files)
+    noises = [noise_of(file) for file in files]
+    if len(files) == 2 and noises[0] == noises[1] != "":
+        raise UserError(f"{files[0]} and {files[1]} are both for {noises[0]} noise; name one each")
+    swapped = len(files) == 2 and (noises[0] == "low" or noises[1] == "high")
+    return files[::-1] if swapped else files
 
 
-def first(keys: list[Key]) -> str:
-    """The module of the first key, for a message."""
-    return keys[0].module if keys else ""
+class StepFiles(NamedTuple):
+    """Which LoRA file takes which steps."""
+
+    roles: list[str]  # the role of each step
+    times: tuple[float, ...]
+    base_of: dict[str, int]  # role -> branch whose network it is on
+    files: dict[str, Path]  # by role
+
+
+def files_by_time(
+    files: list[Path], times: tuple[float, ...], boundary_t: float | None
+) -> StepFiles:
+    """One file per transformer, chosen by t: LoRA files of other trainers."""
+    branches = 2 if boundary_t else 1
+    if len(files) != branches:
+        raise UserError(f"--lora: expected one file per transformer ({branches}), got {len(files)}")
+    by_role = {f"student{i}": file for i, file in enumerate(sort_high_low(files), 1)}
+    if branches == 2:
+        reason = "by metadata or name" if any(map(noise_of, files)) else "in the order given"
+        high, low = (file.name for file in by_role.values())
+        print(f"high noise: {high}, low noise: {low}, {reason}")
+    roles = [f"student{1 if not boundary_t or t >= boundary_t else 2}" for t in times[:-1]]
+    return StepFiles(roles, times, {role: int(role[-1]) for role in by_role}, by_role)
+
+
+def files_by_metadata(files: list[Path], branches: int) -> StepFiles:
+    """The files of a student that we exported: steps and times are those of their metadata."""
+    steps, base_of, by_role, students = [], {}, {}, set()
+    for file in files:
+        metadata = read_metadata(file)
+        try:
+            role, times = f"student{int(metadata['phase'])}", parse_times(metadata["times"])
+            steps += [(int(step), role) for step in json.loads(metadata["steps"])]
+            base_of[role], by_role[role] = int(metadata["branch"]), file
+            if not 1 <= base_of[role] <= branches:
+                raise ValueError(f"branch {base_of[role]}")
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            raise UserError(f"{file}: damaged metadata ({error}); export it again") from error
+        students.add(tuple(metadata.get(key) for key in ("times", "phases", "base", "boundary")))
+    if len(students) > 1:
+        raise UserError(f"{', '.join(f.name for f in files)} come from different students")
+    steps.sort()
+    if [i for i, _ in steps] != list(range(len(times) - 1)) or len(by_role) < len(files):
+        raise UserError(
+            f"--lora: expected one file for each of {metadata['phases']} phases, "
+            f"got {', '.join(sorted(by_role))}"
+        )
+    for role, file in sorted(by_role.items()):
+        print(f"{file.name}: {role}, by its metadata")
+    return StepFiles([role for _, role in steps], times, base_of, by_role)
+
+
+def parse_times(text: str) -> tuple[float, ...]:
+    """1 = t_0 > ... > t_N = 0 from JSON. Raises ValueError."""
+    times = tuple(map(float, json.loads(text)))
+    if times[0] != 1 or times[-1] != 0 or not all(a > b for a, b in pairwise(times)):
+        raise ValueError(f"times {times}")
+    return times

@@ -1,23 +1,22 @@
-"""One run on many processes: who computes which passes, and where the tensors are. All of it.
+"""One run on several processes: FSDP2, replicas of it on several nodes, and context parallelism.
 
-Passes of a batch are dealt out. Parameters, gradients and moments are cut by rows over the
-processes of a node (FSDP2), and every node has them all (HSDP). With --context-parallel P, groups
-of P share the tokens of each sample. Gradients and losses are sums: the numbers are those of one
-process. Others call the functions below, which do nothing where there is one process.
+The micro-batches of a batch are divided among the ranks. Parameters, gradients and moments are
+sharded by rows over the ranks of a node (FSDP2); every node has a replica (HSDP). With
+--context-parallel P, groups of P ranks share the tokens of a sample. Gradients and losses are
+sums, so the numbers are those of one process. With one process the functions below do nothing.
+
+This is the only module that imports torch.distributed. DTensor and FSDP are imported where they
+are used: that takes a second, and most runs have one process.
 """
 
-import contextlib
-import hashlib
-import json
 import os
-import select
+import re
 import signal
 import sys
-import threading
 import time
-import traceback
+from collections import defaultdict
 from collections.abc import Callable
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -25,478 +24,426 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
-from models import files
-from models.files import Interrupted, UserError, first_line
+from models import common
+from models.common import Interrupted, UserError
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where this process stands."""
+class Topology:
+    """How many ranks there are, and which one this is."""
 
     processes: int = 1
     nodes: int = 1
-    context: int = 1  # processes that share the tokens of a sample
-    index: int = 0
+    context_parallel: int = 1  # ranks that share the tokens of a sample
+    rank: int = 0
 
     @property
-    def shares(self) -> int:
-        """Parts that the passes of a batch are dealt into."""
-        return self.processes // self.context
+    def data_parallel(self) -> int:
+        return self.processes // self.context_parallel  # parts that a batch is divided into
 
     @property
-    def sharers(self) -> int:
-        """Processes that a tensor is cut over: those of a node."""
-        return self.processes // self.nodes
+    def shard_group(self) -> int:
+        return self.processes // self.nodes  # ranks that a tensor is sharded over
 
 
-here = Layout()
-groups: dict = {}  # of torch.distributed: "cut" and "tokens" (meshes), "passes", "patient", "store"
+topology = Topology()
+groups: dict = {}  # "store"; "shards" and "tokens" (meshes); "data", "long_timeout" (groups)
 
 
 # -- joining and leaving -------------------------------------------------------------------------
 
 
-def quiet() -> None:
-    """Of processes that torchrun started one speaks; tracebacks of the others still show."""
+def silence_other_ranks() -> None:
+    """Print only on rank 0 of the processes that torchrun started."""
     if int(os.environ.get("RANK", 0)):
         sys.stdout = sys.stderr = open(os.devnull, "w")
-        sys.excepthook = lambda *error: traceback.print_exception(*error, file=sys.__stderr__)
 
 
-def alone(program: str) -> None:
+def require_single_process(program: str) -> None:
     """Raise UserError under torchrun."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise UserError(f"this is for one process: python {program}, without torchrun")
+        raise UserError(f"{program} runs in one process: python {program}, without torchrun")
 
 
 @contextmanager
-def planned(text: str, context: int):
-    """Inside, this stands where a run on `8`, or `4x8` of 4 nodes, would: for plans. UserError.
+def pretend_topology(text: str, context: int):
+    """Pretend to be rank 0 of `8` processes or `4x8` (nodes x GPUs), so that --dry-run can plan.
 
-    Without a text: as many as torchrun started.
+    Without a text: of as many processes as torchrun started.
     """
-    global here
-    count, each = (int(os.environ.get(f"{name}WORLD_SIZE", 1)) for name in ("", "LOCAL_"))
-    text = text or f"{count // each}x{each}"
-    numbers = text.split("x")
-    if len(numbers) > 2 or not all(n.isdecimal() and 0 < int(n) < 10**5 for n in numbers):
-        raise UserError(f"--processes {text} is not a number, as 8, or NODESxEACH, as 4x8")
-    nodes, each = map(int, numbers if len(numbers) == 2 else ("1", *numbers))
-    before, here = here, laid_out(nodes * each, each, context)
+    global topology
+    started, per_node = (int(os.environ.get(f"{name}WORLD_SIZE", 1)) for name in ("", "LOCAL_"))
+    text = text or f"{started // per_node}x{per_node}"
+    match = re.fullmatch(r"(?:([1-9]\d{0,3})x)?([1-9]\d{0,3})", text)
+    if not match:
+        raise UserError(f"--processes: expected a number such as 8, or NODESxN, got {text}")
+    nodes, per_node = int(match[1] or 1), int(match[2])
+    before, topology = topology, make_topology(nodes * per_node, per_node, context)
     try:
         yield
     finally:
-        here = before
+        topology = before
 
 
-def laid_out(count: int, each: int, context: int, index: int = 0) -> Layout:
-    """count processes, `each` a node. Raises UserError where they cannot be laid out."""
-    if count % each:
-        raise UserError(f"{count} processes are not {each} on every node; nodes must be alike")
-    if context < 1 or each % context:
+def make_topology(processes: int, per_node: int, context: int, rank: int = 0) -> Topology:
+    """Return the topology. Raises UserError if these numbers do not divide each other."""
+    if context < 1 or per_node % context:
         raise UserError(
-            f"--context-parallel {context} does not divide the processes of a node, here {each}; "
-            "torchrun starts them, and --dry-run plans for --processes"
+            f"--context-parallel: expected a divisor of {per_node}, the processes of a node, got "
+            f"{context}; torchrun starts them, and --dry-run plans for --processes"
         )
-    return Layout(count, count // each, context, index)
+    return Topology(processes, processes // per_node, context, rank)
 
 
 @contextmanager
-def processes(device: str, context: int, program: str):
-    """Inside, this process is one of those that torchrun started; or the only one."""
-    global here
+def distributed(device: str, context: int, program: str):
+    """Be one of the ranks that torchrun started, or the only process.
+
+    If a rank fails, it prints its error and exits, and torchrun ends the others.
+    """
+    global topology
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        here = laid_out(1, 1, context)
+        topology = make_topology(1, 1, context)
         yield
         return
-    files.writes = not int(os.environ["RANK"])
+    common.is_writer = os.environ["RANK"] == "0"
     try:
-        here = join(device, context, program)
-        meshes(device)
+        topology = join(device, context)
+        make_groups(device)
+        for number in (signal.SIGTERM, signal.SIGINT):  # common.Stop catches them while training.
+            signal.signal(number, lambda *_: None)  # torchrun repeats them until the process ends
         yield
-        gather(None)  # nobody leaves while another can still fail
+        gather(None)  # a barrier: no rank leaves while another can still fail
         dist.destroy_process_group()
-    except BaseException as error:
-        line = tell(error)
-        if line != str(error):
-            raise UserError(line) from error
+    except Interrupted:  # on every rank, in the same iteration
+        dist.destroy_process_group()
         raise
+    except Exception as error:
+        if is_connection_lost(error):
+            command = f"{launch_command()} {program} --resume"
+            error = UserError(f"another process ended; continue from the checkpoint: {command} ...")
+        # one line of the rank that failed first; the others have the same error, or lost that rank
+        sys.stderr = sys.__stderr__ if is_first_failure() else open(os.devnull, "w")
+        raise error
     finally:
-        files.writes, here = True, Layout()
+        common.is_writer, topology = True, Topology()
 
 
-def join(device: str, context: int, program: str) -> Layout:
-    """Meet the others. Raises UserError where they cannot be laid out."""
+def join(device: str, context: int) -> Topology:
+    """Meet the other ranks."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    rank, processes, local_rank, per_node = (int(os.environ[name]) for name in names)
     if device not in ("cpu", "cuda"):
-        raise UserError("several processes run on --device cuda, or cpu")
-    store, index, count = next(dist.rendezvous("env://"))
-    groups["store"] = dist.PrefixStore("run", store)
-    threading.Thread(target=watch, args=(listen(), program), daemon=True).start()
-    local, each = (int(os.environ[name]) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+        raise UserError(f"--device: expected cuda or cpu under torchrun, got {device}")
+    result = make_topology(processes, per_node, context, rank)
+    groups["store"], *_ = next(dist.rendezvous("env://"))
     if device == "cuda":
-        if local >= torch.cuda.device_count():
-            raise UserError(f"{each} processes on a node of {torch.cuda.device_count()} GPUs")
-        torch.cuda.set_device(local)
+        if local_rank >= torch.cuda.device_count():
+            gpus = torch.cuda.device_count()
+            raise UserError(f"expected one GPU per process, got {per_node} processes, {gpus} GPUs")
+        torch.cuda.set_device(local_rank)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
-        store=dist.PrefixStore("join", store),
-        rank=index,
-        world_size=count,
-        timeout=timedelta(hours=1),  # disks differ, and all wait for the slowest to load
+        store=dist.PrefixStore("init", groups["store"]),
+        rank=rank,
+        world_size=processes,
+        timeout=timedelta(hours=1),  # disks differ, and all ranks wait for the slowest to load
     )
-    # for what one does while the others wait: embedding prompts takes hours
-    groups["patient"] = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-    numbers = [None] * count
-    dist.all_gather_object(numbers, each, group=groups["patient"])
-    if len(set(numbers)) > 1:
+    # for what rank 0 does while the others wait: to embed the prompts takes hours
+    groups["long_timeout"] = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    counts = [None] * processes
+    dist.all_gather_object(counts, per_node, group=groups["long_timeout"])
+    if len(set(counts)) > 1:
         raise UserError(
-            f"nodes of {min(numbers)} and of {max(numbers)} processes; all must be alike"
+            f"expected as many processes on every node, got {min(counts)} and {max(counts)}"
         )
-    return laid_out(count, each, context, index)
+    return result
 
 
-def meshes(device: str) -> None:
-    """Who shares what with whom."""
-    from torch.distributed.device_mesh import init_device_mesh  # a second to read, for some only
-
-    by_node = (here.sharers,) if here.nodes == 1 else (here.nodes, here.sharers)
-    names = ("node", "cut")[-len(by_node) :]
-    groups["cut"] = init_device_mesh(device, by_node, mesh_dim_names=names)
-    both = (here.shares, here.context)
-    mesh = init_device_mesh(device, both, mesh_dim_names=("passes", "tokens"))
-    groups["passes"], groups["tokens"] = mesh["passes"].get_group(), mesh["tokens"]
+def make_groups(device: str) -> None:
+    """Make the groups of ranks that share a tensor, a batch, or the tokens of a sample."""
+    nodes, ranks = topology.nodes, topology.shard_group
+    sizes, names = ((nodes, ranks), ("node", "shard")) if nodes > 1 else ((ranks,), ("shard",))
+    groups["shards"] = init_device_mesh(device, sizes, mesh_dim_names=names)
+    sizes = topology.data_parallel, topology.context_parallel
+    mesh = init_device_mesh(device, sizes, mesh_dim_names=("data", "tokens"))
+    groups["data"], groups["tokens"] = mesh["data"].get_group(), mesh["tokens"]
 
 
-def tell(error: BaseException) -> str:
-    """What to say of an error; all others end too, and the first of them says the same."""
-    if "store" not in groups or isinstance(error, (SystemExit, KeyboardInterrupt, Interrupted)):
-        return str(error)
-    groups["told"] = True  # from here on this process speaks for itself
-    mine = str(error) if isinstance(error, UserError) else first_line(error)
-    if is_lost(error):  # why the other one ended it may have said
-        for _ in range(20):
-            if heard():
-                break
-            time.sleep(0.1)
-        mine = heard() or f"{LOST} ({mine[:120]})"
-    with contextlib.suppress(RuntimeError):
-        if not heard():
-            groups["store"].set("failed", mine)
-    return mine if is_lost(error) else str(error)
-
-
-def heard() -> str:
-    """The line of the process that failed first."""
-    for _ in range(3):
-        try:
-            store = groups["store"]
-            return store.get("failed").decode() if store.check(["failed"]) else ""
-        except RuntimeError:
-            time.sleep(0.1)
-    return LOST  # nobody is there to ask
-
-
-LOST = "another process ended; --resume goes on from the last state"
-
-
-def is_lost(error: BaseException) -> bool:
-    """Whether a collective found nobody at its other end."""
+def is_connection_lost(error: Exception) -> bool:
+    """Return whether a collective failed because the process of another rank has ended."""
     words = "Connection closed", "Connection reset", "closed by peer", "remote process exited"
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
-def listen() -> int:
-    """A file that a byte is written to when a signal comes, also while a collective waits."""
-    reading, writing = os.pipe()
-    os.set_blocking(writing, False)
-    signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
-    signal.signal(signal.SIGTERM, lambda *_: None)  # until Stop listens, and after: watch decides
-    return reading
+def is_first_failure() -> bool:
+    """Return whether no other rank has failed before this one."""
+    if "store" not in groups:
+        return common.is_writer
+    time.sleep(0 if common.is_writer else 1)  # if all ranks raise the same error, rank 0 prints it
+    with suppress(RuntimeError):  # the process with the store may have ended
+        return groups["store"].add("failures", 1) == 1
+    return False
 
 
-def watch(signals: int, program: str, patience: float = 20.0) -> None:
-    """Ends this process where it would wait for ever: another failed, or nobody reads a signal.
-
-    torchrun kills what has not ended 30 seconds after its signal, without a word.
-    """
-    deadline = float("inf")
-    while time.monotonic() < deadline:
-        if select.select([signals], [], [], 0.2)[0]:
-            os.read(signals, 64)
-            deadline = min(deadline, time.monotonic() + patience)
-        if line := heard():
-            time.sleep(0.5)
-            return None if "told" in groups else say(program, line, 2)
-    say(program, "stopped inside an iteration; --resume goes on from the last state", 143)
+def launch_command() -> str:
+    """How this run was started: the words before train.py."""
+    nodes = f"--nnodes {topology.nodes} ..." if topology.nodes > 1 else "--standalone"
+    command = f"torchrun {nodes} --nproc-per-node {topology.shard_group}"
+    return command if topology.processes > 1 else "python"
 
 
-def say(program: str, line: str, status: int) -> None:
-    """One line, and the end."""
-    sys.stdout.flush()
-    print(f"{program}: {line}", file=sys.stderr, flush=True)
-    os._exit(status)
+# -- agreement -----------------------------------------------------------------------------------
 
 
-def launcher() -> str:
-    """How this run was started: what stands before train.py."""
-    nodes = f"--nnodes {here.nodes} ..." if here.nodes > 1 else "--standalone"
-    several = f"torchrun {nodes} --nproc-per-node {here.sharers}"
-    return several if here.processes > 1 else "python"
-
-
-# -- agreeing ------------------------------------------------------------------------------------
-
-
-def once(work: Callable):
-    """work() on one process; its result, or its UserError, is everyone's."""
-    if here.processes == 1:
+def on_rank0(work: Callable):
+    """Call work() on rank 0. Its result, or its UserError, is that of every rank."""
+    if topology.processes == 1:
         return work()
-    found = [None, None]
-    if here.index == 0:
+    outcome = [None, None]  # result, error
+    if topology.rank == 0:
         try:
-            found[0] = work()
-        except UserError as error:
-            found[1] = error
-    dist.broadcast_object_list(found, group=groups["patient"])
-    if found[1] is not None:
-        raise found[1]
-    return found[0]
+            outcome[0] = work()
+        except (UserError, Interrupted) as error:
+            outcome[1] = error
+    dist.broadcast_object_list(outcome, group=groups["long_timeout"])
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def gather(value) -> list:
-    """Everyone's value."""
-    if here.processes == 1:
+    """The value of every rank."""
+    if topology.processes == 1:
         return [value]
-    values = [None] * here.processes
-    dist.all_gather_object(values, value, group=groups["patient"])
+    values = [None] * topology.processes
+    dist.all_gather_object(values, value, group=groups["long_timeout"])
     return values
 
 
-def any_of(number: int) -> int:
-    """The largest of everyone's: whether a signal came to anybody."""
+def max_over_ranks(number: int) -> int:
+    """The largest number of any rank, e.g. of the signals that they received."""
     return max(gather(number))
 
 
-def deal(passes: list) -> list:
-    """The passes of a batch that are this process's: every so many-th."""
-    return passes[here.index // here.context :: here.shares]
+def my_share(micro_batches: list) -> list:
+    """The micro-batches that this rank computes. Ranks that share tokens have the same ones."""
+    return micro_batches[topology.rank // topology.context_parallel :: topology.data_parallel]
 
 
-def total(*tensors: Tensor) -> list[Tensor]:
-    """Sums over all passes, of sums over this process's."""
-    if here.shares == 1:
-        return list(tensors)
-    flat = torch.cat([x.flatten() for x in tensors])
-    dist.all_reduce(flat, group=groups["passes"])
-    parts = flat.split([x.numel() for x in tensors])
-    return [part.view_as(x) for part, x in zip(parts, tensors)]
+def all_reduce_sum(*tensors: Tensor) -> list[Tensor]:
+    """Sum each tensor over all micro-batches, in place, given the sums over those of each rank."""
+    for x in tensors if topology.data_parallel > 1 else ():
+        dist.all_reduce(x, group=groups["data"])
+    return list(tensors)
 
 
-# -- tensors that are cut ------------------------------------------------------------------------
+# -- sharded parameters --------------------------------------------------------------------------
 
 
-def place(net: nn.Module, device) -> None:
-    """Make room for a network's tensors: FSDP2, a group of parameters a block.
+def shard_and_allocate(net: nn.Module, device: torch.device) -> None:
+    """Allocate the tensors of a network on the meta device, sharded block by block (FSDP2).
 
-    A block is gathered in the dtype of the inside and its gradients are summed in float32; what is
-    outside of blocks stays in its own dtype. What a port uses in float32 inside of blocks is
-    small: everyone has it, and its gradients are summed as they come.
+    A block is gathered in the network's dtype, and its gradients are summed in float32. What is
+    outside the blocks keeps its dtype. Small float32 parameters are replicated.
     """
-    if here.processes == 1:
+    if topology.processes == 1:
         net.to_empty(device=device)
         return
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    blocks, small = blocks_of(net), set(kept(net))
-    how = dict(mesh=groups["cut"], reshard_after_forward=True, ignored_params=small)
-    inside = MixedPrecisionPolicy(net.dtype, torch.float32, cast_forward_inputs=False)
+    blocks, replicated = blocks_of(net), set(replicated_parameters(net))
+    options = dict(mesh=groups["shards"], reshard_after_forward=True, ignored_params=replicated)
+    precision = MixedPrecisionPolicy(net.dtype, torch.float32, cast_forward_inputs=False)
     for block in blocks:
-        fully_shard(block, mp_policy=inside, **how)
-    fully_shard(net, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), **how)
-    for module in (net, *blocks):  # sums, not means
+        fully_shard(block, mp_policy=precision, **options)
+    fully_shard(net, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False), **options)
+    for module in (net, *blocks):  # sums instead of FSDP's means: losses are weighted by n / batch
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
-    net.to_empty(device=device)  # which makes new parameters, without the hooks of old ones
-    for p in kept(net):
+    net.to_empty(device=device)  # makes new parameters, so hooks come after it
+    for p in replicated_parameters(net):
         if p.requires_grad:
-            p.register_hook(summed)
+            p.register_hook(all_reduce_grad)
 
 
 def blocks_of(net: nn.Module) -> nn.ModuleList:
-    """The blocks of either transformer."""
+    """The transformer blocks of a port."""
     return net.blocks if hasattr(net, "blocks") else net.transformer_blocks
 
 
-def kept(net: nn.Module) -> list[nn.Parameter]:
-    """Norms, and modulation that is float32, inside of blocks: used in float32 where they learn."""
-    small = lambda name: any(part in name for part in ("norm", *net.float32))
-    return [p for block in blocks_of(net) for name, p in block.named_parameters() if small(name)]
+def replicated_parameters(net: nn.Module) -> list[nn.Parameter]:
+    """Small parameters inside the blocks that are used in float32: norms, Wan's modulation.
+
+    Sharded, they would be gathered in bf16, which loses the small steps of their training.
+    """
+    is_small = lambda name: any(part in name for part in ("norm", *net.float32))
+    return [p for block in blocks_of(net) for name, p in block.named_parameters() if is_small(name)]
 
 
-def summed(grad: Tensor) -> Tensor:
-    """A gradient, over all processes."""
+def all_reduce_grad(grad: Tensor) -> Tensor:
+    """Sum the gradient of a replicated parameter over all ranks."""
     grad = grad.contiguous()
     dist.all_reduce(grad)
     return grad
 
 
-def rows(x: Tensor) -> tuple[int, int]:
-    """From which row to which this process has a tensor."""
-    if not is_cut(x):
-        return 0, len(x)
-    each = -(-len(x) // here.sharers)
-    first = min(len(x), each * x.device_mesh.get_local_rank(mesh_dim=-1))
-    return first, min(len(x), first + each)
-
-
-def part(x: Tensor) -> Tensor:
-    """What this process has of a tensor."""
-    return x.to_local() if is_cut(x) else x
-
-
-def is_cut(x: Tensor) -> bool:
-    """Whether this is a DTensor, of which every process has a part."""
+def is_sharded(x: Tensor) -> bool:
+    """Return whether x is a DTensor, of which this rank has some rows."""
     return hasattr(x, "to_local")
 
 
+def local(x: Tensor) -> Tensor:
+    """The rows of a tensor that this rank has."""
+    return x.to_local() if is_sharded(x) else x
+
+
+def local_rows(x: Tensor) -> tuple[int, int]:
+    """First row that this rank has of a tensor, and the row after its last, as FSDP2 chunks it."""
+    if not is_sharded(x):
+        return 0, len(x)
+    size = -(-len(x) // topology.shard_group)
+    first = min(len(x), size * x.device_mesh.get_local_rank(mesh_dim=-1))
+    return first, min(len(x), first + size)
+
+
+def full_tensor(x: Tensor) -> Tensor:
+    """All rows of a tensor. A collective: every rank must call it."""
+    return x.full_tensor() if is_sharded(x) else x
+
+
 @torch.no_grad()
-def put(x: Tensor, source) -> None:
-    """Write this process's rows of `source`, all of which can be asked for by source[a:b]."""
-    first, end = rows(x)
-    part(x).copy_(source[first:end])
+def copy_to_local(x: Tensor, source) -> None:
+    """Copy this rank's rows from `source`, of which source[a:b] returns rows."""
+    first, end = local_rows(x)
+    local(x).copy_(source[first:end])
 
 
-def norm(grads: list[Tensor]) -> Tensor:
-    """The root of the sum of all squares."""
-    if here.processes == 1:
+def grad_norm(grads: list[Tensor]) -> Tensor:
+    """L2 norm of all gradients together, sharded and replicated."""
+    if topology.processes == 1:
         return torch.nn.utils.get_total_norm(grads)
-    mine = [part(g) for g in grads if is_cut(g)]
-    square = torch.nn.utils.get_total_norm(mine).square()
-    dist.all_reduce(square, group=groups["cut"].get_group(mesh_dim=-1))
-    rest = [g for g in grads if not is_cut(g)]
-    return (square + torch.nn.utils.get_total_norm(rest).to(square.device).square()).sqrt()
+    shards = [local(g) for g in grads if is_sharded(g)]
+    replicated = [g for g in grads if not is_sharded(g)]
+    square = torch.nn.utils.get_total_norm(shards).square()
+    dist.all_reduce(square, group=groups["shards"].get_group(mesh_dim=-1))
+    return (square + torch.nn.utils.get_total_norm(replicated).to(square).square()).sqrt()
 
 
-# -- tokens that are cut -------------------------------------------------------------------------
+# -- context parallelism: P ranks share the L tokens of a sample ---------------------------------
 
 
-def cut_tokens(x: Tensor, dim: int = 1) -> Tensor:
-    """This process's part of the tokens, which are dimension `dim` of x."""
-    return x if here.context == 1 else moved(x, None, dim, x.shape)
+def shard_tokens(x: Tensor, dim: int = 1) -> Tensor:
+    """This rank's tokens, which are dimension `dim` of x: L -> L / P."""
+    return x if topology.context_parallel == 1 else redistribute(x, None, dim, x.shape)
 
 
-def all_tokens(x: Tensor, count: int) -> Tensor:
-    """All `count` tokens (B, L, D) again, on every process, from each one's part of them."""
-    return x if here.context == 1 else moved(x, 1, None, (len(x), count, x.shape[2]))
+def gather_tokens(x: Tensor, count: int) -> Tensor:
+    """All tokens on every rank: (B, L / P, D) -> (B, L, D), L = count."""
+    if topology.context_parallel == 1:
+        return x
+    return redistribute(x, 1, None, (len(x), count, x.shape[2]))
 
 
-def to_heads(x: Tensor, streams: tuple) -> Tensor:
-    """All tokens of some heads, (B, L, H / P, d), from some tokens of all heads, (B, L / P, H, d).
+def tokens_to_heads(x: Tensor, streams: tuple[int, ...]) -> Tensor:
+    """All tokens of some heads from some tokens of all: (B, L / P, H, d) -> (B, L, H / P, d).
 
-    streams: how many tokens there are of each kind, every kind being cut by itself.
+    Attention is by head, so this is where tokens are exchanged (as in DeepSpeed-Ulysses).
+    streams: number of tokens of each kind (text, image). Each kind is sharded by itself.
     """
-    if here.context == 1 or not streams:
+    if topology.context_parallel == 1 or not streams:
         return x
-    parts = x.split([length(n) for n in streams], 1)
-    whole = [(len(x), n, *x.shape[2:]) for n in streams]
-    return torch.cat([moved(y, 1, 2, n) for y, n in zip(parts, whole)], 1)
+    parts = x.split([local_length(count) for count in streams], 1)
+    shapes = [(len(x), count, *x.shape[2:]) for count in streams]
+    return torch.cat([redistribute(y, 1, 2, shape) for y, shape in zip(parts, shapes)], 1)
 
 
-def to_tokens(x: Tensor, streams: tuple) -> Tensor:
-    """Some tokens of all heads again."""
-    if here.context == 1 or not streams:
+def heads_to_tokens(x: Tensor, streams: tuple[int, ...]) -> Tensor:
+    """The inverse: (B, L, H / P, d) -> (B, L / P, H, d)."""
+    if topology.context_parallel == 1 or not streams:
         return x
-    shape = lambda y: (*y.shape[:2], y.shape[2] * here.context, y.shape[3])
-    return torch.cat([moved(y, 2, 1, shape(y)) for y in x.split(streams, 1)], 1)
+    shape = lambda y: (*y.shape[:2], y.shape[2] * topology.context_parallel, y.shape[3])
+    return torch.cat([redistribute(y, 2, 1, shape(y)) for y in x.split(streams, 1)], 1)
 
 
-def moved(x: Tensor, then: int | None, now: int | None, shape: tuple) -> Tensor:
-    """A tensor of this shape, cut along dimension `now` in place of `then` (None: not cut).
+def redistribute(x: Tensor, before: int | None, after: int | None, shape: tuple) -> Tensor:
+    """Shard a tensor along dimension `after` instead of `before` (None: replicated).
 
-    x and the result are this process's part of it. With gradient.
+    x and the result are the local parts of a tensor of this shape. Differentiable.
     """
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
-    then, now = (Replicate() if dim is None else Shard(dim) for dim in (then, now))
+    before, after = (Replicate() if dim is None else Shard(dim) for dim in (before, after))
     mesh, stride = groups["tokens"], torch.empty(shape, device="meta").stride()
-    there = DTensor.from_local(
-        x.contiguous(), mesh, [then], run_check=False, shape=torch.Size(shape), stride=stride
+    whole = DTensor.from_local(
+        x.contiguous(), mesh, [before], run_check=False, shape=torch.Size(shape), stride=stride
     )
-    return there.redistribute(mesh, [now]).to_local()
+    return whole.redistribute(mesh, [after]).to_local()
 
 
-def length(count: int) -> int:
-    """How many of `count` tokens are this process's, as torch.chunk cuts them."""
-    each = -(-count // here.context)
-    return max(0, min(each, count - each * (here.index % here.context)))
+def local_length(count: int) -> int:
+    """How many of `count` tokens this rank has, as torch.chunk divides them."""
+    size = -(-count // topology.context_parallel)
+    return max(0, min(size, count - size * (topology.rank % topology.context_parallel)))
 
 
-# -- state ---------------------------------------------------------------------------------------
+# -- checkpoints ---------------------------------------------------------------------------------
 
 
-def write_state(folder: Path, name: str, tensors: dict[str, Tensor], about: dict) -> None:
-    """Every process writes its rows; then one file, replaced at once, says which belong together.
+def write_state(folder: Path, name: str, tensors: dict[str, Tensor], metadata: dict) -> None:
+    """Write a checkpoint: a file per rank with its rows, then state.json, which lists the files.
 
-    The state is that of before or of now, whoever fails and whenever.
+    state.json is replaced in one step, and older files are removed after it. So there is a whole
+    checkpoint at any time, this one or the one before.
     """
-    file, digest = f"{name}.{here.index + 1}of{here.sharers}.safetensors", None
-    if here.index < here.sharers:  # one node has all
-        mine = {n: x for n, x in tensors.items() if here.index == 0 or is_cut(x)}
-        where = {n: [rows(x)[0], len(x)] for n, x in mine.items()}
-        about_part = {"kind": "part of a state", "rows": where}
-        mine = {n: part(x) for n, x in mine.items()}
-        digest = files.write_tensors(folder / file, mine, about_part, everyone=True)
-    parts = {file: digest for file, digest in gather((file, digest)) if digest}
-    if here.index == 0:
-        about = about | {"parts": parts}
-        files.write_json(folder / "state.json", about | {"digest": check_of(about)})
-        for old in [*folder.glob("*.safetensors"), *folder.glob("*.tmp")]:
-            if old.name not in parts:
-                with contextlib.suppress(OSError):  # what stays is only in the way
-                    old.unlink()
+    rank, file = topology.rank, None
+    if rank < topology.shard_group:  # the ranks of one node have all rows
+        file = f"{name}.{rank + 1}of{topology.shard_group}.safetensors"
+        shards = {key: x for key, x in tensors.items() if rank == 0 or is_sharded(x)}
+        rows = {key: [local_rows(x)[0], len(x)] for key, x in shards.items()}
+        shards = {key: local(x) for key, x in shards.items()}
+        header = {"kind": "checkpoint shard", "rows": rows}
+        common.write_tensors(folder / file, shards, header, all_ranks=True)
+    files = [file for file in gather(file) if file]  # a barrier, too: all of them are on disk
+    if rank == 0:
+        common.write_json(folder / "state.json", metadata | {"files": files})
+        for path in [*folder.glob("*.safetensors"), *folder.glob("*.tmp")]:
+            if path.name not in files:
+                with suppress(OSError):  # an old file costs space only
+                    path.unlink()
 
 
-class Rows:
-    """A tensor in the files of a state: rows[a:b] reads as much, wherever it lies."""
+class StoredTensor:
+    """A tensor in the files of a checkpoint: x[a:b] reads these rows, whichever files have them."""
 
-    def __init__(self):
-        self.shape, self.slices = torch.Size(), {}  # first row -> slice of a file
-
-    def add(self, first: int, count: int, piece) -> None:
-        """A file has these rows of `count`."""
-        self.shape = torch.Size((count, *piece.get_shape()[1:]))
-        self.slices[first] = piece
+    def __init__(self, count: int, slices: dict):
+        self.slices = slices  # first row -> rows in a file
+        self.shape = torch.Size((count, *next(iter(slices.values())).get_shape()[1:]))
 
     def __getitem__(self, wanted: slice) -> Tensor:
-        found = []
-        for first, piece in sorted(self.slices.items()):
-            a, b = max(wanted.start, first), min(wanted.stop, first + piece.get_shape()[0])
-            found += [piece[a - first : b - first]] if a < b else []
-        return torch.cat(found) if found else torch.empty(0, *self.shape[1:])
+        pieces = [torch.empty(0, *self.shape[1:])]
+        for first, rows in sorted(self.slices.items()):
+            a, b = max(wanted.start, first), min(wanted.stop, first + rows.get_shape()[0])
+            pieces += [rows[a - first : b - first]] if a < b else []
+        return torch.cat(pieces)
 
 
-def check_of(about: dict) -> str:
-    """A digest of plain JSON values."""
-    return hashlib.blake2b(json.dumps(about, sort_keys=True).encode(), digest_size=16).hexdigest()
+def read_state(folder: Path, settings: dict, advice: str) -> tuple[dict[str, StoredTensor], dict]:
+    """Open the checkpoint of any number of ranks. Returns {name: StoredTensor} and its metadata.
 
-
-def read_state(folder: Path, settings: dict, what_to_do: str) -> tuple[dict[str, Rows], dict]:
-    """Tensors by name, not read yet, and `about`, of write_state on any number of processes.
-
-    Raises UserError if a file is missing, garbled, or of another run.
+    Raises UserError if a file is missing or broken, or belongs to another run.
     """
-    about = files.read_json(folder / "state.json", what_to_do)
-    if about.pop("digest", "") != check_of(about) or about.get("kind") != "state":
-        raise UserError(f"{folder / 'state.json'} is damaged, or no state; {what_to_do}")
-    if about.get("settings") != settings:
-        raise UserError(f"{folder} is of another run; {what_to_do}")
-    found: dict[str, Rows] = {}
-    for i, (name, digest) in enumerate(about["parts"].items()):
-        file, of = files.opened(folder / name, "part of a state", what_to_do)
-        mine = i % here.sharers == here.index % here.sharers  # looked at by one of a node
-        if of["digest"] != digest or (mine and files.digest(file) != digest):
-            raise UserError(f"{folder / name} is damaged; {what_to_do}")
-        for key, (first, count) in of["rows"].items():
-            found.setdefault(key, Rows()).add(first, count, file.get_slice(key))
-    return found, about
+    metadata = common.read_json(folder / "state.json", advice)
+    if metadata.get("kind") != "state" or metadata.get("settings") != settings:
+        raise UserError(f"{folder} belongs to another run or version; {advice}")
+    counts, slices = {}, defaultdict(dict)
+    for name in metadata["files"]:
+        file, header = common.open_tensors(folder / name, "checkpoint shard", advice)
+        for key, (first, counts[key]) in header["rows"].items():
+            slices[key][first] = file.get_slice(key)
+    for key, count in counts.items():
+        if sum(rows.get_shape()[0] for rows in slices[key].values()) != count:
+            raise UserError(f"{folder} does not have all rows of {key}; {advice}")
+    return {key: StoredTensor(count, slices[key]) for key, count in counts.items()}, metadata

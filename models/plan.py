@@ -1,489 +1,343 @@
-"""Memory and time of a run before it: counted on the meta device, at any size, without weights.
+"""Memory and time of a run before it starts, at any size, without weights and without a GPU.
 
-Networks of two and of three blocks run on tensors without contents, and every byte that lives and
-every product is counted; blocks are alike, so that more of them follow. What a GPU's allocator and
-its libraries take on top (about 1 GB) is not in it.
+Run networks of 2 and 3 blocks on the meta device, count live bytes and FLOPs, and extrapolate: all
+blocks are identical. Only matrix products count as FLOPs.
 """
 
 import gc
+import math
+import time
 import weakref
 from collections import Counter
+from collections.abc import Callable
 from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import lora, parallel, speed
-from models.bases import pieces
-from models.parallel import blocks_of
+from models import lora, parallel
+from models.encoders import MAX_TOKENS
+from models.parallel import Topology, blocks_of
 from models.qwen_image import QwenImage
-from models.weights import build, row_of
+from models.weights import build, dtype_named, teacher_spec
 
-TEXT = 512  # tokens of a long prompt
-SPARE = 1.5e9  # bytes of a GPU that its libraries take
+ASSUMED_FLOPS = 400e12  # per second, where there is no GPU to measure: bf16 on an H100
+RESERVED = 1.5e9  # bytes of a GPU that the CUDA context and the allocator need
+IN_FLIGHT = 3  # blocks that FSDP holds: as received, as used, and the next one
 
-
-class Live(TorchDispatchMode):
-    """Bytes of all tensors that operations made and that still live: now, and at most."""
-
-    def __init__(self, there: list):
-        super().__init__()
-        self.now, self.peak, self.bytes = 0, 0, {}
-        self.there = {x.untyped_storage()._cdata for x in there}  # from before
-
-    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
-        out = operation(*args, **(kwargs or {}))
-        for x in tree_leaves(out):
-            if isinstance(x, torch.Tensor):
-                self.count(x.untyped_storage())
-        gc.collect()  # a mode leaves cycles behind where checkpointing recomputes
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def count(self, storage) -> None:
-        """A storage lives, unless it is known."""
-        key = storage._cdata
-        if key not in self.there and key not in self.bytes:
-            self.bytes[key] = storage.nbytes()
-            self.now += storage.nbytes()
-            weakref.finalize(storage, self.free, key)
-
-    def free(self, key) -> None:
-        """A storage is gone."""
-        self.now -= self.bytes.pop(key)
+# -- one sample through one network --------------------------------------------------------------
 
 
 class Cost(NamedTuple):
-    """One sample through one network. Bytes are beyond weights, gradients and moments."""
+    """One sample through one network. Bytes are without weights, gradients and moments."""
 
-    forward: float  # operations of a forward
-    training: float  # of forward and backward
-    recomputed: float  # of those, once more with activation checkpointing
-    idle: float  # peak bytes of a forward without gradient
-    kept: float  # bytes that a recorded forward holds
-    learning: float  # peak bytes of a recorded forward and its backward
+    forward: float  # FLOPs
+    training: float  # FLOPs of forward and backward
+    recomputed: float  # FLOPs that the checkpointing of blocks adds to it
+    forward_peak: float  # bytes of a forward without gradient
+    saved: float  # bytes that a forward with gradient keeps for backward
+    backward_peak: float  # bytes of a forward with gradient and its backward
 
 
 @lru_cache(maxsize=64)
 def cost(
-    teacher: str, shape: tuple, own: bool, rank: int, dtype: torch.dtype, checkpointing: bool,
-    cut: bool = False,
-):  # fmt: skip
-    """Cost of a sample of this shape (C, ...); own: of a role with parameters of its own.
+    teacher: str, shape: tuple, full: bool, rank: int, dtype: torch.dtype, checkpointing: bool,
+    sharded: bool = False,
+) -> Cost:  # fmt: skip
+    """Cost of a sample of this shape (C, ...) through a role: a LoRA, or all parameters (full).
 
-    cut: over processes, which gather them in the dtype of the inside; nothing casts them again.
+    sharded: FSDP gathers full parameters in dtype, so no layer casts them from float32.
     """
-    row = row_of(teacher)
-    blocks = row.settings["num_layers"]
-    how = shape, own, rank, dtype, checkpointing, cut
-    with parallel.planned("1", 1):  # what is counted is one sample in one process
-        two, three = (Cost(*_count(row, n, *how)) for n in (2, 3))
-    return Cost(*(a + (b - a) * (blocks - 2) for a, b in zip(two, three)))
+    layers = teacher_spec(teacher).settings["num_layers"]
+    with parallel.pretend_topology("1", 1):  # the caller may have several processes
+        options = shape, full, rank, dtype, checkpointing, sharded
+        two, three = (measure(teacher_network(teacher, dtype, n), *options) for n in (2, 3))
+    return Cost(*(a + (b - a) * (layers - 2) for a, b in zip(two, three)))
 
 
-def _count(row, blocks: int, shape, own: bool, rank: int, dtype, checkpointing: bool, cut: bool):
-    """The Cost of a network of so few blocks, by running it."""
-    net = meta_network(row, dtype, blocks)
-    net.checkpointing = checkpointing
-    with torch.device("meta"):
-        adapter = None if own else "role"
-        if own:
-            (net if cut else net.float()).requires_grad_(True)
-        else:
-            lora.start_adapter(net, adapter, ("plan",), rank)
-        x, t, c = torch.empty(1, *shape), torch.empty(1), conditions(net, shape)
+def measure(
+    net: nn.Module, shape: tuple, full: bool, rank: int, dtype, checkpointing: bool, sharded: bool
+) -> Cost:
+    """Cost of a network on the meta device, by running it."""
+    net.checkpointing, adapter = checkpointing, None if full else "role"
+    if full:
+        (net if sharded else net.float()).requires_grad_(True)
+    else:
+        lora.add_adapter(net, adapter, rank, device="meta")
+    x, t, c = meta_inputs(net, shape)
     for p in net.parameters():
-        if p.requires_grad:  # gradients are counted elsewhere: here each goes as it has come
+        if p.requires_grad:  # phase_memory counts gradients: discard each as it is made
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-    there = [x, t, *c.values(), *net.parameters()]
-    with FlopCounterMode(display=False) as flops:
+
+    forward, total = count_flops(lambda: net(x, t, c, adapter))
+    recomputed = forward if checkpointing else 0
+    known = [x, t, *c.values(), *net.parameters()]
+    with MemoryTracker(known) as tracker, torch.no_grad():
+        net(x, t, c, adapter)
+    forward_peak = tracker.peak
+    with MemoryTracker(known) as tracker:
         v = net(x, t, c, adapter)
-        forward = flops.get_total_flops()
+        saved = tracker.now
         v.backward(torch.empty_like(v))
-    total, recomputed = flops.get_total_flops(), forward if checkpointing else 0
-    del v
-    gc.collect()
-    gc.freeze()  # what is there already need not be looked at after every operation
-    try:  # not together with the counter, whose hooks keep tensors alive
-        with Live(there) as live, torch.no_grad():
-            net(x, t, c, adapter)
-        idle = live.peak
-        with Live(there) as live:
-            v = net(x, t, c, adapter)
-            kept = live.now
-            v.backward(torch.empty_like(v))
-        return forward, total - recomputed, recomputed, idle, kept, live.peak
-    finally:
+    return Cost(forward, total - recomputed, recomputed, forward_peak, saved, tracker.peak)
+
+
+def count_flops(call: Callable[[], Tensor]) -> tuple[float, float]:
+    """FLOPs of a forward, and of the forward with its backward."""
+    with FlopCounterMode(display=False) as counter:
+        v = call()
+        forward = counter.get_total_flops()
+        v.backward(torch.empty_like(v))
+    return forward, counter.get_total_flops()
+
+
+class MemoryTracker(TorchDispatchMode):
+    """Count the bytes of all tensors that operations make, except known ones: now and at most."""
+
+    def __init__(self, known: list[Tensor]):
+        super().__init__()
+        self.now, self.peak, self.sizes = 0, 0, {}  # sizes: storage -> bytes
+        self.known = {x.untyped_storage()._cdata for x in known}
+
+    def __enter__(self):
+        gc.collect()
+        gc.freeze()  # the collections below skip what exists already
+        return super().__enter__()
+
+    def __exit__(self, *error):
         gc.unfreeze()
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        for x in tree_leaves(out):
+            if isinstance(x, Tensor):
+                self.add(x.untyped_storage())
+        gc.collect()  # recomputation leaves reference cycles under a dispatch mode
+        self.peak = max(self.peak, self.now)
+        return out
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage until it is freed."""
+        key = storage._cdata
+        if key not in self.known and key not in self.sizes:
+            self.sizes[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            weakref.finalize(storage, self.remove, key)
+
+    def remove(self, key: int) -> None:
+        """Stop counting a storage that was freed."""
+        self.now -= self.sizes.pop(key)
 
 
-def meta_network(row, dtype: torch.dtype, blocks: int | None = None) -> nn.Module:
-    """A teacher's network on the meta device, frozen, each parameter in the dtype it is kept in."""
-    settings = row.settings | ({"num_layers": blocks} if blocks else {})
-    return build(row.network, settings, dtype).requires_grad_(False)
+def teacher_network(teacher: str, dtype: torch.dtype, layers: int | None = None) -> nn.Module:
+    """A teacher's network on the meta device, frozen, with this many blocks."""
+    spec = teacher_spec(teacher)
+    settings = spec.settings | ({"num_layers": layers} if layers else {})
+    return build(spec.network, settings, dtype).requires_grad_(False)
 
 
-def conditions(net: nn.Module, shape: tuple) -> dict:
-    """Conditions of one sample, of the longest text."""
-    if isinstance(net, QwenImage):
-        return {"text": torch.empty(1, TEXT, net.txt_in.in_features)}
-    c = {"text": torch.empty(1, net.text_len, net.text_embedding[0].in_features)}
-    image = net.patch_embedding.in_channels - shape[0]
-    return c | ({"image": torch.empty(1, image, *shape[1:])} if image else {})
+def meta_inputs(net: nn.Module, shape: tuple) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """x_t, t and c of one sample with the longest prompt, on the meta device."""
+    with torch.device("meta"):
+        x, t = torch.empty(1, *shape), torch.empty(1)
+        if isinstance(net, QwenImage):
+            return x, t, {"text": torch.empty(1, MAX_TOKENS, net.txt_in.in_features)}
+        c = {"text": torch.empty(1, net.text_len, net.text_embedding[0].in_features)}
+        if image_channels := net.patch_embedding.in_channels - shape[0]:
+            c["image"] = torch.empty(1, image_channels, *shape[1:])
+        return x, t, c
+
+
+# -- weights -------------------------------------------------------------------------------------
+
+
+class RoleBytes(NamedTuple):
+    """Bytes of a role's network in one process."""
+
+    base: float  # frozen parameters
+    role: float  # trained parameters, float32; gradients and second moments are as large
+    gathered: float  # FSDP: parameters of other ranks at the peak, whole gradients of a block
+
+
+@lru_cache(maxsize=64)
+def role_bytes(
+    teacher: str, full: bool, rank: int, dtype: torch.dtype, topology: Topology
+) -> RoleBytes:
+    """Bytes of a LoRA on a frozen network, or of a network whose parameters are all trained."""
+    net = teacher_network(teacher, dtype)
+    if full:
+        net.float().requires_grad_(True)
+    else:
+        lora.add_adapter(net, "role", rank, device="meta")
+    several, ranks = topology.processes > 1, topology.shard_group
+    replicated = set(parallel.replicated_parameters(net))
+    block_of = {p: i for i, block in enumerate(blocks_of(net)) for p in block.parameters()}
+    base, role, gathered, gradients = 0, 0, Counter(), Counter()  # by block; None: outside
+    for p in net.parameters():
+        sharded, block = several and p not in replicated, block_of.get(p)
+        count = -(-len(p) // ranks) * p[0].numel() if sharded else p.numel()  # in this process
+        base += 0 if p.requires_grad else count * p.element_size()
+        role += count * p.element_size() if p.requires_grad else 0
+        if sharded:
+            size = p.element_size() if block is None else dtype.itemsize  # as it is gathered
+            gathered[block] += ranks * count * size
+            gradients[block] += ranks * count * (size + 4) if p.requires_grad else 0
+    outside, largest = gathered.pop(None, 0), max(gathered.values(), default=0)
+    return RoleBytes(base, role, outside + IN_FLIGHT * largest + max(gradients.values(), default=0))
 
 
 # -- a run ---------------------------------------------------------------------------------------
 
 
-class Sizes(NamedTuple):
-    """Bytes of what one expert of a teacher brings."""
-
-    base: int  # the frozen network
-    block: int  # one of its blocks
-    outside: int  # what is not in blocks
-    pinned: int  # the base in pinned host memory
-    pinned_blocks: int  # its blocks there
-    lora: int  # an adapter, float32
-    own: int  # parameters of a role's own, float32
+def role_kind(cfg, name: str) -> str:
+    """What a role trains: "lora" or "full"."""
+    return cfg.generator if name.startswith("student") else cfg.fake
 
 
-def sizes(teacher: str, rank: int, dtype: torch.dtype) -> Sizes:
-    """The Sizes of a teacher."""
-    net = meta_network(row_of(teacher), dtype)
-    count = lambda ps: sum(p.numel() * p.element_size() for p in ps)
-    pinned = lambda ps: pieces([p.numel() * p.element_size() for p in ps])
-    base, block = count(net.parameters()), count(blocks_of(net)[0].parameters())
-    outside = base - block * len(blocks_of(net))
-    held = pinned(net.parameters()), pinned(blocks_of(net).parameters())
-    own = 4 * sum(p.numel() for p in net.parameters())
-    adapter = count(lora.start_adapter(net, "role", ("plan",), rank, device="meta").values())
-    return Sizes(base, block, outside, *held, adapter, own)
-
-
-class Shared(NamedTuple):
-    """Bytes of a network in one of the processes that share it. Of one process: nothing is sent."""
-
-    mine: float  # parameters
-    learnt: float  # of those, what one role learns, float32
-    gathered: float  # what is there of all at most while it is at work
-    gradients: float  # of a block's whole gradients, before they are summed and cut
-    sent: float  # to gather all, once
-    summed: float  # sent to sum the gradients of one role
-
-
-IN_FLIGHT = 3  # blocks: as it came, as it is used, the next as it comes
-
-
-@lru_cache(maxsize=64)
-def shared(teacher: str, own: bool, adapters: int, rank: int, dtype, here) -> Shared:
-    """own: of a role with parameters of its own; else of a base with so many adapters.
-
-    Sent is what a ring sends: (n - 1) / n of a whole, for a sum over nodes twice that.
-    """
-    net = meta_network(row_of(teacher), dtype)
-    if own:
-        net.float().requires_grad_(True)
-    for i in range(adapters):
-        lora.add_adapter(net, str(i), rank, device="meta")
-    roles = net.named_parameters() if own else lora.parameters(net, "0").items() if adapters else ()
-    learns, kept = {p for _, p in roles}, set(parallel.kept(net))
-    blocks = {p: i for i, block in enumerate(blocks_of(net)) for p in block.parameters()}
-    n, mine, learnt, sent, summed = here.sharers, 0, 0, 0, 0
-    gathered, gradients = Counter(), Counter()  # by block; None: outside
-    for p in net.parameters():
-        piece, block = -(-len(p) // n) * p[0].numel(), blocks.get(p)
-        cut = here.processes > 1 and p not in kept
-        mine += p.element_size() * (piece if cut else p.numel())
-        learnt += 4 * (piece if cut else p.numel()) * (p in learns)
-        if cut:
-            size = p.element_size() if block is None else dtype.itemsize
-            gathered[block] += n * piece * size
-            sent += (n - 1) * piece * size
-        if cut and p in learns:
-            gradients[block] += n * piece * (size + 4)
-            summed += 4 * piece * (n - 1 + 2 * (here.nodes - 1) / here.nodes)
-        elif p in learns:
-            summed += 2 * (here.processes - 1) / here.processes * p.nbytes
-    inside = max((x for block, x in gathered.items() if block is not None), default=0)
-    most = max(gradients.values(), default=0)
-    return Shared(mine, learnt, gathered[None] + IN_FLIGHT * inside, most, sent, summed)
-
-
-def shared_of(cfg, held, role: str) -> Shared:
-    """Of the network that a role is on, or is; `teacher1` is on the first expert's."""
-    dtype, full = dtype_named(cfg.dtype), kind(cfg, role) == "full" and role[0] != "t"
-    adapters = 0 if full else adapters_on(cfg, held, held.homes.get(role, int(role[-1])))
-    return shared(cfg.teacher, full, adapters, cfg.rank, dtype, parallel.here)
-
-
-def adapters_on(cfg, held, e: int) -> int:
-    """How many adapters hang on a base: of a shared one all of the run, from its loading on."""
-    return sum(home == e and kind(cfg, role) == "lora" for role, home in held.homes.items())
+def role_cost(cfg, name: str, shape: tuple) -> Cost:
+    """Cost of a sample of this shape through a trained role."""
+    full, checkpointing = role_kind(cfg, name) == "full", cfg.checkpointing == "on"
+    sharded = full and parallel.topology.processes > 1
+    dtype = dtype_named(cfg.dtype)
+    return cost(cfg.teacher, shape, full, cfg.rank, dtype, checkpointing, sharded)
 
 
 class Memory(NamedTuple):
-    """Peak bytes of a phase in a process: device, pinned host memory, and parts of the former."""
+    """Peak bytes of a phase in one process, and what they are."""
 
-    peak: float
-    host: float
-    bases: float
-    roles: float  # parameters and moments
-    gradients: float  # of the one role that learns
-    gathered: float  # what several processes have of others, and whole gradients of a block
+    bases: float  # the teacher's networks
+    roles: float  # parameters of all roles, second moments of the trained ones
+    gradients: float  # of one role: the roles take turns
     activations: float
+    gathered: float  # see RoleBytes
+
+    @property
+    def peak(self) -> float:
+        return sum(self)
 
 
-def memory(cfg, held, shape: tuple, offload: str, record: str) -> Memory:
-    """The peak of a phase (moe.Held), in micro-batches of cfg.micro_batch samples of this shape."""
-    dtype, rank, here = dtype_named(cfg.dtype), cfg.rank, parallel.here
-    size = sizes(cfg.teacher, rank, dtype)
-    base = shared(cfg.teacher, False, 0, rank, dtype, here).mine
-    bases = len(held.experts) * base
-    on_device = {
-        "none": bases,
-        "expert": base,
-        "blocks": len(held.experts) * (size.outside + 2 * size.block),
-    }[offload]
-    host = (
-        len(held.experts)
-        * {"none": 0, "expert": size.pinned, "blocks": size.pinned_blocks}[offload]
+def phase_memory(cfg, active, shape: tuple) -> Memory:
+    """Peak of a phase with these moe.ActiveRoles, at cfg.micro_batch samples of this shape."""
+    dtype, topology = dtype_named(cfg.dtype), parallel.topology
+    lora_size, full_size = (
+        role_bytes(cfg.teacher, full, cfg.rank, dtype, topology) for full in (False, True)
     )
-    weight = lambda role: weight_of(cfg, role)
-    roles = sum(map(weight, held.frozen)) + 2 * sum(map(weight, held.trained))
-    if here.processes > 1:  # adapters of other phases are there too
-        rest = [role for role, home in held.homes.items() if home in held.experts]
-        rest = [r for r in rest if r not in held.frozen + held.trained and kind(cfg, r) == "lora"]
-        roles += sum(map(weight, rest))
-    of = lambda role: cost_of(cfg, shape, role)
-    student, *fakes = held.trained
-    more = (cfg.steps // cfg.phases - 1 if cfg.truncate == "off" else 0) * of(student).kept
-    asked = max(of(role).idle for role in held.trained)
-    waiting = of(student).kept + more + asked if record == "first" else asked
-    updates = {student: max(waiting, of(student).learning + more)}
-    updates |= {fake: max(asked, of(fake).learning) for fake in fakes}
-    copies = {role: shared_of(cfg, held, role) for role in held.trained}
-    extra = {role: x.gathered + x.gradients for role, x in copies.items()}
-    many = cfg.micro_batch / here.context
-    total = lambda role: weight(role) + many * updates[role] + extra[role]
-    worst = max(updates, key=total)
-    peak = on_device + roles + total(worst)
-    activations = many * updates[worst]
-    return Memory(peak, host, on_device, roles, weight(worst), extra[worst], activations)
+    size_of = lambda name: full_size if role_kind(cfg, name) == "full" else lora_size
+    bases = 1 if cfg.offload == "expert" else len(active.bases)
+    roles = active.frozen + 2 * active.trained  # with second moments
+    if topology.processes > 1:  # FSDP shards a base together with the adapters of all phases
+        loaded = [name for name, base in active.base_of.items() if base in active.bases]
+        roles += [n for n in loaded if n not in roles and role_kind(cfg, n) == "lora"]
+    roles = sum(size_of(name).role for name in roles)
+    samples = cfg.micro_batch / topology.context_parallel
+    memories = []  # while each of the roles is updated
+    for name, activations in update_activations(cfg, active.trained, shape).items():
+        size = size_of(name)
+        parts = bases * lora_size.base, roles, size.role, samples * activations, size.gathered
+        memories.append(Memory(*parts))
+    return max(memories, key=lambda memory: memory.peak)
 
 
-def weight_of(cfg, role: str) -> float:
-    """Bytes of a role's parameters in a process; as many are its gradients, and its moments."""
-    own = kind(cfg, role) == "full"
-    dtype, layout = dtype_named(cfg.dtype), parallel.here
-    return shared(cfg.teacher, own, int(not own), cfg.rank, dtype, layout).learnt
+def update_activations(cfg, trained: list[str], shape: tuple) -> dict[str, float]:
+    """Peak bytes of activations of one sample while each of the roles is updated."""
+    costs = {name: role_cost(cfg, name, shape) for name in trained}
+    forward_peak = max(x.forward_peak for x in costs.values())  # rollouts, v_real, v_fake
+    peaks = {name: max(forward_peak, x.backward_peak) for name, x in costs.items()}
+    student, steps = costs[trained[0]], cfg.steps // cfg.phases
+    if cfg.truncate == "off":  # the graphs of all steps of the phase
+        waiting, others = steps * student.saved, (steps - 1) * student.saved
+    elif cfg.checkpointing == "off":
+        waiting, others = student.saved, 0
+    else:  # rollout keeps only the input of the step while teacher and fake are called
+        waiting, others = 0, 0
+    peaks[trained[0]] = max(waiting + forward_peak, others + student.backward_peak)
+    return peaks
 
 
-def cost_of(cfg, shape: tuple, role: str) -> Cost:
-    """The Cost of a sample of this shape through a role."""
-    own, checkpointing = kind(cfg, role) == "full", cfg.checkpointing == "on"
-    cut = own and parallel.here.processes > 1
-    return cost(cfg.teacher, shape, own, cfg.rank, dtype_named(cfg.dtype), checkpointing, cut)
+def step_flops(cfg, phase, buckets: dict[tuple, float]) -> tuple[float, float]:
+    """FLOPs of an iteration of a phase: useful, and recomputed by checkpointing. All samples.
 
-
-def kind(cfg, role: str) -> str:
-    """lora or full: what a role is."""
-    return cfg.generator if role.startswith("student") else cfg.fake
-
-
-def dtype_named(name: str) -> torch.dtype:
-    """bf16 or float32."""
-    return {"bf16": torch.bfloat16, "float32": torch.float32}[name]
-
-
-class Work(NamedTuple):
-    """Operations of an iteration of a phase, all samples: wanted, and recomputed."""
-
-    wanted: float
-    again: float
-
-
-def work(cfg, phase, shapes: dict[tuple, float], record: str) -> Work:
-    """The expectation over truncation depths and over shapes (shape -> probability)."""
-    wanted = again = 0.0
-    guided = max(g != 1 for g in cfg.guidance)  # twice the forwards
-    steps = phase.depths if cfg.truncate == "off" else (1 + phase.depths) / 2  # of the phase
-    learned = phase.depths if cfg.truncate == "off" else 1
+    Expectation over shapes (shape -> probability) and truncation depths.
+    """
+    truncated = cfg.truncate == "on"
+    trained = 1 if truncated else phase.num_steps
+    steps = phase.first + ((1 + phase.num_steps) / 2 if truncated else phase.num_steps)
     rollouts = 1 if cfg.reuse_rollouts else cfg.fake_updates
-    for shape, share in shapes.items():
-        args = shape, cfg.rank, dtype_named(cfg.dtype), cfg.checkpointing == "on"
-        student, fake = (
-            cost(cfg.teacher, args[0], k == "full", *args[1:]) for k in (cfg.generator, cfg.fake)
-        )
-        asked = rollouts * (phase.first + steps) + phase.first + steps - learned
-        wanted += share * (asked * student.forward + cfg.fake_updates * fake.training)
-        wanted += share * ((1 + guided) * student.forward + fake.forward)
-        wanted += share * learned * student.training
-        again += share * (cfg.fake_updates * fake.recomputed + learned * student.recomputed)
-        again += share * learned * student.forward * (record == "last")
-    return Work(cfg.batch * wanted, cfg.batch * again)
+    student_forwards = (rollouts + 1) * steps - trained
+    teacher_forwards = 1 + any(scale != 1 for scale in cfg.guidance)
+    step_recomputed = truncated and cfg.checkpointing == "on"  # see rollout
+    useful = recomputed = 0.0
+    for shape, probability in buckets.items():
+        student, fake = (role_cost(cfg, name, shape) for name in ("student1", "fake1"))
+        n = cfg.batch * probability
+        useful += n * (student_forwards * student.forward + trained * student.training)
+        useful += n * (teacher_forwards * student.forward + fake.forward)
+        useful += n * cfg.fake_updates * fake.training
+        recomputed += n * (cfg.fake_updates * fake.recomputed + trained * student.recomputed)
+        recomputed += n * step_recomputed * student.forward
+    return useful, recomputed
 
 
-def traffic(cfg, phase, held, shapes: dict[tuple, float], record: str) -> float:
-    """Bytes that a process sends in an iteration of a phase, in expectation over depths."""
-    guided = max(g != 1 for g in cfg.guidance)
-    steps = phase.depths if cfg.truncate == "off" else (1 + phase.depths) / 2
-    learned = phase.depths if cfg.truncate == "off" else 1
-    rollouts = 1 if cfg.reuse_rollouts else cfg.fake_updates
-    student, fake, teacher = (
-        shared_of(cfg, held, role) for role in (*held.trained[:2], "teacher1")
-    )
-    asked = rollouts * (phase.first + steps) + phase.first + steps - learned
-    asked += learned * (record == "last")
-    sent = asked * student.sent + (1 + guided) * teacher.sent + fake.sent
-    for role, times in ((fake, cfg.fake_updates), (student, learned)):
-        sent += times * (2 * role.sent + role.summed)  # once more in backward
-    calls = asked + 2 + guided + (cfg.fake_updates + learned) * (2 + (cfg.checkpointing == "on"))
-    tokens = sum(share * exchanged(cfg, shape) for shape, share in shapes.items())
-    passes = -(-cfg.batch // cfg.micro_batch) / parallel.here.shares
-    return passes * (sent + cfg.micro_batch * calls * tokens)
-
-
-def exchanged(cfg, shape: tuple) -> float:
-    """Bytes that a process sends of a sample's tokens in a forward: q, k, v and back, in blocks."""
-    settings, share = row_of(cfg.teacher).settings, parallel.here.context
-    wide = settings.get("dim") or settings["num_attention_heads"] * settings["attention_head_dim"]
-    qwen = "attention_head_dim" in settings
-    count = torch.Size(shape[1:]).numel() // 4 + (TEXT if qwen else 0)
-    each = 4 * settings["num_layers"] * wide * dtype_named(cfg.dtype).itemsize
-    return count / share * each * (share - 1) / share
-
-
-def room_of(device) -> float:
-    """Bytes of a GPU; 0 where there is none."""
-    cuda = torch.device(device).type == "cuda"
-    return torch.cuda.get_device_properties(device).total_memory if cuda else 0.0
-
-
-def record_of(cfg, held: list, shapes: dict[tuple, float], device) -> str:
-    """`first` unless asked for `last`, offloading, or without the memory for it."""
-    if cfg.record != "auto":
-        return cfg.record
-    if cfg.offload != "none" or not room_of(device):
-        return "last" if cfg.offload != "none" else "first"
-    worst = max(memory(cfg, here, biggest(shapes), "none", "first").peak for here in held)
-    return "first" if worst < room_of(device) - SPARE else "last"
+# -- the device ----------------------------------------------------------------------------------
 
 
 @lru_cache
-def rate_of(dtype: torch.dtype, device: str) -> float:
-    """Operations a second of a large product here, measured once."""
-    return speed.rate(dtype, device)
+def peak_flops(dtype: torch.dtype, device: str) -> float:
+    """FLOP/s to compute MFU with: measured on a GPU, assumed elsewhere."""
+    return matmul_flops(dtype, device) if torch.device(device).type == "cuda" else ASSUMED_FLOPS
 
 
-def report(cfg, phases, held: list, shapes: dict, device: str, rate: float) -> str:
-    """The plan as text. rate: operations a second; 0 to measure it here."""
-    rate = rate or rate_of(dtype_named(cfg.dtype), device)
-    record, largest, here = record_of(cfg, held, shapes, device), biggest(shapes), parallel.here
-    lines, days = [], 0.0
-    if here.processes > 1:
-        nodes = f"{here.nodes} nodes of {here.sharers}" if here.nodes > 1 else f"{here.sharers}"
-        tokens = f", {here.context} to a sample" if here.context > 1 else ""
-        lines.append(f"\nin each process of {nodes}{tokens}:")
-    for phase, there in zip(phases, held):
-        w = work(cfg, phase, shapes, record)
-        seconds = (w.wanted + w.again) / rate / here.processes
-        sent = traffic(cfg, phase, there, shapes, record)
-        lines += [f"\nphase {phase.k}{'':22}weights  gradients  moments   GB"]
-        lines += memory_lines(cfg, there, largest, record) + work_lines(cfg, w, rate, seconds, sent)
-        days += seconds * cfg.iters / 86400
+def matmul_flops(dtype: torch.dtype, device: str) -> float:
+    """FLOP/s of a large square matrix product, the best of ten."""
+    n = 8192 if torch.device(device).type == "cuda" else 1024
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    return 2 * n**3 / min(time_call(lambda: a @ b, device) for _ in range(10))
+
+
+def time_call(call: Callable, device: str) -> float:
+    """Seconds of a call, including the work that it starts on the device."""
+    synchronize = getattr(torch, torch.device(device).type).synchronize
+    synchronize()
+    start = time.perf_counter()
+    call()
+    synchronize()
+    return time.perf_counter() - start
+
+
+# -- the report ----------------------------------------------------------------------------------
+
+
+def report(cfg, phases: list, active: list, buckets: dict[tuple, float], device: str) -> str:
+    """Memory and time as a table, one row per phase. active: moe.ActiveRoles of each phase."""
+    topology, rate = parallel.topology, peak_flops(dtype_named(cfg.dtype), device)
+    shape = max(buckets, key=math.prod)  # the largest decides on the memory
+    parts = Memory._fields if topology.processes > 1 else Memory._fields[:-1]
+    rows = [["phase", *parts, "peak", "PFLOP", "recomputed", "s/iteration", "days"]]
+    memories = [phase_memory(cfg, roles, shape) for roles in active]
+    total = 0.0
+    for phase, memory in zip(phases, memories):
+        flops = step_flops(cfg, phase, buckets)
+        seconds = sum(flops) / rate / topology.processes
+        total += seconds * cfg.iters / 86400
+        numbers = [getattr(memory, name) / 1e9 for name in (*parts, "peak")]
+        numbers += [*(x / 1e15 for x in flops), seconds, seconds * cfg.iters / 86400]
+        rows.append([str(phase.k), *(f"{x:,.1f}" if x >= 10 else f"{x:.3g}" for x in numbers)])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    lines = ["  ".join(text.rjust(n) for text, n in zip(row, widths)) for row in rows]
+    latents = f"{cfg.micro_batch} x ({' x '.join(map(str, shape))}) latents"
+    lines.insert(0, f"GB per process, of {topology.processes}, with micro-batches of {latents}")
     lines.append(
-        f"\n{len(phases)} x {cfg.iters} iterations: {days:,.3g} days at that rate, which products "
-        f"alone may reach; {disk(cfg, held[-1])}"
+        f"{len(phases)} x {cfg.iters} iterations: {total:,.3g} days at {rate / 1e12:,.4g} TFLOP/s "
+        "per process, a lower bound: only matrix products are counted"
     )
-    return "\n".join(lines + options(cfg, held, largest, record, room_of(device)))
-
-
-def memory_lines(cfg, held, shape: tuple, record: str) -> list[str]:
-    """What a phase holds, a line a network."""
-    m, weight = memory(cfg, held, shape, cfg.offload, record), lambda r: weight_of(cfg, r)
-    base = shared(cfg.teacher, False, 0, cfg.rank, dtype_named(cfg.dtype), parallel.here).mine
-    lines = [f"  base {e}, frozen{'':12}{gb(base)}" for e in held.experts]
-    lines += [f"  {r + ', frozen':27}{gb(weight(r))}" for r in held.frozen]
-    lines += [
-        f"  {r + ', ' + kind(cfg, r):27}{gb(weight(r))}{gb(weight(r), 11)}{gb(weight(r), 9)}"
-        for r in held.trained
-    ]
-    lines.append(f"  activations{'':16}{gb(m.activations)}   {cfg.micro_batch} x {text(shape)}")
-    if parallel.here.processes > 1:
-        lines.append(f"  gathered from others{'':7}{gb(m.gathered)}   and a block's gradients")
-    where = "" if cfg.offload == "none" else f", {m.host / 1e9:.1f} in pinned host memory"
-    return [*lines, f"  peak{'':23}{gb(m.peak)}   one role has gradients at a time{where}"]
-
-
-def work_lines(cfg, w: Work, rate: float, seconds: float, sent: float) -> list[str]:
-    """What an iteration computes, and what a process sends meanwhile."""
-    lines = [
-        f"  an iteration of {cfg.batch} samples: {w.wanted / 1e12:,.4g} Tflop and "
-        f"{w.again / 1e12:,.4g} recomputed; {seconds:,.3g} s at {rate / 1e12:,.4g} Tflop/s"
-    ]
-    if parallel.here.processes > 1:
-        speed = f"{sent / seconds / 1e9:,.3g} GB/s"
-        lines.append(f"  each sends {sent / 1e9:,.1f} GB meanwhile: {speed}")
-    return lines
-
-
-def disk(cfg, last) -> str:
-    """What the folder of a run takes, of all processes; last: the Held of the last phase."""
-    size = sizes(cfg.teacher, cfg.rank, dtype_named(cfg.dtype))
-    whole = lambda role: size.own if kind(cfg, role) == "full" else size.lora
-    students = sum(map(whole, [r for r in last.frozen + last.trained if r[0] == "s"]))
-    state = sum(map(whole, last.frozen)) + 2 * sum(map(whole, last.trained))
-    total = 2 * state + (1 + cfg.keep) * students  # an old state stays until the new one is whole
-    return (
-        f"disk: {total / 1e9:,.3g} GB (state 2 x {state / 1e9:.3g}, "
-        f"1 + {cfg.keep} students of {students / 1e9:.3g})"
-    )
-
-
-def options(cfg, held: list, shape: tuple, record: str, room: float) -> list[str]:
-    """What would need how much: a line for each way to spend memory."""
-    if parallel.here.processes > 1:
-        return []
-    lines = ["\nways to hold it (GB on the device at the worst phase):"]
-    for offload, way in (
-        ("none", "first"),
-        ("none", "last"),
-        ("expert", "last"),
-        ("blocks", "last"),
-    ):
-        ms = [memory(cfg, here, shape, offload, way) for here in held]
-        peak, host = max(m.peak for m in ms), max(m.host for m in ms)
-        fits = "" if not room else "   fits" if peak < room - SPARE else "   does not fit"
-        asked = "   <- this one" if (offload, way) == (cfg.offload, record) else ""
-        lines.append(
-            f"  --offload {offload:6} --record {way:5}{gb(peak)}   host {host / 1e9:5.1f}"
-            + (fits + asked)
-        )
-    if room:
-        lines[0] = lines[0].replace(":", f", of {room / 1e9:.1f}:")
-    share = memory(cfg, held[-1], shape, "none", "last").activations
-    lines.append(
-        f"  of these activations are {gb(share, 0)} GB: they go with the largest --size, --frames "
-        "and --micro-batch"
-    )
-    return lines
-
-
-def biggest(shapes) -> tuple:
-    """The shape of the most latents."""
-    return max(shapes, key=lambda shape: torch.Size(shape).numel())
-
-
-def gb(count: float, width: int = 8) -> str:
-    """Bytes as GB; small networks get the digits they need."""
-    value = count / 1e9
-    return f"{value:{width}.1f}" if value >= 10 else f"{value:{width}.3g}"
-
-
-def text(shape: tuple) -> str:
-    """(16, 21, 60, 104) -> 16 x 21 x 60 x 104 latents."""
-    return " x ".join(map(str, shape)) + " latents"
+    if torch.device(device).type == "cuda":
+        available = torch.cuda.get_device_properties(device).total_memory
+        peak = max(memory.peak for memory in memories)
+        verb = "fits" if peak + RESERVED < available else "does not fit"
+        lines.append(f"{peak / 1e9:.1f} GB {verb} into the {available / 1e9:.1f} GB of this GPU")
+    return "\n".join(lines)

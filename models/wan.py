@@ -1,6 +1,6 @@
-"""Wan 2.1 and 2.2: the diffusion transformer for videos, under the names of its published weights.
+"""Wan 2.1 and 2.2: the diffusion transformer for videos. Parameters have their published names.
 
-Tokens are patches of 1 x 2 x 2 latents, in the order frame, row, column. With bf16 inside, the
+A token is a patch of 1 x 2 x 2 latents; the order is frame, row, column. With dtype bf16 the
 linear layers and attention are bf16; the residual stream, the modulation and the head are float32.
 """
 
@@ -9,15 +9,14 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from models.layers import attend, gelu, modulate, rms, rope_table, rotate, run, sinusoid
+from models.layers import attend, call_block, gelu, modulate, rms, rope_table, rotate, sinusoid
 from models.lora import Linear
-from models.parallel import all_tokens, cut_tokens
+from models.parallel import gather_tokens, shard_tokens
 
 PATCH = (1, 2, 2)  # frames, rows, columns
 
-
-# (published, as diffusers renames it); norm3 really becomes norm2: it is the only norm of a block
-# that has parameters outside attention
+# Published name, name in diffusers. norm3 is norm2 there: both number the norms, in other orders,
+# and it is the only norm of a block, outside attention, that has parameters.
 RENAMED = (
     ("time_embedding.0", "condition_embedder.time_embedder.linear_1"),
     ("time_embedding.2", "condition_embedder.time_embedder.linear_2"),
@@ -40,17 +39,17 @@ RENAMED = (
 
 
 def diffusers_name(name: str) -> str:
-    """What diffusers calls the parameter, or the module, that is published under this name."""
+    """The name in diffusers of a parameter or module with this published name."""
     return next((name.replace(a, b) for a, b in RENAMED if a in name), name)
 
 
 def guide(v: Tensor, v_null: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance, v_null + scale (v - v_null)."""
+    """Classifier-free guidance (CFG): v_null + scale (v - v_null)."""
     return v_null + scale * (v - v_null)
 
 
 class Attention(nn.Module):
-    """Queries of z (B, L, D), keys and values of a context (B, M, D); q, k normed over all of D."""
+    """Attention from z (B, L, D) to a context (B, M, D). q and k are normalized over D."""
 
     def __init__(self, dim: int, heads: int, eps: float):
         super().__init__()
@@ -59,10 +58,15 @@ class Attention(nn.Module):
         self.norm_q, self.norm_k = nn.RMSNorm(dim, eps), nn.RMSNorm(dim, eps)
 
     def forward(
-        self, z: Tensor, context: Tensor, rope: Tensor | None, adapter, streams: tuple = ()
+        self,
+        z: Tensor,  # (B, L, D)
+        context: Tensor,  # (B, M, D)
+        rope: Tensor | None,  # (L, d / 2); None: cross-attention
+        adapter: str | None,
+        streams: tuple = (),
     ) -> Tensor:
-        q = rms(self.q(z, adapter), self.norm_q)
-        k = rms(self.k(context, adapter), self.norm_k)
+        q = rms(self.q(z, adapter), self.norm_q)  # (B, L, D) float32
+        k = rms(self.k(context, adapter), self.norm_k)  # (B, M, D) float32
         v = self.v(context, adapter)
         q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in (q, k, v))  # (B, L, H, d)
         if rope is not None:
@@ -71,7 +75,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, attention to the text, MLP; e (B, 1 or L, 6, D) float32 modulates two."""
+    """Self-attention, cross-attention to the text, MLP. Time modulates the first and the last."""
 
     def __init__(self, dim: int, ffn_dim: int, heads: int, eps: float):
         super().__init__()
@@ -83,7 +87,13 @@ class Block(nn.Module):
         self.ffn = nn.ModuleList([Linear(dim, ffn_dim), nn.Identity(), Linear(ffn_dim, dim)])
 
     def forward(
-        self, z: Tensor, e: Tensor, text: Tensor, rope: Tensor, adapter, streams: tuple
+        self,
+        z: Tensor,  # (B, L, D) float32, the residual stream
+        e: Tensor,  # (B, 1 or L, 6, D) float32, the projected time embedding
+        text: Tensor,  # (B, text_len, D)
+        rope: Tensor,  # (L, d / 2)
+        adapter: str | None,
+        streams: tuple,
     ) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + e).unbind(2)
         y = modulate(z, shift1, scale1, self.eps).to(text.dtype)
@@ -96,7 +106,7 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Tokens -> patches of velocity. Modulated by the time embedding itself, not its projection."""
+    """From tokens to patches of v. Modulated by the time embedding itself, not its projection."""
 
     def __init__(self, dim: int, outputs: int, eps: float):
         super().__init__()
@@ -104,19 +114,21 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.zeros(1, 2, dim))
         self.head = Linear(dim, outputs)
 
-    def forward(self, z: Tensor, e: Tensor) -> Tensor:  # e (B, 1 or L, D)
+    def forward(self, z: Tensor, e: Tensor) -> Tensor:  # z (B, L, D), e (B, 1 or L, D)
         shift, scale = (self.modulation.float() + e[:, :, None]).unbind(2)
         return self.head(modulate(z, shift, scale, self.eps))
 
 
 class Wan(nn.Module):
-    """v = net(x_t, t, c, adapter): x_t (B, C, F, H, W), t (B,) or (B, L) in [0, 1] -> v float32.
+    """v = net(x_t, t, c, adapter): x_t (B, C, F, H, W), t in [0, 1] -> v, float32, like x_t.
 
-    c["text"] (B, L, text_dim), L <= text_len; c["image"] (B, 20, F, H, W) for image to video only.
-    H and W are even. `dtype` is that of the inside; `checkpointing` trades time for memory.
+    t (B,), or (B, L) with a time per token, as image to video with the 5B model needs.
+    c["text"] (B, M, text_dim), M <= text_len; c["image"] (B, 20, F, H, W) for image to video only:
+    mask (4) and latents (16). H and W are even. dtype: of the blocks. checkpointing: less memory.
     """
 
-    float32 = ("time_embedding", "time_projection", "modulation", "head", "norm")  # kept so in bf16
+    # parts of names of parameters that stay float32 if dtype is bf16
+    float32 = ("time_embedding", "time_projection", "modulation", "head", "norm")
 
     def __init__(
         self,
@@ -135,7 +147,7 @@ class Wan(nn.Module):
     ):
         super().__init__()
         if dim % (2 * num_heads):
-            raise ValueError(f"{dim} channels do not make {num_heads} heads of an even size")
+            raise ValueError(f"dim: expected a multiple of 2 x {num_heads} heads, got {dim}")
         self.head_dim, self.text_len, self.freq_dim = dim // num_heads, text_len, freq_dim
         self.dtype, self.checkpointing = dtype, checkpointing
         self.patch_embedding = nn.Conv3d(in_dim, dim, PATCH, PATCH)
@@ -151,47 +163,46 @@ class Wan(nn.Module):
 
     @staticmethod
     def adapted(name: str) -> bool:
-        """The ten linear layers of a block that the published LoRAs adapt."""
+        """Return whether LoRAs adapt this layer: the ten of a block, as in published LoRAs."""
         return name.startswith("blocks.")
 
     def forward(self, x_t: Tensor, t: Tensor, c: dict, adapter: str | None = None) -> Tensor:
-        x = (
-            torch.cat([x_t, c["image"].to(x_t.dtype)], 1) if "image" in c else x_t
-        )  # noise, mask, image
-        takes = self.patch_embedding.in_channels
-        if x.shape[1] != takes:
-            raise ValueError(f"{x.shape[1]} channels, not {takes}; image to video needs c['image']")
+        x = torch.cat([x_t, c["image"].to(x_t.dtype)], 1) if "image" in c else x_t
+        channels, length = self.patch_embedding.in_channels, c["text"].shape[1]
+        if x.shape[1] != channels:
+            raise ValueError(
+                f"expected {channels} channels, got {x.shape[1]}; image to video needs c['image']"
+            )
+        if length > self.text_len:
+            raise ValueError(f"expected a text of at most {self.text_len} tokens, got {length}")
         frames, rows, columns = (n // p for n, p in zip(x.shape[2:], PATCH))
-        count = frames * rows * columns  # tokens; from here on this process's part of them
+        count = frames * rows * columns  # tokens of a sample; below, L of them are on this rank
         z = self.patches(x).float()  # (B, L, D)
-        t = t[:, None] if t.ndim == 1 else cut_tokens(t)
+        t = t[:, None] if t.ndim == 1 else shard_tokens(t)  # (B, 1 or L)
         e = self.time_embedding(sinusoid(t, self.freq_dim))  # (B, 1 or L, D)
         e6 = self.time_projection(e).unflatten(-1, (6, -1))  # (B, 1 or L, 6, D)
-        missing = self.text_len - c["text"].shape[1]
-        if missing < 0:
-            raise ValueError(f"a text of {c['text'].shape[1]} tokens; {self.text_len} at most")
-        # zero rows are attended to, all text_len of them
-        text = F.pad(c["text"], (0, 0, 0, missing)).to(self.dtype)
+        # as published, attention sees the zero rows of the padding: there is no mask
+        text = F.pad(c["text"], (0, 0, 0, self.text_len - length)).to(self.dtype)
         text = self.text_embedding[2](gelu(self.text_embedding[0](text)))  # (B, text_len, D)
-        rope = cut_tokens(self.rope(frames, rows, columns, x.device), 0)
+        rope = shard_tokens(self.rope(frames, rows, columns, x.device), 0)  # (L, d / 2)
         for block in self.blocks:
-            z = run(block, self.checkpointing, z, e6, text, rope, adapter, (count,))
-        p, q, r = PATCH  # out: channels last within a patch; in: channels first
-        return rearrange(
-            all_tokens(self.head(z, e), count), "b (f h w) (p q r c) -> b c (f p) (h q) (w r)",
+            z = call_block(block, self.checkpointing, z, e6, text, rope, adapter, (count,))
+        p, q, r = PATCH
+        return rearrange(  # channels last within a patch, unlike in `patches`
+            gather_tokens(self.head(z, e), count), "b (f h w) (p q r c) -> b c (f p) (h q) (w r)",
             f=frames, h=rows, w=columns, p=p, q=q, r=r,
         )  # fmt: skip
 
     def patches(self, x: Tensor) -> Tensor:
-        """The convolution, stride = kernel, as a product: (B, C, F, H, W) -> (B, L, D)."""
+        """Embed patches: (B, C, F, H, W) -> (B, L, D). A convolution with stride = kernel size."""
         p, q, r = PATCH
         x = rearrange(x, "b c (f p) (h q) (w r) -> b (f h w) (c p q r)", p=p, q=q, r=r)
-        x = cut_tokens(x)
+        x = shard_tokens(x)  # (B, L, C p q r)
         weight, bias = self.patch_embedding.weight.flatten(1), self.patch_embedding.bias
         return F.linear(x.to(self.dtype), weight.to(self.dtype), bias.to(self.dtype))
 
     def rope(self, frames: int, rows: int, columns: int, device: torch.device) -> Tensor:
-        """Positions from 0 on each axis; 44, 42, 42 of 128 channels for frame, row, column."""
+        """Rope of a grid, positions from 0. Of 128 channels, 44, 42, 42 are frame, row, column."""
         side = 2 * (self.head_dim // 6)
         positions = tuple(tuple(range(n)) for n in (frames, rows, columns))
         return rope_table(positions, (self.head_dim - 2 * side, side, side), device)

@@ -1,4 +1,4 @@
-"""What the tests share: small runs whose networks start fitted, without files."""
+"""What the tests share: small runs whose networks are already fitted, without files."""
 
 from pathlib import Path
 
@@ -9,31 +9,33 @@ import train
 from toy import toy2d
 
 torch.set_num_threads(1)  # tests of small networks: a second thread only waits
-FIT = toy2d.fit  # tests that need none replace it
+FIT = toy2d.fit_start  # some tests replace it
 
 
 @pytest.fixture(scope="session")
 def start():
-    """start(cfg): tensors to start from, fitted once a mixture and session, and briefly."""
-    made = {}
+    """start(cfg): the tensors that roles start from, fitted briefly, once per mixture."""
+    tensors = {}
 
-    def of(cfg):
+    def fit(cfg):
         key = cfg.toy, cfg.classes
-        if key not in made:
-            made[key] = FIT(cfg, lambda steps: steps, steps=500)
-        return made[key]
+        if key not in tensors:
+            tensors[key] = FIT(cfg, steps=500)
+        return tensors[key]
 
-    return of
+    return fit
 
 
 @pytest.fixture
 def new_run(start):
     """new_run(**settings): a run on the ring before its first iteration."""
 
-    def of(**settings):
-        cfg = train.config(**settings)
-        run = train.new_run(cfg, start(cfg), torch.device("cpu"), Path("nowhere"))
+    def make(**settings):
+        cfg = train.make_config(**settings)
+        phases, device = train.phases_of(cfg), torch.device("cpu")
+        roles = toy2d.roles_from(cfg, phases, device, start(cfg))
+        run = train.Run(cfg, phases, roles, toy2d.make_data(cfg), device, Path("nowhere"))
         train.begin_phase(run, 1)
         return run
 
-    return of
+    return make

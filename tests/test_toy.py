@@ -1,16 +1,19 @@
-"""Claims about the exact distributions, the numbers computed from samples, and users' points."""
+"""The exact distributions, the metrics computed from samples, and the user's points."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from models.files import UserError
+from models.common import UserError
 from sde import flow, score_to_v, vp
-from toy import mixtures
-from toy.mixtures import TOYS, energy, from_points, grid, mean_distance, modes, ring
+from toy import toy2d
+from toy.mixtures import TOYS, energy, energy_distances, from_points, mean_distance, mode_coverage
+from train import make_config, phases_of
 
+ring, grid = TOYS["ring"], TOYS["grid"]
 every = pytest.mark.parametrize("p", [flow, vp], ids=["flow", "vp"])
 
 
@@ -24,11 +27,8 @@ def generator(seed=0):
 def test_score_and_velocity_are_those_of_the_density(p, toy, by_class):
     """The score is autograd's gradient of log_density, the velocity its affine image by Eq. 5."""
     mixture = TOYS[toy](p).double()
-    c = (
-        {"class": torch.randint(mixture.classes, (32,), generator=generator())}
-        if by_class
-        else None
-    )
+    labels = torch.randint(mixture.classes, (32,), generator=generator())
+    c = {"class": labels} if by_class else None
     for t in (0.05, 0.5, 0.95):
         x_t = mixture.sample_at(t, 32, generator(1), c).requires_grad_()
         score = torch.autograd.grad(mixture.log_density(x_t, t, c).sum(), x_t)[0]
@@ -36,7 +36,7 @@ def test_score_and_velocity_are_those_of_the_density(p, toy, by_class):
         torch.testing.assert_close(
             mixture.velocity(x_t, t, c), score_to_v(x_t, t, score, p), rtol=1e-6, atol=1e-6
         )
-        if t == 0.5:  # of another class it is another
+        if t == 0.5:  # under another condition it is another
             other = None if by_class else {"class": torch.zeros(32, dtype=torch.long)}
             assert not torch.allclose(mixture.score(x_t, t, other), score, atol=1e-3)
 
@@ -69,81 +69,92 @@ def test_samples_are_of_their_class():
 
 
 def test_energy_is_the_formula_and_sees_a_lost_mode():
-    """Blocks give what all pairs at once give; equal laws give about 0; 7 of 8 modes do not."""
+    """Blocks and halves give what all pairs at once give; a lost mode is visible."""
     x, y = ring().sample(301, generator()), ring().sample(250, generator(1))
-    assert mean_distance(x, y) == pytest.approx(torch.cdist(x, y).double().mean().item(), rel=1e-5)
-    off = lambda a: torch.cdist(a, a).double().sum().item() / (len(a) * (len(a) - 1))
-    assert energy(x, y) == pytest.approx(
-        2 * torch.cdist(x, y).double().mean().item() - off(x) - off(y), abs=1e-5
+    between = torch.cdist(x, y).double().mean().item()
+    within = [torch.cdist(z, z).double().sum().item() / (len(z) * (len(z) - 1)) for z in (x, y)]
+    assert mean_distance(x, y) == pytest.approx(between, rel=1e-5)
+    assert [mean_distance(z) for z in (x, y)] == pytest.approx(within, rel=1e-5)
+    assert energy(x, y) == pytest.approx(2 * between - sum(within), abs=1e-5)
+    assert energy_distances({"a": (x, y), "b": (y, x)}) == pytest.approx(
+        {"a": energy(x, y), "b": energy(x, y)}, abs=1e-6
     )
     a, b = ring().sample(10_000, generator(2)), ring().sample(10_000, generator(3))
     lost = b[torch.cdist(b, ring().means).argmin(1) != 0]
     assert abs(energy(a, b)) < 0.002 < 0.01 < energy(a, lost)
 
 
-def test_modes_and_precision_count_what_they_say():
+def test_mode_coverage_counts_modes_and_hits():
     exact = ring().sample(10_000, generator())
-    number, precision = modes(exact, ring())
-    assert number == pytest.approx(8, abs=0.02) and precision == pytest.approx(
-        1 - math.exp(-4.5), abs=0.005
-    )
-    one = exact[torch.cdist(exact, ring().means).argmin(1) == 3]
-    assert modes(one, ring())[0] == pytest.approx(1)
-    assert modes(torch.zeros(10, 2), ring()) == (0.0, 0.0)
+    number, precision = mode_coverage(exact, ring())
+    assert number == pytest.approx(8, abs=0.02)
+    assert precision == pytest.approx(1 - math.exp(-4.5), abs=0.005)
+    single = exact[torch.cdist(exact, ring().means).argmin(1) == 3]
+    assert mode_coverage(single, ring())[0] == pytest.approx(1)
+    assert mode_coverage(torch.zeros(10, 2), ring()) == (0.0, 0.0)
+
+
+def test_a_report_compares_student_teacher_and_exact_samples(monkeypatch):
+    """An exact student is at the floor in every phase; a wrong one is not."""
+    monkeypatch.setattr(toy2d, "draw_picture", lambda *_: b"png")
+    cfg = make_config(toy="ring", steps=20, phases=2, eval_samples=2000)
+    phases, reports = phases_of(cfg), []
+    roles = toy2d.roles_from(cfg, phases, "cpu", start={})
+    for velocity in (lambda x_t, t, c: x_t, toy2d.exact_teacher(cfg)):
+        for role in roles.student.values():
+            role.velocity = velocity
+        reports.append(toy2d.report(cfg, phases, roles, 2, "cpu", Path(), finished=True)[0])
+    bad, good = reports
+    assert max(map(abs, good["energy_phases"])) < 0.01 < min(bad["energy_phases"])
+    assert good["energy"] == good["energy_phases"][1] == good["energy_teacher_same_steps"]
+    preview, _ = toy2d.report(cfg, phases, roles, 1, "cpu", Path(), finished=False)
+    assert preview == {"energy_phases": good["energy_phases"][:1]}
 
 
 @pytest.mark.parametrize("suffix", ["csv", "npy"])
-def test_points_become_a_mixture_in_the_unit_of_their_deviation(tmp_path, suffix):
-    """Centred, one scale for all axes, both undone by `unit`; a header line is allowed."""
+def test_points_become_a_mixture_in_units_of_their_deviation(tmp_path, suffix):
+    """Centred, one scale for all axes, both undone by `unit`; a line of names is allowed."""
     points, file = np.random.default_rng(0).normal(5, [1, 3], (100, 2)), tmp_path / f"p.{suffix}"
-    np.save(file, points) if suffix == "npy" else np.savetxt(
-        file, points, delimiter=",", header="a,b", comments=""
-    )
+    if suffix == "npy":
+        np.save(file, points)
+    else:
+        np.savetxt(file, points, delimiter=";", header="a;b", comments="")
     mixture = from_points(str(file))
     centre, scale = mixture.unit
     assert mixture.means.square().mean().item() == pytest.approx(1, abs=1e-5) and mixture.sd >= 0.05
     np.testing.assert_allclose(mixture.means.double() * scale + centre, points, atol=1e-5)
-    assert from_points(str(file), 0.3).sd == 0.3
 
 
-BAD_POINTS = {
-    "text": "1,2\nx,y\n3,4\n",
-    "ragged": "1,2\n3\n",
-    "nan": "1,2\nnan,4\n",
-    "one": "1,2\n",
-    "empty": "",
-    "same": "1,2\n1,2\n",
-    "same fractions": "0.1,0.7\n" * 3,
-    "huge": "1e200,1\n2e200,3\n",
-    "a typo above": "1,x\n2,3\n4,5\n",
-    "many": "1,2\n3,4\n" * 5_000_000,
+BAD_POINTS = {  # contents: part of the error
+    "1,2\nx,y\n3,4\n": "row 2",
+    "1,2\n3,4\n5\n": "Line #3",
+    "1,2\nnan,4\n": "row 2",
+    "1,x\n2,3\n4,5\n": "row 1",
+    "1,2\n": "n >= 2",
+    "": "n >= 2",
+    "0.1,0.7\n" * 3: "two different rows",
+    "1e200,1\n2e200,3\n": "too large",
+    "1,2\n3,4\n" * 1001: "more than 2000 rows",
 }
 
 
-@pytest.mark.parametrize("kind", BAD_POINTS)
-def test_points_that_cannot_serve_are_refused_in_one_line(tmp_path, kind):
+@pytest.mark.parametrize("contents", BAD_POINTS, ids=BAD_POINTS.values())
+def test_unusable_points_are_refused_in_one_line(tmp_path, contents):
     file = tmp_path / "p.csv"
-    file.write_text(BAD_POINTS[kind])
-    with pytest.raises(UserError) as caught:
+    file.write_text(contents)
+    with pytest.raises(UserError, match=BAD_POINTS[contents]) as error:
         from_points(str(file))
-    assert "\n" not in str(caught.value) and str(file) in str(caught.value)
+    assert "\n" not in str(error.value) and str(file) in str(error.value)
 
 
-def test_npy_files_that_cannot_serve_are_refused_and_never_unpickled(tmp_path):
-    for name, array in {
-        "pickle": np.array([print, 1], dtype=object),
-        "text": np.array([["a"]]),
-        "big": np.zeros((3000, 2)),
-    }.items():
-        np.save(tmp_path / f"{name}.npy", array, allow_pickle=True)
-        with pytest.raises(UserError):
-            from_points(str(tmp_path / f"{name}.npy"))
+def test_unusable_npy_files_are_refused_and_never_unpickled(tmp_path):
+    np.save(tmp_path / "pickle.npy", np.array([print, 1], dtype=object), allow_pickle=True)
+    np.save(tmp_path / "text.npy", np.array([["a"]]))
+    np.save(tmp_path / "big.npy", np.zeros((3000, 2)))
     np.save(tmp_path / "flat.npy", np.float64(3))
+    (tmp_path / "cut.npy").write_bytes((tmp_path / "big.npy").read_bytes()[:1000])
     np.savez(tmp_path / "z.npz", a=np.zeros((3, 2)))
     (tmp_path / "zip.npy").write_bytes((tmp_path / "z.npz").read_bytes())
-    (tmp_path / "badzip.npy").write_bytes((tmp_path / "z.npz").read_bytes()[:99])
-    (tmp_path / "cut.npy").write_bytes((tmp_path / "big.npy").read_bytes()[:1000])
-    for name in ("cut.npy", "absent.csv", "flat.npy", "zip.npy", "badzip.npy"):
+    for name in ("pickle", "text", "big", "flat", "cut", "zip", "absent"):
         with pytest.raises(UserError):
-            from_points(str(tmp_path / name))
-    assert mixtures.MAX_POINTS == 2000
+            from_points(str(tmp_path / f"{name}.npy"))

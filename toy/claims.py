@@ -1,454 +1,480 @@
-"""The paper's claims at small scale, with error bars: what holds here, what does not, what is open.
+"""Test nine claims of the paper where the answers can be computed, with error bars over seeds.
 
-    python toy/claims.py             every method on every toy, 10 seeds: 70 minutes of two cores
-    python toy/claims.py --quick     all of it in miniature, 4 minutes: to see that it works
-    python toy/claims.py --digits    a table of pictures, 3 seeds: about 40 minutes
-    python toy/claims.py --control   does the machinery find what is there, and nothing else?
+    python toy/claims.py             every method on every toy, 10 seeds; an hour on two cores
+    python toy/claims.py --quick     the same in miniature, to see that it works
+    python toy/claims.py --digits    three methods on digits, 3 seeds
+    python toy/claims.py --control   identical methods, and a planted difference
 
-Prints a line a claim, `claim N reproduced|contradicted|undecided numbers`, and writes claims.json,
-table.md and figures. The same command goes on where it was stopped, cell by cell (a method with a
-seed); the numbers are a function of the seeds. A cell is one thread; so many run at once as
---processes says.
+Prints one word per claim (holds, does not hold, unclear) and the differences that decide it; writes
+claims.json and claims.md. Each run leaves a file in --out/runs and is not repeated if that exists.
 """
 
-import io
+import copy
+import math
 import multiprocessing
 import re
 import signal
 import sys
-import time
 from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from functools import cache, partial
+from itertools import product, repeat
 from pathlib import Path
+from statistics import mean, stdev
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script from the project's root
+sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script
 
-import numpy as np
 import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 from tqdm import tqdm
 
-from models.files import UserError, read_json, write, write_json
-from models.flags import Parser, exit_status
-from models.folder import environment, make
-from toy import claims_digits, claims_figures, methods
-from toy.methods import FAR, ROWS, TABLES, TEACHERS, Budget
-from toy.claims_tables import MAIN, depths_of, number, summary, table_of, verdict_table
-from toy.verdicts import Part, text, verdicts
+import train
+from losses import v_target
+from models import common
+from models.common import normal, stream
+from sde import coefficients, diffuse, expand_like, transition
+from toy import digits, figure2, toy2d
+from toy.mixtures import TOYS, Mixture, mean_distance, mode_coverage
 
-QUICK = Budget(updates=160, warmup=80, samples=2000, fit=500, matching=200)
-RATES = (3e-4, 1e-3, 3e-3)  # of the generator: each row's is the best of these on other seeds
-TUNING_SEEDS = (100, 101)
-ENERGY = 0.001  # the smallest difference that matters: as much as two seeds differ
-DIVERSITY = 0.05  # of the teacher's
+CPU = torch.device("cpu")
+VANILLA, SHARED = dict(phases=1, truncate="off"), "one shared network"
+METHODS = {  # settings of train.py; they cannot express SHARED, see train_method
+    "DMD, 1 step": dict(phases=1, steps=1),
+    "vanilla DMD": VANILLA,
+    "DMD2": dict(phases=1),
+    "DMD2, a fake per depth": dict(phases=1, fake_per_depth=True),
+    "Phased 4 / 2": dict(phases=2),
+    "Phased 4 / 4": dict(phases=4),
+    "disjoint intervals": dict(phases=2, interval="disjoint"),
+    "biased target": dict(phases=2, target="biased"),
+    SHARED: dict(phases=2),
+    "vanilla, t = 0.1": VANILLA | dict(fix_t=0.1),
+    "vanilla, t = 0.357": VANILLA | dict(fix_t=0.357),
+    "vanilla, t = 0.882": VANILLA | dict(fix_t=0.882),
+}
+MAIN = ("ring", "grid", "conditional")
+TABLES = {  # name: settings of the distribution, methods
+    "ring": (dict(toy="ring"), METHODS),
+    "grid": (dict(toy="grid"), METHODS),
+    "conditional": (dict(toy="ring", classes="on"), METHODS),
+    "wide": (dict(toy="wide"), ("vanilla, t = 0.357", "vanilla, t = 0.882")),
+    "digits": (dict(teacher="mnist"), ("DMD2", "Phased 4 / 2", SHARED)),
+}
+TEACHERS = {"teacher, 40 steps": 40, "teacher, 4 steps": 4}  # of digits
+
+
+# -- from differences over seeds to one word -------------------------------------------------------
+
+T_975 = (  # 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
+    2.145, 2.131, 2.120, 2.110, 2.101, 2.093,
+)  # fmt: skip
+
+
+class Part(NamedTuple):
+    """A difference that a claim says is above min_effect, the smallest that matters."""
+
+    name: str
+    differences: list[float]  # paired; one per seed
+    min_effect: float
+
+
+def interval(values: list[float]) -> tuple[float, float, float]:
+    """Mean over seeds, and the ends of its 95 % confidence interval."""
+    half = T_975[len(values) - 2] * stdev(values) / math.sqrt(len(values))
+    return mean(values), mean(values) - half, mean(values) + half
+
+
+def part_verdict(part: Part) -> str:
+    """Where the confidence interval lies: yes, no (an opposite effect), or in between."""
+    (_, low, high), limit = interval(part.differences), abs(part.min_effect)
+    if low > part.min_effect:
+        return "yes"
+    if high < -limit:
+        return "no"
+    return "no difference that matters" if -limit <= low and high <= limit else "unclear"
+
+
+def verdict(parts: list[Part]) -> str:
+    """A claim holds if all its parts do. It does not hold if one part shows the opposite effect."""
+    verdicts = {part_verdict(part) for part in parts}
+    return "holds" if verdicts == {"yes"} else "does not hold" if "no" in verdicts else "unclear"
+
+
+def format_part(part: Part) -> str:
+    """ring: DMD2 - Phased 4 / 2 +0.28 [+0.26, +0.3] > 0.001 yes"""
+    numbers = "{:+.2g} [{:+.2g}, {:+.2g}]".format(*interval(part.differences))
+    return f"{part.name} {numbers} > {part.min_effect:g} {part_verdict(part)}"
 
 
 # -- the claims ----------------------------------------------------------------------------------
 
-
-class Claim(NamedTuple):
-    """A sentence of the paper, the parts that decide on it, and what is told beside."""
-
-    sentence: str
-    parts: list[Part]
-    beside: list[Part]
-
-
-DEEPER = {  # where a number of a cell is found, if not under its name
-    "x_(t_1)": ("energy_phases", 0),
-    "x_(t_1) finished by the teacher": ("finished", 0),
-    "part that keeps its mode": ("early", 1, "kept"),
-    "part that keeps it, of those within 3 sd": ("early", 1, "kept_inside"),
-    "way of those that do, in sd": ("early", 1, "moved"),
-    "part that keeps its mode, first expert": ("early", 0, "kept"),
-}
-
-
-def value(cell: dict, what: str) -> float:
-    """A number of a cell."""
-    for key in DEEPER.get(what, (what,)):
-        cell = cell[key]
-    return cell
-
-
-def claims(found: dict) -> list[Claim]:
-    """The claims, over found[table][row] = numbers a seed. Written down before the first run."""
-
-    def more(table, name, other, what="energy", matters=ENERGY):
-        """`name` has more of it than `other`."""
-        pairs = zip(found[table][name], found[table][other], strict=True)
-        text = f"{table}: {name} - {other}" + (f", {what}" if what != "energy" else "")
-        return Part(text, [value(a, what) - value(b, what) for a, b in pairs], matters)
-
-    def each(name, other, what="energy", matters=ENERGY):
-        return [more(table, name, other, what, matters) for table in MAIN]
-
-    def above(bound, what, matters):
-        """Phased 4 / 2 has more of it than the bound."""
-        rows = {table: found[table]["Phased 4 / 2"] for table in MAIN}
-        text = what + (f" - {bound:g}" if bound else "")
-        return [
-            Part(f"{table}: {text}", [value(cell, what) - bound for cell in cells], matters)
-            for table, cells in rows.items()
-        ]
-
-    def matching(name, other, what, matters):
-        return [more(f"matching {t}", name, other, what, matters) for t in ("ring", "grid")]
-
-    def unbiased(table):
-        cells = found[f"matching {table}"]["Eq. 11"]
-        return Part(f"{table}: 0.001 - bias of Eq. 11", [0.001 - c["bias"] for c in cells], 0.0)
-
-    growth = {name: [cell["memory"][3] / cell["memory"][0] for cell in cells]
-              for name, cells in found["memory"].items()}  # fmt: skip
-    both = list(zip(growth["vanilla"], growth["phased"]))
-    return [
-        Claim(
-            "the subinterval target is unbiased and the naive one is not (Fig. 2)",
-            matching("naive", "Eq. 11", "bias", 0.05)
-            + matching("naive", "Eq. 11", "error", 0.05)
-            + [unbiased("ring"), unbiased("grid")],
-            matching("Eq. 11", "clean data", "error", 0.05),
-        ),
-        Claim(
-            "truncation brings the diversity of DMD2 down, Phased DMD keeps more (Table 3)",
-            each("vanilla DMD", "DMD2", "diversity", DIVERSITY)
-            + each("Phased 4 / 2", "DMD2", "diversity", DIVERSITY),
-            each("vanilla DMD", "DMD, 1 step", "diversity", DIVERSITY)
-            + each("Phased 4 / 2", "DMD2", "modes", 0.5),
-        ),
-        Claim(
-            "Phased DMD is nearer to the teacher than DMD2, with 4 phases nearer than with 2 "
-            "(Tables 2, 6)",
-            each("DMD2", "Phased 4 / 2") + each("Phased 4 / 2", "Phased 4 / 4"),
-            each("DMD2", "DMD2, a fake per depth") + [more("guided", "DMD2", "Phased 4 / 2")],
-        ),
-        Claim(
-            "the biased target harms distillation, not only scores (A2)",
-            each("biased target", "Phased 4 / 2"),
-            each("biased target", "Phased 4 / 2", "x_(t_1)")
-            + each("biased target", "Phased 4 / 2", "x_(t_1) finished by the teacher"),
-        ),
-        Claim(
-            "nested intervals beat disjoint ones (Fig. 10)",
-            each("disjoint intervals", "Phased 4 / 2"),
-            [more("ring", f"{start}, disjoint", start) for start in list(FAR)[::2]],
-        ),
-        Claim(
-            "high noise is what makes DMD converge (Fig. 11; t chosen by sigma / alpha beside the "
-            "distance of modes)",
-            each("vanilla, t = 0.1", "vanilla, t = 0.357"),
-            each("vanilla, t = 0.357", "vanilla, t = 0.882")
-            + [more("wide", "vanilla, t = 0.357", "vanilla, t = 0.882", matters=4 * ENERGY)],
-        ),
-        Claim(
-            "training the last expert longer changes detail and leaves structure (Fig. 8)",
-            above(0.95, "part that keeps its mode", 0.0)
-            + above(0.0, "way of those that do, in sd", 0.2),
-            above(0.95, "part that keeps it, of those within 3 sd", 0.0)
-            + above(0.95, "part that keeps its mode, first expert", 0.0),
-        ),
-        Claim(
-            "a phase costs the memory of one recorded step whatever N, vanilla grows (Fig. 1)",
-            [
-                Part("8 steps over 1: vanilla - phased", [a - b for a, b in both], 1.0),
-                Part("1.05 - phased", [1.05 - b for _, b in both], 0.0),
-            ],
-            [],
-        ),
-        Claim(
-            "the gain is not from parameters alone (one network in place of two)",
-            each("DMD2", "one shared network"),
-            each("one shared network", "Phased 4 / 2"),
-        ),
-    ]
+CLAIMS = (
+    "the subinterval target is unbiased and the naive one is not (Fig. 2)",
+    "truncation lowers the diversity of DMD2, Phased DMD keeps more (Table 3)",
+    "Phased DMD is closer to the teacher than DMD2, 4 phases closer than 2 (Tables 2, 6)",
+    "the biased target harms distillation, not only scores (A2)",
+    "nested intervals beat disjoint ones (Fig. 10)",
+    "high noise makes DMD converge (Fig. 11; t by sigma / alpha over the distance of modes)",
+    "training the last expert longer changes detail and keeps structure (Fig. 8)",
+    "the memory of a phase does not grow with N, that of vanilla does (Fig. 1)",
+    "the gain is not due to parameters alone (one network instead of two)",
+)
+MATCHING, PHASED, HIGH = ("matching ring", "matching grid"), "Phased 4 / 2", "vanilla, t = 0.357"
+ENERGY, KEPT = 0.001, "part that keeps its mode"
+COMPARISONS = (  # claim, tables, greater, smaller, metric, smallest difference that matters
+    (1, MATCHING, "naive", "Eq. 11", "bias", 0.05),
+    (1, MATCHING, "naive", "Eq. 11", "error", 0.05),
+    (1, MATCHING, 0.001, "Eq. 11", "bias", 0.0),
+    (2, MAIN, "vanilla DMD", "DMD2", "diversity", 0.05),
+    (2, MAIN, PHASED, "DMD2", "diversity", 0.05),
+    (3, MAIN, "DMD2", PHASED, "energy", ENERGY),
+    (3, MAIN, PHASED, "Phased 4 / 4", "energy", ENERGY),
+    (4, MAIN, "biased target", PHASED, "energy", ENERGY),
+    (5, MAIN, "disjoint intervals", PHASED, "energy", ENERGY),
+    (6, MAIN, "vanilla, t = 0.1", HIGH, "energy", ENERGY),
+    (7, MAIN, PHASED, 0.95, KEPT, 0.0),
+    (7, MAIN, PHASED, 0, "distance of those that do, in sd", 0.2),
+    (8, ("memory",), "vanilla", "phased", "growth", 1.0),
+    (8, ("memory",), 1.05, "phased", "growth", 0.0),
+    (9, MAIN, "DMD2", SHARED, "energy", ENERGY),
+)
+CONTEXT = (  # the same, printed below the claim without deciding it
+    (3, MAIN, "DMD2", "DMD2, a fake per depth", "energy", ENERGY),
+    (4, MAIN, "biased target", PHASED, "energy of x_(t_1)", ENERGY),
+    (6, MAIN, HIGH, "vanilla, t = 0.882", "energy", ENERGY),
+    (6, ("wide",), HIGH, "vanilla, t = 0.882", "energy", 4 * ENERGY),
+    (7, MAIN, PHASED, 0.95, KEPT + ", of those within 3 sd", 0.0),
+    (9, MAIN, SHARED, PHASED, "energy", ENERGY),
+)
 
 
-def lines(found: dict) -> list[str]:
-    """A line a claim, then what is told beside."""
-    made = claims(found)
-    words = verdicts([claim.parts for claim in made])
-    shown = []
-    for n, (claim, word) in enumerate(zip(made, words), 1):
-        parts = "; ".join(map(text, claim.parts))
-        shown.append(f"claim {n} {word} {claim.sentence}: {parts}")
-        shown += [f"  beside {n}: {text(part)}" for part in claim.beside]
-    return shown
+def list_parts(comparisons: tuple, claim: int, results: dict) -> list[Part]:
+    """The parts of a claim, one per comparison and table, from results[table][method] = runs."""
+    parts = []
+    for number, tables, greater, smaller, metric, min_effect in comparisons:
+        for table in tables if number == claim else ():
+            runs = results[table]  # a number in the place of a method is compared with each run
+            a, b = ([r[metric] for r in runs.get(x, ())] or repeat(x) for x in (greater, smaller))
+            name = f"{table}: {greater} - {smaller}, {metric}"
+            parts.append(Part(name, [x - y for x, y in zip(a, b)], min_effect))
+    return parts
 
 
-# -- cells ---------------------------------------------------------------------------------------
+# -- training ------------------------------------------------------------------------------------
 
 
 class Job(NamedTuple):
-    """A cell: what is computed in one go, and kept in a file of its own."""
+    """One run. Its result is one JSON file."""
 
-    work: str  # one of WORK
+    kind: str  # a key of KINDS, or "tuning"
     table: str
     name: str
     seed: int
     lr: float
-    budget: Budget
+    scale: int = 1  # divides updates and samples
 
     def file(self, out: Path) -> Path:
-        words = self.work, self.table, self.name, str(self.seed)
-        if "tuning" in self.work:
-            words = (*words, f"{self.lr:g}")
-        return (
-            out
-            / "cells"
-            / ("_".join(re.sub(r"[^a-z0-9.]+", "-", w.lower()) for w in words) + ".json")
-        )
-
-    def settings(self) -> dict:
-        return {"lr": self.lr, "budget": self.budget._asdict()}
+        """The file of the result."""
+        name = re.sub(r"[^\w.]+", "-", "_".join(map(str, self)))
+        return out / "runs" / f"{name}.json"
 
 
-WORK = {
-    "row": methods.row,
-    "tuning": methods.tuning,
-    "growth": methods.growth,
-    "matching": methods.matching,
-    "picture": claims_digits.picture,
-    "picture tuning": claims_digits.broken,
-}
-MATCHING = {"clean data": "a", "Eq. 11": "b", "naive": "c"}  # the objectives of Fig. 2
+@cache
+def start_tensors(toy: str, classes: str) -> dict[str, Tensor]:
+    """The network that all runs on a toy start from; that of train.py."""
+    return toy2d.fit_start(train.make_config(toy=toy, classes=classes))
 
 
-def compute(job: Job, out: Path) -> None:
-    """Do a job and keep what it found; x of the samples beside, of the first seed."""
-    name = MATCHING.get(job.name, job.name)
-    found = WORK[job.work](job.table, name, job.seed, job.lr, job.budget)
-    paths, file = found.pop("paths", None), job.file(out)
-    if paths is not None and job.seed == 0:
-        array = io.BytesIO()
-        np.save(array, paths.numpy())
-        write(file.with_suffix(".npy"), array.getvalue())
-    write_json(file, {"settings": job.settings(), "found": found})
+def new_run(job: Job, **settings) -> train.Run:
+    """A run of the job's method before its first phase, without a folder."""
+    settings = TABLES[job.table][0] | METHODS.get(job.name, {}) | settings
+    warmup = 100 if job.table == "digits" else 400  # fake updates, over all phases
+    cfg = train.make_config(
+        **settings, iters=800 // job.scale // settings["phases"], seed=job.seed, lr=job.lr,
+        warmup=warmup // job.scale // settings["phases"], eval_samples=10_000 // job.scale,
+    )  # fmt: skip
+    train.validate(cfg)
+    if job.table == "digits":
+        return train.make_run(cfg, CPU, Path())
+    phases, start = train.phases_of(cfg), start_tensors(cfg.toy, cfg.classes)
+    roles = toy2d.roles_from(cfg, phases, CPU, start)
+    return train.Run(cfg, phases, roles, toy2d.make_data(cfg), CPU, Path())
 
 
-def read(job: Job, out: Path) -> dict | None:
-    """What a job found, if it is done. Raises UserError for a file of other settings."""
-    file = job.file(out)
-    if not file.exists():
-        return None
-    held = read_json(file, "delete it; the same command computes it again")
-    if held.get("settings") != job.settings():
-        raise UserError(f"{file} is of other settings; delete {out}, or give another --out")
-    return held["found"]
+def train_method(job: Job) -> Iterator[train.Run]:
+    """Train. Yields the run after every iteration.
+
+    SHARED: one network is the expert of every phase, with one optimizer. The phases take turns,
+    iteration by iteration. Each has its own fake, in a run of its own.
+    """
+    run = new_run(job)
+    if job.name != SHARED:
+        train.begin_phase(run, 1)
+        for _ in train.train(run):
+            yield run
+        return
+    student, runs = run.roles.student[1], [run, *(new_run(job) for _ in run.phases[1:])]
+    for k, run in enumerate(runs, 1):
+        for j in run.roles.student:
+            run.roles.student[j] = replace(student, name=f"student{j}")
+        train.begin_phase(run, k)
+        run.optimizers[f"student{k}"] = runs[0].optimizers["student1"]
+    for _ in range(run.cfg.warmup + run.cfg.iters):
+        for run in runs:
+            train.run_iteration(run)
+            run.i += 1
+        yield run
 
 
-def begin() -> None:
-    """In each process: one thread; Ctrl-C is the parent's to answer."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+# -- measuring -----------------------------------------------------------------------------------
+
+
+def run_toy(job: Job) -> dict:
+    """Train a method on a toy and measure it."""
+    early = {}
+    for run in train_method(job):
+        if run.i == run.cfg.iters // 4:
+            early[run.k] = copy.deepcopy(run.roles.student[run.k].velocity)
+    changes = compare_early(run, early[2]) if job.name == PHASED else {}
+    return {"lr": job.lr} | measure(run) | changes
+
+
+def measure(run: train.Run) -> dict:
+    """Metrics of a trained student."""
+    cfg, mixture = run.cfg, toy2d.load_mixture(run.cfg)
+    xs, c = toy2d.draw(cfg, run.nets, run.times, cfg.eval_samples, CPU)
+    exact = lambda s: mixture.sample_at(s, len(xs[0]), stream("exact", cfg.seed, s or 0), c)
+    metrics = dict(zip(("modes", "precision"), mode_coverage(xs[-1], mixture)))
+    metrics["energy"], metrics["diversity"] = compare(xs[-1], exact(0.0), c)
+    if len(run.phases) > 1:
+        x, s = xs[run.phases[0].last], run.phases[0].s
+        metrics["energy of x_(t_1)"] = compare(x, exact(s), c)[0]
+    return metrics | {"score": metrics["energy"]}
+
+
+def compare(x: Tensor, y: Tensor, c: dict | None) -> tuple[float, float]:
+    """Energy distance of x and y, and mean distance within x over that within y; by class."""
+    groups = [slice(None)] if c is None else [c["class"] == i for i in c["class"].unique()]
+    between = mean(mean_distance(x[group], y[group]) for group in groups)
+    within_x, within_y = (mean(mean_distance(z[group]) for group in groups) for z in (x, y))
+    return 2 * between - within_x - within_y, within_x / within_y
+
+
+def compare_early(run: train.Run, early: torch.nn.Module) -> dict:
+    """How samples change while the last expert trains; early: this expert at a quarter of it."""
+    mixture, n = toy2d.load_mixture(run.cfg), run.cfg.eval_samples
+    nets = [early if net is run.roles.student[run.k] else net for net in run.nets]
+    x, late = (toy2d.draw(run.cfg, each, run.times, n, CPU)[0][-1] for each in (nets, run.nets))
+    distance, mode = torch.cdist(x, mixture.means).min(1)
+    kept, hit = mode == toy2d.nearest_mode(late, mixture), distance <= 3 * mixture.sd
+    moved = (x - late).norm(dim=1)[kept].mean() / mixture.sd
+    return {
+        KEPT: kept.double().mean().item(),
+        KEPT + ", of those within 3 sd": kept[hit].double().mean().item(),
+        "distance of those that do, in sd": moved.item(),
+    }
+
+
+def run_memory(job: Job) -> dict:
+    """Growth of what autograd saves for one student update, from 1 step to 8 steps."""
+    saved = {}
+    for steps in (1, 8):
+        settings = dict(phases=steps) if job.name == "phased" else VANILLA
+        run, sizes = new_run(job._replace(table="ring"), **settings, steps=steps), {}
+        train.begin_phase(run, len(run.phases))
+
+        def save(x: Tensor, sizes=sizes) -> Tensor:
+            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        with saved_tensors_hooks(save, lambda x: x):
+            train.update_student(run, 0)
+        saved[steps] = sum(sizes.values())
+    return {"growth": saved[8] / saved[1]}
+
+
+def run_matching(job: Job) -> dict:
+    """Fig. 2: rms distance from the exact velocity in (s, 1).
+
+    error  of a network that was trained with a target; bias: of the mean of this target
+    """
+    mixture, key, s, n = TOYS[job.table.split()[1]](), ("matching", job.seed), figure2.S, 10_000
+    name = {"Eq. 11": "b", "naive": "c"}[job.name]
+    options = dict(width=64, key=key, lr=job.lr, progress=lambda steps, text: steps)
+    net = figure2.fit(name, 2000 // job.scale, mixture, **options)
+    t = s + (1 - s) * torch.rand(n, generator=stream(*key, "test t"))
+    x_s, eps = mixture.sample_at(s, n, stream(*key, "test")), normal((n, 2), *key, "test eps")
+    x_t = diffuse(x_s, s, t, eps)
+    v, rms = mixture.velocity(x_t, t), lambda x: x.square().sum(1).mean().sqrt().item()
+    with torch.no_grad():
+        error, bias = rms(net(x_t, t) - v), rms(mean_target(mixture, job.name, s, t, x_t) - v)
+    return {"error": error, "bias": bias}
+
+
+def mean_target(mixture: Mixture, name: str, s: float, t: Tensor, x_t: Tensor) -> Tensor:
+    """E[target | x_t] of Eq. 11 or of the naive eps - x_s; exact, as both are linear in x_s.
+
+    E[x_s | x_t] = alpha_s x_0 + alpha_ts sigma_s^2 / sigma_t^2 (x_t - alpha_t x_0), x_0 a mean too
+    """
+    x_0, (alpha_t, sigma_t) = mixture.denoise(x_t, t)[0], coefficients(t, x_t)
+    alpha_s, sigma_s = coefficients(s, x_t)
+    alpha_ts, sigma_ts = transition(s, expand_like(t, x_t))
+    x_s = alpha_s * x_0 + alpha_ts * (sigma_s / sigma_t) ** 2 * (x_t - alpha_t * x_0)
+    eps = (x_t - alpha_ts * x_s) / sigma_ts
+    return v_target(x_s, s, t, eps) if name == "Eq. 11" else eps - x_s
+
+
+def run_digits(job: Job) -> dict:
+    """Train a method on digits, or take the teacher, and measure it; see digits.measure."""
+    if job.name not in TEACHERS:
+        *_, run = train_method(job)
+        metrics, _ = digits.report(run.cfg, run.phases, run.roles, run.k, CPU, run.out, True)
+        return metrics | {"lr": job.lr, "score": metrics["frechet"]}
+    teacher, n = digits.guided_teacher(2.0), 10_000
+    x = digits.sample_teacher(teacher, TEACHERS[job.name], n, CPU, "claims", job.seed)
+    features, predicted = digits.classify(digits.load_classifier(), digits.to_pixels(x))
+    return digits.measure(features, predicted, digits.cycle_labels(n), digits.load_reference())
+
+
+def run_tuning(job: Job) -> dict:
+    """Train a method to choose its rate: the one with the lowest score."""
+    try:
+        return run_digits(job) if job.table == "digits" else run_toy(job)
+    except common.UserError:  # diverged
+        return {"score": math.inf}
+
+
+# -- running all of it ---------------------------------------------------------------------------
+
+KINDS = dict(toy=run_toy, memory=run_memory, matching=run_matching, digits=run_digits)
+
+
+def run_job(job: Job, out: Path) -> None:
+    """Run a job on one thread and write its result."""
     torch.set_num_threads(1)
+    common.write_json(job.file(out), KINDS.get(job.kind, run_tuning)(job))
 
 
-def compute_all(jobs: list[Job], out: Path, processes: int, text: str) -> list[dict]:
-    """What the jobs found, in their order; those that are done are read."""
-    todo = [(job, out) for job in jobs if read(job, out) is None]
-    make(out / "cells")
-    with multiprocessing.get_context("spawn").Pool(processes, begin) as pool:
-        bar = tqdm(total=len(jobs), initial=len(jobs) - len(todo), desc=text, disable=None)
-        for _ in pool.imap_unordered(starred, todo):
-            bar.update()
-        bar.close()
-        pool.close()  # and let its processes end by themselves
-        pool.join()
-    return [read(job, out) for job in jobs]
+def run_jobs(jobs: list[Job], args) -> list[dict]:
+    """The results of the jobs; those that exist are read."""
+    todo = [job for job in jobs if not job.file(args.out).exists()]
+    ignore = signal.SIGINT, signal.SIG_IGN  # Ctrl-C is handled by the parent
+    with multiprocessing.get_context("spawn").Pool(args.processes, signal.signal, ignore) as pool:
+        done = pool.imap_unordered(partial(run_job, out=args.out), todo)
+        for _ in tqdm(done, jobs[0].kind, len(todo), disable=None):
+            pass
+    return [common.read_json(job.file(args.out), "delete it and run again") for job in jobs]
 
 
-def starred(arguments: tuple) -> None:
-    """compute, as a pool calls it."""
-    compute(*arguments)
+def tune(tables: Iterable[str], rates: tuple, seeds: tuple, scale: int, args) -> dict:
+    """The best rate of each (table, method), by the sum of scores over other seeds."""
+    methods = [(table, name) for table in tables for name in TABLES[table][1]]
+    jobs = [Job("tuning", *m, seed, lr, scale) for m, lr, seed in product(methods, rates, seeds)]
+    scores = defaultdict(float)
+    for job, result in zip(jobs, run_jobs(jobs, args)):
+        scores[job.table, job.name, job.lr] += result["score"]
+    worst_first = sorted(scores, key=scores.get, reverse=True)
+    return {(table, name): lr for table, name, lr in worst_first}  # the last one stays
 
 
-def best(jobs: list[Job], results: list[dict], key: str) -> dict[tuple[str, str], float]:
-    """The rate of each (table, row): that with the smallest sum of `key` over seeds."""
-    sums: dict[tuple, float] = defaultdict(float)
-    for job, found in zip(jobs, results, strict=True):
-        sums[job.table, job.name, job.lr] += found[key]
-    tried = sorted(sums, key=sums.__getitem__, reverse=True)
-    return {(table, name): lr for table, name, lr in tried}  # the last one stays
-
-
-def tuned(out: Path, processes: int, budget: Budget) -> dict[tuple[str, str], float]:
-    """RATES, tried alike for all rows, on seeds that no table has."""
-    jobs = [
-        Job("tuning", table, name, seed, lr, budget)
-        for table in ("ring", "grid")
-        for name in ROWS
-        for lr in RATES
-        for seed in TUNING_SEEDS
-    ]
-    return best(jobs, compute_all(jobs, out, processes, "rates"), "energy")
-
-
-def rate_of(rates: dict, table: str, name: str) -> float:
-    """The grid has rates of its own; all else takes the ring's, and FAR those of its method."""
-    if name in FAR:
-        name = "disjoint intervals" if "disjoint" in name else "Phased 4 / 2"
-    return rates.get(("grid" if table == "grid" else "ring", name), 1e-3)
-
-
-def all_jobs(seeds: int, rates: dict, budget: Budget) -> list[Job]:
-    """Every cell of the tables, seeds outermost: what was computed before a stop is whole."""
+def toy_jobs(seeds: int, rates: dict, scale: int) -> list[Job]:
+    """All runs on toys. The rates of conditional and wide are those of ring."""
     jobs = []
     for seed in range(seeds):
-        for table, (_, rows) in TABLES.items():
-            for name in (*TEACHERS, *rows):
-                lr = rate_of(rates, table, name)
-                jobs.append(Job("row", table, name, seed, lr, budget))
-        jobs += [
-            Job("growth", "memory", name, seed, 1e-3, budget) for name in ("vanilla", "phased")
-        ]
-        for table in ("ring", "grid"):
-            jobs += [Job("matching", table, name, seed, 1e-2, budget) for name in MATCHING]
+        for table in (*MAIN, "wide"):
+            for name in TABLES[table][1]:
+                lr = rates.get(("grid" if table == "grid" else "ring", name), 1e-3)
+                jobs.append(Job("toy", table, name, seed, lr, scale))
+        jobs += [Job("memory", "memory", name, seed, 1e-3) for name in ("vanilla", "phased")]
+        matching = product(MATCHING, ("Eq. 11", "naive"))
+        jobs += [Job("matching", *method, seed, 1e-2, scale) for method in matching]
     return jobs
 
 
-def gathered(jobs: list[Job], results: list[dict]) -> dict:
-    """found[table][row] = numbers a seed, with the diversity relative to the teacher's."""
-    found: dict = defaultdict(lambda: defaultdict(list))
-    for job, result in zip(jobs, results):
-        table = f"matching {job.table}" if job.work == "matching" else job.table
-        found[table][job.name].append(result)
-    for table in TABLES:
-        of_teacher = [cell["spread"] for cell in found[table]["teacher, 40 steps"]]
-        for cells in found[table].values():
-            for cell, base in zip(cells, of_teacher):
-                cell["diversity"] = cell["spread"] / base
-    return {table: dict(rows) for table, rows in found.items()}
+def format_table(methods: dict, metrics: tuple[str, ...]) -> str:
+    """Markdown: a row per method, mean and half of the 95 % interval of each metric."""
+    rows = ["| method | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 1) + "|"]
+    for name, runs in methods.items():
+        cells = []
+        for metric in metrics:
+            middle, _, high = interval([run.get(metric, 0.0) for run in runs])
+            cells.append(f"{middle:.4g} ± {high - middle:.2g}" if metric in runs[0] else "-")
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
 
 
 # -- the command ---------------------------------------------------------------------------------
 
 
-def report(found: dict, about: dict, out: Path) -> None:
-    """Print and write all that was found, and draw it."""
-    said, decided = lines(found), claims(found)
-    words = verdicts([claim.parts for claim in decided])
-    print("\n".join(said))
-    whole = [(claim.sentence, word, claim.parts) for claim, word in zip(decided, words)]
-    tables = [verdict_table(whole), summary(found), depths_of(found)]
-    tables += [table_of(found, table) for table in TABLES]
-    write(out / "table.md", "\n\n".join(tables).encode())
-    kept = {
-        table: {name: [plain(cell) for cell in cells] for name, cells in rows.items()}
-        for table, rows in found.items()
-    }
-    write_json(out / "claims.json", about | {"claims": said, "found": kept})
-    ways = lambda name: paths_of(out, "ring", name)
-    claims_figures.draw([(word, parts) for _, word, parts in whole], found, ways, out)
-    print(f"folder: {out}")
+def report(jobs: list[Job], args) -> None:
+    """Run the jobs, then print and write what their results mean."""
+    results = defaultdict(lambda: defaultdict(list))
+    for job, result in zip(jobs, run_jobs(jobs, args)):
+        results[job.table][job.name].append(result)
+    lines = []
+    for n, sentence in enumerate(() if args.digits else CLAIMS, 1):
+        parts = list_parts(COMPARISONS, n, results)
+        lines.append(f"claim {n} {verdict(parts)}: {sentence}")
+        lines += [f"    {format_part(part)}" for part in parts]
+        lines += [f"    context: {format_part(part)}" for part in list_parts(CONTEXT, n, results)]
+    metrics = ("energy", "energy of x_(t_1)", "modes", "precision", "diversity", "lr")
+    if args.digits:
+        metrics = ("accuracy", "frechet", "frechet_classes", "diversity", "lr")
+    tables = [f"**{t}**\n\n" + format_table(results[t], metrics) for t in TABLES if t in results]
+    text = "\n\n".join(["\n".join(lines), *tables])
+    print(text)
+    how = common.environment("cpu", 1, 1) | {"seeds": args.seeds, "claims": lines}
+    common.write_json(args.out / "claims.json", how | {"results": results})
+    common.write_file(args.out / "claims.md", text.encode())
 
 
-def plain(cell: dict) -> dict:
-    """A cell without its curve, which is for a figure."""
-    return {key: value for key, value in cell.items() if key != "curve"}
-
-
-def made(args, began: float, **more) -> dict:
-    """How numbers were made."""
-    about = {"date": time.strftime("%Y-%m-%d"), "minutes": round((time.time() - began) / 60, 1)}
-    return about | {"machine": machine(), "processes": args.processes} | more | environment("cpu")
-
-
-def machine() -> str:
-    """The processor's name, where it can be known."""
-    try:
-        return re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())[1]
-    except (OSError, TypeError):
-        return "unknown"
-
-
-def parse() -> tuple:
-    """The flags, checked. Raises UserError."""
-    parser = Parser(__doc__)
-    add = parser.add_argument
-    add("--quick", action="store_true", help="a fifth of the training, 3 seeds, no tuning of rates")
-    add("--digits", action="store_true", help="the table of pictures in place of the toys")
-    add("--control", action="store_true", help="methods without a difference, and with one")
-    add("--seeds", type=int, help="how many: 0, 1, ... (default 10; 3 with --quick or --digits)")
-    add("--processes", type=int, default=2, help="cells at once, a thread each (default 2)")
-    add("--out", type=Path, help="folder (default out/claims, out/claims-quick, ...)")
-    args = parser.parse_args()
-    kinds = [kind for kind in ("quick", "digits", "control") if getattr(args, kind)]
-    if len(kinds) > 1:
-        raise UserError(f"--{kinds[0]} and --{kinds[1]} are two runs; give one of them")
-    args.seeds = args.seeds or (3 if args.quick or args.digits else 10)
-    if not 2 <= args.seeds <= 1000:
-        raise UserError("--seeds must be from 2 to 1000: an interval needs two")
-    if not 1 <= args.processes <= 256:
-        raise UserError("--processes must be from 1 to 256")
-    args.out = args.out or Path("-".join(["out/claims", *kinds]))
-    return args
+def run_control(args, repetitions: int = 20) -> None:
+    """Compare one-step DMD with itself under other seeds, then with a rate that is too low."""
+    n = repetitions * args.seeds
+    rates = [1e-3] * 2 * n + [1e-5] * args.seeds
+    jobs = [Job("toy", "ring", "DMD, 1 step", i, lr, 10) for i, lr in enumerate(rates)]
+    energy = [result["energy"] for result in run_jobs(jobs, args)]
+    same = [a - b for a, b in zip(energy[:n], energy[n : 2 * n])]
+    groups = [Part("", same[i : i + args.seeds], ENERGY) for i in range(0, n, args.seeds)]
+    verdicts = [verdict([part]) for part in groups]
+    planted = Part("planted", [a - b for a, b in zip(energy[2 * n :], energy)], ENERGY)
+    print(f"control: identical methods unclear in {verdicts.count('unclear')} of {repetitions}")
+    print(f"control: a planted difference {verdict([planted])}: {format_part(planted)}")
 
 
 def main() -> None:
-    """Compute what is missing, then say what it means."""
-    args, began = parse(), time.time()
+    """Run what is missing, then print what it means."""
+    parser = common.Parser(__doc__)
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--quick", action="store_true", help="a fifth of the training, 3 seeds, no tuning of rates")
+    add("--digits", action="store_true", help="digits instead of toys")
+    add("--control", action="store_true", help="methods without a difference, and with one")
+    add = parser.add_argument
+    add("--seeds", type=int, help="how many: 0, 1, ... (default 10; 3 with --quick or --digits)")
+    add("--processes", type=int, default=2, help="runs at once, one thread each (default 2)")
+    add("--out", type=Path, help="folder (default out/claims, out/claims-quick, ...)")
+    args = parser.parse_args()
+    args.seeds = args.seeds or (3 if args.quick or args.digits else 10)
+    if not 2 <= args.seeds <= 20 or args.processes < 1:
+        raise common.UserError("--seeds: expected 2 to 20; --processes: expected at least 1")
+    modes = [mode for mode in ("quick", "digits", "control") if getattr(args, mode)]
+    args.out = args.out or Path("-".join(["out/claims", *modes]))
     if args.control:
-        return control(args.out, args.processes)
+        return run_control(args)
     if args.digits:
-        return pictures(args, began)
-    budget = QUICK if args.quick else Budget()
-    rates = {} if args.quick else tuned(args.out, args.processes, budget)
-    jobs = all_jobs(args.seeds, rates, budget)
-    found = gathered(jobs, compute_all(jobs, args.out, args.processes, "cells"))
-    report(found, made(args, began, seeds=args.seeds, budget=budget._asdict()), args.out)
-
-
-def paths_of(out: Path, table: str, name: str) -> torch.Tensor:
-    """x (times, 3000, 2) of the first seed of a row."""
-    job = Job("row", table, name, 0, 0.0, Budget())
-    return torch.from_numpy(np.load(job.file(out).with_suffix(".npy"), allow_pickle=False))
-
-
-CONTROL = Budget(updates=40, warmup=40, samples=5000, fit=500)
-
-
-def control(out: Path, processes: int, repetitions: int = 20, seeds: int = 10) -> None:
-    """One-step DMD beside itself with other seeds, again and again; then beside a worse one."""
-    n = repetitions * seeds
-    job = lambda seed, lr: Job("tuning", "ring", "DMD, 1 step", seed, lr, CONTROL)
-    jobs = [job(seed, 1e-3) for seed in (*range(n), *range(1000, 1000 + n))]
-    jobs += [job(2000 + seed, 1e-5) for seed in range(seeds)]
-    found = [f["energy"] for f in compute_all(jobs, out, processes, "control")]
-    d = [a - b for a, b in zip(found[:n], found[n : 2 * n])]
-    same = [Part("same", d[i : i + seeds], ENERGY) for i in range(0, n, seeds)]
-    planted = Part("planted", [a - b for a, b in zip(found[2 * n :], found)], ENERGY)
-    words = [verdicts([[part]])[0] for part in same]
-    print(f"control: identical methods undecided in {words.count('undecided')} of {repetitions}")
-    print(f"control: a planted difference {verdicts([[planted]])[0]}: {text(planted)}")
-
-
-def pictures(args, began: float) -> None:
-    """The table of digits: rates first, students, then the teacher, which takes longest."""
-    rows, quarter = claims_digits.ROWS, claims_digits.TUNING
-    jobs = [
-        Job("picture tuning", "digits", name, 100, lr, quarter)
-        for name in rows
-        for lr in claims_digits.RATES
-    ]
-    rates = best(jobs, compute_all(jobs, args.out, args.processes, "rates"), "frechet")
-    jobs = [
-        Job("picture", "digits", name, seed, rates.get(("digits", name), 0.0), claims_digits.BUDGET)
-        for seed in range(args.seeds)
-        for name in (*rows, "teacher, 4 steps")
-    ]
-    jobs += [
-        Job("picture", "digits", "teacher, 40 steps", seed, 0.0, claims_digits.BUDGET)
-        for seed in range(args.seeds)
-    ]
-    found = defaultdict(list)
-    for job, result in zip(jobs, compute_all(jobs, args.out, args.processes, "digits")):
-        found[job.name].append(result)
-    table = claims_digits.table(found, number)
-    print(table)
-    write(args.out / "digits.md", table.encode())
-    about = made(args, began, seeds=args.seeds, budget=claims_digits.BUDGET._asdict())
-    write_json(args.out / "digits.json", about | {"found": found})
-    print(f"folder: {args.out}")
+        rates = tune(["digits"], (1e-4, 3e-4, 1e-3), (100,), 4, args)
+        names = product((*TABLES["digits"][1], *TEACHERS), range(args.seeds))
+        jobs = [Job("digits", "digits", n, i, rates.get(("digits", n), 0)) for n, i in names]
+    else:
+        rates = {} if args.quick else tune(MAIN[:2], (3e-4, 1e-3, 3e-3), (100, 101), 1, args)
+        jobs = toy_jobs(args.seeds, rates, 5 if args.quick else 1)
+    report(jobs, args)
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status("claims.py", main, again="the same command goes on, cell by cell"))
+    advice = "run the same command again to continue"
+    sys.exit(common.exit_status("claims.py", main, restart_advice=advice))

@@ -1,6 +1,7 @@
-"""Mixtures of Gaussians: distributions whose velocity, score and density are known at every t."""
+"""Mixtures of Gaussians, whose velocity, score and density are known exactly at every t."""
 
 import math
+import warnings
 import zipfile
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,83 +9,82 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from models.files import UserError
-from sde import Process, coefficients, exact, flow
+from models.common import UserError
+from sde import Process, as_float64, coefficients, flow
 
-MAX_POINTS = 2000  # of a user's file: the exact teacher asks every component for every sample
+MAX_POINTS = 2000  # rows of --points: the exact teacher evaluates every component for every sample
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """Equal-weight Gaussians N(means[m], sd^2 I) with a class each; every method is exact.
+    """Equal-weight Gaussians N(means[m], sd^2 I) in R^d. Each component belongs to one class.
 
-    Methods take x_t (B, d), t (a number or (B,)), and c: None, or {"class": (B,)} to look at one
-    class of the mixture only.
+    Methods take x_t (B, d), t (a number or (B,)) and c: None for the whole mixture, or
+    {"class": (B,)} to condition each sample on a class.
     """
 
     means: Tensor  # (M, d)
     sd: float
     labels: Tensor  # (M,) class of each component
     p: Process = flow
-    unit: tuple[Tensor | float, float] = (0.0, 1.0)  # data = centre + scale * x, of --points
+    unit: tuple[Tensor | float, float] = (0.0, 1.0)  # --points: data = unit[0] + unit[1] * x
 
     @property
     def classes(self) -> int:
         return int(self.labels.max()) + 1
 
-    def _posterior(self, x_t: Tensor, t, c):
-        """log p(component, x_t) up to a constant (B, M); the variance of x_t given it (B, 1)."""
+    def _posterior(self, x_t: Tensor, t, c) -> tuple[Tensor, Tensor]:
+        """log p(component | x_t) up to a constant (B, M), and the variance of x_t given it."""
         alpha_t, sigma_t = coefficients(t, x_t, self.p)
-        means, var = self.means.to(x_t), exact(alpha_t**2 * self.sd**2 + sigma_t**2)
-        # |x - alpha mu|^2 without |x|^2, which no component can change: nothing to cancel
+        means, var = self.means.to(x_t), as_float64(alpha_t**2 * self.sd**2 + sigma_t**2)
+        # |x - alpha mu|^2 without its |x|^2, which is the same for all components: no cancellation
         logits = (alpha_t * (x_t @ means.T) - 0.5 * alpha_t**2 * means.square().sum(1)) / var
         if c is not None:
-            logits = logits.masked_fill(
-                self.labels.to(x_t.device) != c["class"][:, None], -math.inf
-            )
+            other_class = self.labels.to(x_t.device) != c["class"][:, None]
+            logits = logits.masked_fill(other_class, -math.inf)
         return logits, var
 
     def denoise(self, x_t: Tensor, t, c=None) -> tuple[Tensor, Tensor]:
         """E[x_0 | x_t] and E[eps | x_t], (B, d) each; finite at both ends."""
         alpha_t, sigma_t = coefficients(t, x_t, self.p)
         logits, var = self._posterior(x_t, t, c)
-        mean = logits.softmax(1) @ self.means.to(x_t)  # (B, d) of the components that made x_t
+        mean = logits.softmax(1) @ self.means.to(x_t)  # (B, d)
         residual = (x_t - alpha_t * mean) / var
         return mean + alpha_t * self.sd**2 * residual, sigma_t * residual
 
     def velocity(self, x_t: Tensor, t, c=None) -> Tensor:
-        """E[eps - x_0 | x_t], the minimiser of Eq. 4. (B, d)"""
+        """E[eps - x_0 | x_t] (B, d), the minimiser of Eq. 4."""
         x_0, eps = self.denoise(x_t, t, c)
         return eps - x_0
 
     def guided(self, x_t: Tensor, t, c, guidance: float) -> Tensor:
-        """v + g (v_class - v), classifier-free guidance; exact, though no score of anything."""
+        """v + g (v_class - v), CFG. It is exact, but not the velocity of any distribution."""
         v = self.velocity(x_t, t)
         return v + guidance * (self.velocity(x_t, t, c) - v)
 
     def score(self, x_t: Tensor, t, c=None) -> Tensor:
-        """grad log p(x_t). (B, d)"""
+        """grad log p(x_t) (B, d)."""
         alpha_t, _ = coefficients(t, x_t, self.p)
         logits, var = self._posterior(x_t, t, c)
         return (alpha_t * (logits.softmax(1) @ self.means.to(x_t)) - x_t) / var
 
     def log_density(self, x_t: Tensor, t, c=None) -> Tensor:
-        """log p(x_t). (B,)"""
+        """log p(x_t) (B,)."""
         logits, var = self._posterior(x_t, t, c)
-        count = (logits > -math.inf).sum(1)  # of the components in question
-        quadratic = (
-            x_t.square().sum(1, keepdim=True) / var + x_t.shape[1] * (2 * math.pi * var).log()
-        )
+        count = (logits > -math.inf).sum(1)  # components of the class
+        constant = x_t.shape[1] * (2 * math.pi * var).log()
+        quadratic = x_t.square().sum(1, keepdim=True) / var + constant
         return logits.logsumexp(1) - 0.5 * quadratic[:, 0] - count.log()
 
     def sample(self, n: int, generator: torch.Generator, c=None) -> Tensor:
-        """n exact samples x_0 (n, d), of the classes c where given."""
+        """n exact samples x_0 (n, d)."""
         if c is None:
             component = torch.randint(len(self.means), (n,), generator=generator)
         else:
-            mine = self.labels == c["class"][:, None].to(self.labels.device)  # (n, M)
-            component = torch.multinomial(mine.double(), 1, generator=generator)[:, 0]
+            in_class = self.labels == c["class"][:, None].to(self.labels.device)  # (n, M)
+            component = torch.multinomial(in_class.double(), 1, generator=generator)[:, 0]
         noise = torch.randn(n, self.means.shape[1], generator=generator, dtype=self.means.dtype)
         return self.means[component] + self.sd * noise
 
@@ -92,16 +92,15 @@ class Mixture:
         """n exact samples x_t (n, d)."""
         x_0 = self.sample(n, generator, c)
         alpha_t, sigma_t = coefficients(t, x_0, self.p)
-        return alpha_t * x_0 + sigma_t * torch.randn(
-            x_0.shape, generator=generator, dtype=x_0.dtype
-        )
+        noise = torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype)
+        return alpha_t * x_0 + sigma_t * noise
 
     def to(self, device) -> "Mixture":
-        """The same mixture on another device."""
+        """Return the mixture on another device."""
         return replace(self, means=self.means.to(device), labels=self.labels.to(device))
 
     def double(self) -> "Mixture":
-        """The same mixture in float64."""
+        """Return the mixture in float64."""
         return replace(self, means=self.means.double())
 
 
@@ -109,29 +108,27 @@ class Mixture:
 
 
 def ring(p: Process = flow) -> Mixture:
-    """8 modes on a circle of radius 2, sd 0.1; two classes, every second mode."""
+    """8 modes on a circle of radius 2, sd 0.1; two classes, which alternate."""
     angle = torch.arange(8) * (2 * math.pi / 8)
     return Mixture(2 * torch.stack([angle.cos(), angle.sin()], 1), 0.1, torch.arange(8) % 2, p)
 
 
 def wide(p: Process = flow) -> Mixture:
-    """The ring with its modes four times as far from each other, and as narrow."""
-    near = ring(p)
-    return replace(near, means=4 * near.means)
+    """The ring with radius 8 and the same sd."""
+    narrow = ring(p)
+    return replace(narrow, means=4 * narrow.means)
 
 
 def grid(p: Process = flow) -> Mixture:
-    """5 x 5 modes at distance 1, sd 0.1; a class is a row."""
+    """5 x 5 modes at distance 1, sd 0.1; five classes, one per row."""
     axis = torch.arange(-2.0, 3.0)
     return Mixture(torch.cartesian_prod(axis, axis), 0.1, torch.arange(25) % 5, p)
 
 
 def spirals(p: Process = flow) -> Mixture:
-    """Two interleaved arms of 20 modes, sd 0.07, evenly along an arm; a class is an arm."""
-    length = torch.linspace(0, 1, 20)
-    radius = (
-        0.5**2 + (2.2**2 - 0.5**2) * length
-    ).sqrt()  # equal steps of radius^2: equal arc length
+    """Two interleaved arms of 20 modes, sd 0.07; a class per arm."""
+    # equal steps of radius^2 give equal arc lengths
+    radius = (0.5**2 + (2.2**2 - 0.5**2) * torch.linspace(0, 1, 20)).sqrt()
     angle = 3 * math.pi * (radius - 0.5) / (2.2 - 0.5)
     arm = radius[:, None] * torch.stack([angle.cos(), angle.sin()], 1)
     return Mixture(torch.cat([arm, -arm]), 0.07, torch.arange(40) // 20, p)
@@ -140,132 +137,122 @@ def spirals(p: Process = flow) -> Mixture:
 TOYS = {"ring": ring, "wide": wide, "grid": grid, "spirals": spirals}
 
 
-# -- anybody's points ----------------------------------------------------------------------------
+# -- the user's points ---------------------------------------------------------------------------
 
 
-def from_points(file: str, bandwidth: float = 0.0) -> Mixture:
-    """One narrow component for each row of a csv or npy file, in units of the data's deviation.
+def from_points(file: str) -> Mixture:
+    """One component per row of a csv or npy file. Raises UserError.
 
-    The rows are centred and divided by one number, so that the mean square of a coordinate is 1;
-    `bandwidth` is the components' sd in that unit. 0 takes the median distance to the nearest
-    other row, at least 0.05. Raises UserError.
+    The rows are centred and divided by one number, so that the mean square of a coordinate is 1.
+    sd is the median distance to the nearest other row, at least 0.05.
     """
-    points = torch.from_numpy(read_points(file))
+    points = torch.from_numpy(read_points(Path(file)))
     if (points == points[0]).all():
-        raise UserError(f"{file}: all rows are the same point; give at least two different ones")
+        raise UserError(f"--points {file}: expected two different rows or more, found one point")
     centre = points.mean(0)
     points = points - centre
     scale = points.square().mean().sqrt()
     points = points / scale
     if not (scale.isfinite() and points.isfinite().all()):
-        raise UserError(f"{file}: the numbers are too large or too close together; rescale them")
-    if not bandwidth:
-        gaps = torch.cdist(points, points).fill_diagonal_(math.inf).min(1).values
-        bandwidth = max(0.05, gaps.median().item())
+        raise UserError(f"--points {file}: numbers too large or too close together; rescale them")
+    gaps = torch.cdist(points, points).fill_diagonal_(math.inf).min(1).values
     labels = torch.zeros(len(points), dtype=torch.long)
-    return Mixture(points.float(), bandwidth, labels, unit=(centre, scale.item()))
+    sd = max(0.05, gaps.median().item())
+    return Mixture(points.float(), sd, labels, unit=(centre, scale.item()))
 
 
-def read_points(file: str) -> np.ndarray:
-    """n x d float64 from a csv (an optional line of names first) or an npy. Raises UserError."""
-    path = Path(file)
+def read_points(path: Path) -> np.ndarray:
+    """The rows (n, d) of a csv or npy file in float64. Raises UserError."""
     try:
         points = _read_npy(path) if path.suffix == ".npy" else _read_csv(path)
     except OSError as error:
-        raise UserError(f"--points {file}: {error.strerror}") from error
+        raise UserError(f"--points {path}: {error.strerror}") from error
     if points.ndim != 2 or len(points) < 2 or points.shape[1] < 1:
-        raise UserError(
-            f"--points {file}: need n x d numbers, n at least 2; found {points.shape[0]} rows"
-        )
+        raise UserError(f"--points {path}: expected n x d numbers, n >= 2, found {points.shape}")
     if len(points) > MAX_POINTS:
-        raise UserError(f"--points {file}: more than {MAX_POINTS} rows; give a random subset")
+        raise UserError(f"--points {path}: more than {MAX_POINTS} rows; give a random subset")
     if not np.isfinite(points).all():
         row = int(np.argmin(np.isfinite(points).all(1)))
-        raise UserError(f"--points {file}: row {row + 1} holds NaN or infinity; remove it")
+        raise UserError(f"--points {path}: row {row + 1} contains NaN, infinity or text; remove it")
     return points.astype(np.float64)
 
 
 def _read_npy(path: Path) -> np.ndarray:
-    """The array of an npy file; no more rows than it takes to see that there are too many."""
-    try:  # mapped, so that ten million rows are refused and not read
+    try:  # mapped: at most MAX_POINTS + 1 rows are read
         points = np.load(path, allow_pickle=False, mmap_mode="r")
     except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"--points {path}: not a plain npy file of numbers ({error})") from error
+        raise UserError(f"--points {path}: not an npy file of numbers ({error})") from error
     if not isinstance(points, np.ndarray) or points.ndim < 1 or points.dtype.kind not in "fiu":
-        raise UserError(f"--points {path}: not one n x d array of numbers")
+        raise UserError(f"--points {path}: expected one n x d array of numbers")
     return points[: MAX_POINTS + 1]
 
 
 def _read_csv(path: Path) -> np.ndarray:
-    """The rows of a csv with commas or semicolons; lines that begin with # are comments."""
-    rows: list[list[float]] = []
-    names = False  # the first line may hold those of the columns
-    with open(path, encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip() or line.startswith("#"):
-                continue
-            cells = line.replace(";", ",").split(",")
-            try:
-                rows.append([float(cell) for cell in cells])
-            except ValueError:
-                if rows or names or any(map(_is_number, cells)):
-                    text = line.strip()[:40]
-                    raise UserError(
-                        f"--points {path}: line {number} is not numbers: {text!r}"
-                    ) from None
-                names = True
-            if len(rows) > MAX_POINTS:
-                break
-    if len({len(row) for row in rows}) > 1:
-        raise UserError(f"--points {path}: rows of different lengths; need n x d numbers")
-    return np.array(rows)
+    """Read rows of numbers between commas or semicolons, after at most one line of names."""
+    with open(path, encoding="utf-8", errors="replace") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # numpy warns of an empty file
+        lines = (line.replace(";", ",") for line in file)
+        try:
+            points = np.genfromtxt(lines, delimiter=",", max_rows=MAX_POINTS + 2, ndmin=2)
+        except ValueError as error:  # its second line is like: Line #3 (got 1 columns instead of 2)
+            reason = str(error).splitlines()[:2][-1].strip()
+            raise UserError(f"--points {path}: rows of different lengths: {reason}") from error
+    has_names = len(points) and np.isnan(points[0]).all()
+    return points[1:] if has_names else points
 
 
-def _is_number(cell: str) -> bool:
-    """Whether float() takes it."""
-    try:
-        float(cell)
-        return True
-    except ValueError:
-        return False
+# -- distance of samples from a mixture ------------------------------------------------------------
 
 
-# -- how far samples are from a mixture ------------------------------------------------------------
+def mean_distance(x: Tensor, y: Tensor | None = None, block: int = 50) -> float:
+    """Mean of |x_i - y_j| over all pairs; without y, of |x_i - x_j| over i != j.
 
-
-def mean_distance(x: Tensor, y: Tensor, block: int = 100) -> float:
-    """Mean of |x_i - y_j| over all pairs, in blocks that fit the cache: 10 times faster."""
-    total, columns = 0.0, y.T.contiguous()  # (d, m)
-    for rows in x.split(block):
-        squares = (rows[:, :1] - columns[0]).square_()  # (block, m)
+    A block of rows at a time, so that the distances stay in the cache.
+    """
+    columns, total = (x if y is None else y).T.contiguous(), 0.0  # (d, m)
+    for start in range(0, len(x), block):
+        rows = x[start : start + block]
+        others = columns[:, start:] if y is None else columns  # |x_i - x_j| = |x_j - x_i|
+        distance = (rows[:, :1] - others[0]).square_()  # (block, m)
         for axis in range(1, x.shape[1]):
-            squares += (rows[:, axis : axis + 1] - columns[axis]).square_()
-        total += squares.sqrt_().sum(1).double().sum().item()
-    return total / (len(x) * len(y))
+            distance += (rows[:, axis : axis + 1] - others[axis]).square_()
+        distance.sqrt_()
+        total += distance.sum(1).double().sum().item()
+        if y is None:
+            total += distance[:, len(rows) :].sum(1).double().sum().item()
+    return total / (len(x) * (len(x) - 1 if y is None else len(y)))
+
+
+def energy_distances(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """2 E|x - y| - E|x - x'| - E|y - y'| for each pair (x, y): 0 on average if x and y are alike.
+
+    Unbiased, hence possibly negative. E|y - y'| is computed once for a y in several pairs.
+    """
+    within, distances = {}, {}
+    bar = tqdm(pairs.items(), "energy distances", disable=None, leave=False)
+    for name, (x, y) in bar:
+        for z in (x, y):
+            if id(z) not in within:
+                within[id(z)] = mean_distance(z)
+        distances[name] = 2 * mean_distance(x, y) - within[id(x)] - within[id(y)]
+    return distances
 
 
 def energy(x: Tensor, y: Tensor) -> float:
-    """Energy distance 2 E|x - y| - E|x - x'| - E|y - y'|, unbiased: 0 on average for equal laws."""
-    n, m = len(x), len(y)
-    within = mean_distance(x, x) * n / (n - 1) + mean_distance(y, y) * m / (m - 1)
-    return 2 * mean_distance(x, y) - within
+    """Energy distance between the samples x (n, d) and y (m, d)."""
+    return 2 * mean_distance(x, y) - mean_distance(x) - mean_distance(y)
 
 
-def modes(x: Tensor, mixture: Mixture) -> tuple[float, float]:
-    """Effective number of modes, and precision: how many and how well the samples hit.
+def mode_coverage(x: Tensor, mixture: Mixture) -> tuple[float, float]:
+    """Effective number of modes, and precision: the fraction of x within 3 sd of a mode.
 
-    Precision is the fraction within 3 sd of a mode; the number is the exponential of the entropy
-    of those samples' nearest modes, 0 if there are none.
+    The number of modes is the exponential of the entropy of the nearest modes of those samples;
+    0 if there are none.
     """
-    distance, nearest = (
-        torch.cat(part) for part in zip(*(_nearest(rows, mixture) for rows in x.split(1000)))
-    )
+    means = mixture.means.to(x)
+    parts = [torch.cdist(rows, means).min(1) for rows in x.split(1000)]
+    distance, nearest = (torch.cat(part) for part in zip(*parts))
     hit = distance <= 3 * mixture.sd
-    share = torch.bincount(nearest[hit], minlength=len(mixture.means)) / hit.sum().clamp(min=1)
+    share = torch.bincount(nearest[hit], minlength=len(means)) / hit.sum().clamp(min=1)
     number = torch.special.entr(share).sum().exp().item() if hit.any() else 0.0
     return number, hit.double().mean().item()
-
-
-def _nearest(x: Tensor, mixture: Mixture):
-    """Distance to the nearest mode, and which it is. (B,) each"""
-    return torch.cdist(x, mixture.means.to(x)).min(1)

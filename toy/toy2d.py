@@ -1,169 +1,141 @@
-"""The preset toy2d: an exact mixture is the teacher, and every number has an exact reference."""
+"""The preset toy2d: the teacher is an exact mixture, so every metric has an exact reference."""
 
 import io
+import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
 from models import parallel
-from models.mlp import MLP
-from models.files import UserError, read_tensors, write_tensors
-from models.flags import plain
-from moe import Roles, move, run_roles, separate_networks
-from phases import step_times
-from models.draws import integers, normal, stream, uniform
-from sample import trajectory
+from models.common import UserError, normal, read_tensors, stream, to_json, write_tensors
+from models.media import plt, to_png
+from moe import Roles, cond_to, separate_roles, student_nets, trained_names
+from phases import Phase, step_times, trajectory
 from sde import diffuse
-from toy.mixtures import TOYS, Mixture, energy, from_points, modes
-from toy.plot import panel, plt, png, reach_of
+from toy.mixtures import TOYS, Mixture, energy, energy_distances, from_points, mode_coverage
+
+DEFAULT_DEVICE, THREADS, NUM_SAMPLES = "cpu", 1, 10_000  # a second thread only waits at this size
 
 
-def mixture(cfg) -> Mixture:
-    """The distribution that cfg.toy or cfg.points names."""
-    return from_points(cfg.points, cfg.bandwidth) if cfg.points else TOYS[cfg.toy]()
+class MLP(nn.Module):
+    """v = net(x_t, t, c) for points: linear layers with SiLU, residuals between the hidden ones.
+
+    Input features: sin and cos of 2^k x for each axis (k = 0 .. octaves - 1), so that narrow modes
+    can be told apart; the same of 16 frequencies of t; and c["class"] (B,) as one-hot.
+    """
+
+    def __init__(
+        self, dim: int = 2, width: int = 64, layers: int = 4, classes: int = 0, octaves: int = 5
+    ):
+        super().__init__()
+        self.classes = classes
+        t_freq = torch.logspace(0, math.log10(30), 16)[None]  # (1, 16)
+        freq = torch.block_diag(*[2.0 ** torch.arange(octaves)[None]] * dim, t_freq)  # (d + 1, W)
+        self.register_buffer("freq", freq.repeat(1, 2), persistent=False)  # (d + 1, 2 W)
+        # cos(x) = sin(x + pi / 2): one product and one sine give all features
+        phase = torch.tensor([0.0, math.pi / 2]).repeat_interleave(freq.shape[1])
+        self.register_buffer("phase", phase, persistent=False)  # (2 W,)
+        sizes = [dim + 1 + 2 * freq.shape[1] + classes] + [width] * (layers - 1) + [dim]
+        self.first, *hidden, self.last = [nn.Linear(n, m) for n, m in zip(sizes, sizes[1:])]
+        self.hidden = nn.ModuleList(hidden)
+
+    def forward(self, x_t: Tensor, t: Tensor, c: dict | None = None, adapter=None) -> Tensor:
+        xt = torch.cat([x_t, t[:, None]], 1)  # (B, d + 1)
+        features = [xt, torch.addmm(self.phase, xt, self.freq).sin()]
+        if self.classes:
+            features.append(F.one_hot(c["class"], self.classes).to(x_t.dtype))
+        h = F.silu(self.first(torch.cat(features, 1)))  # (B, width)
+        for linear in self.hidden:
+            h = h + F.silu(linear(h))
+        return self.last(h)
 
 
-def network(cfg) -> MLP:
-    """The network that fake and student are."""
-    with torch.device("cpu"):  # the mixture is data, also where networks are built without any
-        target = mixture(cfg)
-    return MLP(target.means.shape[1], classes=target.classes if cfg.classes == "on" else 0)
+def load_mixture(cfg) -> Mixture:
+    """The distribution of cfg.points, or of cfg.toy. Raises UserError."""
+    return from_points(cfg.points) if cfg.points else TOYS[cfg.toy]()
 
 
-def teacher(cfg, device="cpu"):
-    """v_real = teacher(x_t, t, c): exact, guided where classes and a scale are given."""
-    target = mixture(cfg).to(device)
-    [scale] = cfg.guidance
-    if scale == 1 or cfg.classes == "off":
-        return target.velocity
-    return lambda x_t, t, c=None: target.guided(x_t, t, c, scale)
+def make_network(cfg) -> MLP:
+    """A network with the architecture of student and fake."""
+    with torch.device("cpu"):  # the mixture has data even if networks are built on meta
+        mixture = load_mixture(cfg)
+    return MLP(mixture.means.shape[1], classes=mixture.classes if cfg.classes == "on" else 0)
 
 
-def check(cfg) -> None:
+def exact_teacher(cfg, device="cpu") -> Callable:
+    """v_real = teacher(x_t, t, c): the exact velocity, with CFG if a scale is set."""
+    mixture, [scale] = load_mixture(cfg).to(device), cfg.guidance
+    if scale == 1:
+        return mixture.velocity
+    return lambda x_t, t, c=None: mixture.guided(x_t, t, c, scale)
+
+
+# -- the preset: what train.py calls -------------------------------------------------------------
+
+
+def check_config(cfg) -> None:
     """Raise UserError for settings that do not go together."""
-    if parallel.here.processes > 1:
-        raise UserError("toy2d runs in one process: python train.py, without torchrun")
+    large = ("weights", "teacher_lora", "prompts", "images", "size")
+    given = [f"--{name.replace('_', '-')}" for name in large if getattr(cfg, name)]
+    if given or (cfg.generator, cfg.fake, cfg.offload, cfg.compile) != ("full", "full", "none", 0):
+        flags = given or ["LoRA, --offload and --compile"]
+        raise UserError(f"{flags[0]}: expected the default for toy2d; it is for large teachers")
+    if parallel.topology.processes > 1:
+        raise UserError("toy2d runs in one process: use python train.py without torchrun")
     if len(cfg.guidance) != 1:
-        raise UserError("--guidance takes one number; toys have one expert")
+        raise UserError(f"--guidance: expected one number for toy2d, got {len(cfg.guidance)}")
     if cfg.guidance != (1.0,) and cfg.classes == "off":
-        raise UserError("--guidance needs --classes on: without classes there is no direction")
+        raise UserError("--guidance needs --classes on: CFG compares with and without a class")
     if cfg.classes == "on" and cfg.points:
-        raise UserError("--points have no classes; drop --classes on")
-    if cfg.bandwidth and not cfg.points:
-        raise UserError("--bandwidth belongs to --points; the toys have a width of their own")
-    for name in ("weights", "teacher_lora", "prompts", "images", "size"):
-        if getattr(cfg, name):
-            raise UserError(f"--{name.replace('_', '-')} is for large teachers, not for toy2d")
-    if (cfg.generator, cfg.fake, cfg.offload, cfg.compile) != ("full", "full", "none", False):
-        raise UserError("adapters, --offload and --compile are for large teachers, not for toy2d")
+        raise UserError("--points have no classes; remove --classes on")
 
 
-def files(cfg) -> list[Path]:
-    """What a run reads: the user's points, if there are any. Raises UserError."""
-    mixture(cfg)
+def input_files(cfg) -> list[Path]:
+    """The files that a run reads: the user's points, if any. Raises UserError."""
+    load_mixture(cfg)
     return [Path(cfg.points)] if cfg.points else []
 
 
-def data(cfg, out=None):
-    """batch(n, *where) -> conditions, shape of one sample."""
-    target = mixture(cfg)
-
-    def batch(n: int, *where):
-        c = classes_of(target, n, *where) if cfg.classes == "on" else None
-        return c, target.means.shape[1:]
-
-    return batch
+def base_files(cfg) -> list[Path]:
+    """The files that the teacher is made of: the same."""
+    return input_files(cfg)
 
 
-def roles(cfg, phases, device, out, start: dict[str, Tensor]) -> Roles:
-    """A network each, and the exact teacher."""
-    names = run_roles(phases, cfg.fake_per_depth)
-    return separate_networks(names, lambda: network(cfg).to(device), start, teacher(cfg, device))
+def boundary_of(cfg) -> None:
+    """The time where the teacher's branch changes: it has only one."""
+    return None
 
 
-def sampler(cfg, experts, wear, device, out, offload):
-    """velocity(role, x_t, t, c) of a finished student, or of the exact teacher."""
-    exact, nets = teacher(cfg, device), {}
-    for role in experts:
-        if role.startswith("student"):
-            nets[role] = network(cfg).to(device)
-            nets[role].load_state_dict(dict(wear(role).own()))
-    return lambda role, x_t, t, c=None: nets.get(role, exact)(x_t, t, c)
-
-
-LARGE_ONLY = ("prompt", "prompts", "image", "size", "frames", "latents", "decode", "tiles")
-
-
-def refuse(args, flags, teacher: str) -> None:
-    """Raise UserError for flags of sample.py that mean nothing for this teacher."""
-    given = [name for name in flags if getattr(args, name)]
-    if given:
-        raise UserError(f"--{given[0]} is for large teachers, not for {teacher}")
-
-
-def settled(cfg, args):
-    """The settings as they are: sample.py's other flags are for large teachers. UserError."""
-    refuse(args, ("weights", "dtype", *LARGE_ONLY), "toy2d")
-    if args.n < 2:
-        raise UserError("--n is at least 2: the numbers are of distances between samples")
-    return cfg
-
-
-def ask(cfg, args, out, home, device):
-    """Settings, conditions, shape, names (none) of the samples."""
-    return cfg, *data(cfg)(args.n, args.seed, "sample", 0), []
-
-
-def plan(cfg, phases, held, device, rate) -> str:
-    """Every role's parameters, counted on the meta device."""
-    with torch.device("meta"):
-        count = sum(p.numel() for p in network(cfg).parameters())
-    roles = run_roles(phases, cfg.fake_per_depth)
-    return "\n".join(f"{role:16}{count:16,} parameters" for role in roles)
-
-
-def closing(run, fake_lag) -> str:
-    """How far the fake lags behind the generator, at the end of a phase."""
-    now, later = fake_lag(run)
-    return (
-        f"phase {run.k}: the fake's loss on fresh samples is {now:.4f}, after 20 more updates "
-        f"{later:.4f} ({100 * (later / now - 1):+.1f} %; a clear fall means that it lags)"
-    )
-
-
-def classes_of(target: Mixture, n: int, *where) -> dict:
-    """Uniformly drawn classes of n samples."""
-    return {"class": integers(n, target.classes, *where, "class")}
-
-
-def start(cfg, out: Path, watch, device) -> dict[str, Tensor]:
-    """What student and fake start from, start.safetensors: fitted once, then read."""
+def prepare(cfg, out: Path, device, progress: Callable) -> None:
+    """Fit the network that student and fake start from, start.safetensors, unless it exists."""
     path = out / "start.safetensors"
     if not path.exists():
-        made = fit(cfg, lambda steps: watch(steps, "start: fitting the teacher's velocity"))
-        write_tensors(path, made, {"settings": plain(cfg), "kind": "start"})
-    return read_tensors(path, "start", plain(cfg), "delete it, and run again with --resume")[0]
+        tensors = fit_start(cfg, lambda steps: progress(steps, "fitting the start network"))
+        write_tensors(path, tensors, {"settings": to_json(cfg), "kind": "start"})
 
 
-def fit(cfg, bar, steps: int = 1500, batch: int = 1024) -> dict[str, Tensor]:
-    """The network fitted to the exact velocity: what a pretrained teacher's weights are at scale.
+def fit_start(cfg, progress: Callable = iter, steps=1500, batch=1024) -> dict[str, Tensor]:
+    """Tensors of an MLP fitted to the exact velocity. They stand in for a pretrained teacher's.
 
-    From a fixed seed of its own: every run on the same mixture starts from the same network.
+    The seed is fixed: all runs on a mixture start from the same network.
     """
-    target, where = mixture(cfg), ("start", cfg.toy, cfg.classes)
+    mixture, data, key = load_mixture(cfg), make_data(cfg), ("start", cfg.toy, cfg.classes)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)  # of nn.Linear's initialisation alone
-        net = network(cfg)
+        torch.manual_seed(0)  # nn.Linear's initialisation takes no generator
+        net = make_network(cfg)
     optimizer = torch.optim.Adam(net.parameters(), 1e-2, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for i in bar(range(steps)):
-        c = classes_of(target, batch, *where, i) if cfg.classes == "on" else None
-        x_0 = target.sample(batch, stream(*where, i, "x_0"), c)
-        t = uniform(batch, *where, i, "t")
-        x_t = diffuse(x_0, 0.0, t, normal(x_0.shape, *where, i, "eps"))
-        loss = (net(x_t, t, c) - target.velocity(x_t, t, c)).square().mean()
+    for i in progress(range(steps)):
+        c, _ = data(batch, rng=stream(*key, i, "class"))
+        x_0 = mixture.sample(batch, stream(*key, i, "x_0"), c)
+        t = torch.rand(batch, generator=stream(*key, i, "t"))
+        x_t = diffuse(x_0, 0.0, t, normal(x_0.shape, *key, i, "eps"))
+        # the exact velocity has no noise, unlike the target of Eq. 4, and the same minimiser
+        loss = (net(x_t, t, c) - mixture.velocity(x_t, t, c)).square().mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -171,110 +143,212 @@ def fit(cfg, bar, steps: int = 1500, batch: int = 1024) -> dict[str, Tensor]:
     return net.state_dict()
 
 
-# -- numbers and picture -------------------------------------------------------------------------
+def make_roles(cfg, phases: list[Phase], device, out: Path) -> Roles:
+    """A network per role, and the exact teacher."""
+    advice = "delete it and continue with --resume"
+    start, _ = read_tensors(out / "start.safetensors", "start", to_json(cfg), advice)
+    return roles_from(cfg, phases, device, start)
 
 
-def draw(cfg, nets, times, n: int, device) -> tuple[list[Tensor], dict | None]:
-    """n samples at the times of the nets, on the CPU, from noise of their own, and conditions."""
-    c, shape = data(cfg)(n, cfg.seed, "evaluate")
-    z = normal((n, *shape), cfg.seed, "evaluate", "z").to(device)
-    with torch.no_grad():
-        xs = trajectory(nets, times[: len(nets) + 1], z, move(c, device))
-        return [x.cpu() for x in xs], c
+def roles_from(cfg, phases: list[Phase], device, start: dict[str, Tensor]) -> Roles:
+    """The roles of a run whose networks start from these tensors."""
+    teacher, network = exact_teacher(cfg, device), lambda: make_network(cfg).to(device)
+    return separate_roles(phases, cfg.fake_per_depth, network, start, teacher)
 
 
-def numbers(cfg, x: Tensor, c, y: Tensor) -> dict:
-    """How far samples x (n, d) are from exact ones y, how well they hit the modes, and their class.
+def make_data(cfg, out: Path | None = None) -> Callable:
+    """data(n, shared, rng) -> (conditions of n samples, shape of one)."""
+    mixture = load_mixture(cfg)
 
-    With guidance the student's aim is another law than y's, and its energy need not fall to 0.
-    """
-    target = mixture(cfg)
-    number, precision = modes(x, target)
-    found = {"energy": energy(x, y), "modes": number, "precision": precision}
-    if c is not None:
-        label = target.labels[torch.cdist(x, target.means).argmin(1)]
-        found["class_accuracy"] = (label == c["class"]).double().mean().item()
-    return found
+    def data(n: int, shared=None, rng: torch.Generator | None = None) -> tuple:
+        c = None
+        if cfg.classes == "on":
+            c = {"class": torch.randint(mixture.classes, (n,), generator=rng)}
+        return c, mixture.means.shape[1:]
 
-
-def report(run, look) -> tuple[dict, bytes]:
-    """Numbers and picture of the student so far: in early phases how far x is at their ends."""
-    about = run.cfg, run.student, run.phases[: run.k], run.device
-    if run.k == len(run.phases):
-        return evaluate(*about), picture(*about)
-    xs, _ = draw(run.cfg, run.student, run.times, run.cfg.eval_samples, run.device)
-    return {"energy_phases": phase_energies(run.cfg, xs, run.phases[: run.k])}, picture(*about)
+    return data
 
 
-def phase_energies(cfg, xs: list[Tensor], phases) -> list[float]:
-    """Energy of x at the end of each phase, beside exact x_t."""
-    target, n = mixture(cfg), len(xs[0])
-    at = lambda p: target.sample_at(p.s, n, stream("exact at", cfg.seed, p.k))
-    return [energy(xs[phase.last], at(phase)) for phase in phases]
+def plan_text(cfg, phases: list[Phase], device) -> str:
+    """The number of parameters of every role."""
+    with torch.device("meta"):
+        count = sum(p.numel() for p in make_network(cfg).parameters())
+    names = trained_names(phases, cfg.fake_per_depth)
+    return "\n".join(f"{name:16}{count:16,} parameters" for name in names)
 
 
-def evaluate(cfg, student, phases, device) -> dict:
-    """The student beside exact samples, and beside the exact teacher with as many Euler steps.
-
-    Energies are distances `energy` of mixtures.py. energy_phases: x at the end of each phase
-    beside exact x_t, which the last phase can hide; energy_floor: [mean, sd] of exact samples
-    beside exact samples.
-    """
-    target, n, times = mixture(cfg), cfg.eval_samples, step_times(cfg.steps, cfg.shift)
-    xs, c = draw(cfg, student, times, n, device)
-    (*_, x_teacher), _ = draw(cfg, [teacher(cfg, device)] * cfg.steps, times, n, device)
-    exact = [target.sample(n, stream("exact", cfg.seed, j)) for j in range(10)]
-    floor = torch.tensor([energy(x, y) for x, y in zip(exact[:5], exact[5:])])
-    metrics = numbers(cfg, xs[-1], c, exact[0])
-    metrics["energy_floor"] = [floor.mean().item(), floor.std().item()]
-    metrics["energy_phases"] = phase_energies(cfg, xs, phases)
-    same_steps = numbers(cfg, x_teacher, c, exact[0])
-    metrics |= {f"{key}_teacher_same_steps": value for key, value in same_steps.items()}
-    metrics["modes_exact"], metrics["precision_exact"] = modes(exact[0], target)
-    return metrics
+def throughput(cfg, phase: Phase, seconds: float, device) -> dict:
+    """Fields for the log: none, small networks are bound by overhead."""
+    return {}
 
 
-def present(cfg, c, xs: list[Tensor], args, names, device) -> tuple[dict, list]:
-    """Samples xs at each time as numbers, and as files in the unit of the data: picture and npy."""
-    keep_all, target = args.trajectory, mixture(cfg)
+def phase_summary(cfg, phases: list[Phase], k: int, rows: list[dict]) -> str:
+    """Text to print after a phase: none."""
+    return ""
+
+
+# -- what sample.py calls ------------------------------------------------------------------------
+
+LARGE_ONLY = ("prompt", "prompts", "image", "size", "frames")
+
+
+def refuse(args, flags: tuple[str, ...], teacher: str) -> None:
+    """Raise UserError if sample.py was given one of these flags."""
+    for name in flags:
+        if getattr(args, name):
+            raise UserError(f"--{name} is for large teachers, not for {teacher}")
+
+
+def apply_flags(cfg, args):
+    """Return cfg unchanged. Raises UserError for sampling flags of the large teachers."""
+    refuse(args, ("weights", "dtype", *LARGE_ONLY), "toy2d")
+    if args.n < 2:
+        raise UserError(f"--n: expected at least 2, got {args.n}: metrics compare samples")
+    return cfg
+
+
+def sample_inputs(cfg, args, out: Path, run_dir: Path, device) -> tuple:
+    """Settings, conditions, shape and names (none) of args.n samples."""
+    c, shape = make_data(cfg)(args.n, rng=stream(args.seed, "sample", 0, "class"))
+    return cfg, c, shape, []
+
+
+def make_sampler(cfg, base_of: dict, weights_of: Callable, device, run_dir, offload) -> Callable:
+    """velocity(name, x_t, t, c) of a finished student's roles and of the exact teacher."""
+    nets = {}
+    for name in base_of:
+        if name.startswith("student"):
+            nets[name] = make_network(cfg).to(device)
+            nets[name].load_state_dict(dict(weights_of(name).full()))
+    teacher = exact_teacher(cfg, device)
+    return lambda name, x_t, t, c=None: nets.get(name, teacher)(x_t, t, c)
+
+
+def save_samples(cfg, c: dict | None, xs: list[Tensor], args, names, device) -> tuple[dict, list]:
+    """Metrics of the samples xs, and their files in the data's units: samples.png, samples.npy."""
+    mixture = load_mixture(cfg)
+    centre, scale = mixture.unit
     times = step_times(cfg.steps, cfg.shift)[-len(xs) :]
-    centre, scale = target.unit
-    kept = list(zip(times, xs))[0 if keep_all else -1 :]
-    array = torch.stack([x for _, x in kept]).double() * scale + centre
+    shown = list(zip(times, xs))[0 if args.trajectory else -1 :]
+    array = torch.stack([x for _, x in shown]).double() * scale + centre
     file = io.BytesIO()
-    np.save(file, (array if keep_all else array[0]).numpy())
-    figure, axes = plt.subplots(1, len(kept), figsize=(3 * len(kept), 3.2), squeeze=False)
-    nearest = torch.cdist(xs[-1], target.means).argmin(1)
-    for ax, (t, x) in zip(axes[0], kept):
-        panel(ax, x, nearest, len(target.means), reach=reach_of(x))
+    np.save(file, (array if args.trajectory else array[0]).numpy())
+    figure, axes = plt.subplots(1, len(shown), figsize=(3 * len(shown), 3.2), squeeze=False)
+    colors = nearest_mode(xs[-1], mixture)
+    for ax, (t, x) in zip(axes[0], shown):
+        plot_points(ax, x, colors, len(mixture.means), axis_limit(x))
         ax.set_title(f"t = {t:.3g}")
-    y = target.sample(len(xs[-1]), stream("exact", cfg.seed))
-    files = [("samples.png", png(figure)), ("samples.npy", file.getvalue())]
-    return numbers(cfg, xs[-1], c, y), files
+    exact = mixture.sample(len(xs[-1]), stream("exact", cfg.seed))
+    values = {"energy": energy(xs[-1], exact)} | metrics(mixture, xs[-1], c)
+    return values, [("samples.png", to_png(figure)), ("samples.npy", file.getvalue())]
 
 
-def picture(cfg, student, phases, device, n: int = 3000) -> bytes:
-    """A png: the student step by step, the exact teacher with the same steps, exact samples."""
-    target, times = mixture(cfg), step_times(cfg.steps, cfg.shift)
-    exact_teacher = [teacher(cfg, device)] * cfg.steps
+# -- metrics and picture -------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def draw(cfg, nets: list, times: tuple, n: int, device) -> tuple[list[Tensor], dict | None]:
+    """x (n, d) at each of the times of the nets, on the CPU, and the conditions.
+
+    The noise is the evaluation's own, and the same for every student of a seed.
+    """
+    c, shape = make_data(cfg)(n, rng=stream(cfg.seed, "evaluate", "class"))
+    z = normal((n, *shape), cfg.seed, "evaluate", "z").to(device)
+    xs = trajectory(nets, times[: len(nets) + 1], z, cond_to(c, device))
+    return [x.cpu() for x in xs], c
+
+
+def nearest_mode(x: Tensor, mixture: Mixture) -> Tensor:
+    """The component whose mean is nearest to each sample, (B,)."""
+    return torch.cdist(x, mixture.means).argmin(1)
+
+
+def metrics(mixture: Mixture, x: Tensor, c: dict | None) -> dict:
+    """How well samples x (n, d) hit the modes, and their class if they have one."""
+    modes, precision = mode_coverage(x, mixture)
+    values = {"modes": modes, "precision": precision}
+    if c is not None:
+        correct = mixture.labels[nearest_mode(x, mixture)] == c["class"]
+        values["class_accuracy"] = correct.double().mean().item()
+    return values
+
+
+def report(
+    cfg, phases: list[Phase], roles: Roles, k: int, device, out: Path, finished: bool
+) -> tuple[dict, bytes]:
+    """Metrics and a png of the student of phases[:k]. Before the end only energy_phases.
+
+    energy         energy distance to exact samples. With CFG the student's aim is not this
+                   distribution, and its energy does not fall to 0.
+    energy_phases  the same at the end of each phase: later phases can hide errors of earlier ones
+    energy_floor   [mean, sd] for exact samples against other exact samples
+    """
+    mixture, n, phases = load_mixture(cfg), cfg.eval_samples, phases[:k]
+    times, nets = step_times(cfg.steps, cfg.shift), student_nets(roles, phases)
+    xs, c = draw(cfg, nets, times, n, device)
+    exact = lambda s, i: mixture.sample_at(s, n, stream("exact", cfg.seed, i))
+    pairs = {f"phase {p.k}": (xs[p.last], exact(p.s, p.s or 0)) for p in phases}
+    if finished:
+        (*_, x_teacher), _ = draw(cfg, [exact_teacher(cfg, device)] * cfg.steps, times, n, device)
+        _, y = pairs[f"phase {k}"]
+        y1, y2 = exact(0.0, 1), exact(0.0, 2)
+        pairs |= {"teacher": (x_teacher, y), "floor 1": (y, y1), "floor 2": (y, y2)}
+        pairs["floor 3"] = y1, y2
+    distance = energy_distances(pairs)
+    values = {"energy_phases": [distance[f"phase {p.k}"] for p in phases]}
+    if finished:
+        floor = torch.tensor([distance[f"floor {i}"] for i in (1, 2, 3)])
+        values = {"energy": distance[f"phase {k}"]} | metrics(mixture, xs[-1], c) | values
+        values["energy_floor"] = [floor.mean().item(), floor.std().item()]
+        teacher = {"energy": distance["teacher"]} | metrics(mixture, x_teacher, c)
+        values |= {f"{name}_teacher_same_steps": value for name, value in teacher.items()}
+        values["modes_exact"], values["precision_exact"] = mode_coverage(y, mixture)
+    return values, draw_picture(cfg, nets, phases, device)
+
+
+def plot_points(ax, x: Tensor, colors: Tensor | None, num_colors: int, limit: float) -> None:
+    """Plot the first two axes of x (n, d), or a histogram if d = 1; colors (n,), or None: grey."""
+    ax.set(xticks=[], yticks=[], xlim=(-limit, limit))
+    if x.shape[1] == 1:
+        ax.hist(x[:, 0].numpy(), bins=80, range=(-limit, limit), color="tab:blue")
+        return
+    color = {"c": "0.4"}
+    if colors is not None:
+        color = {"c": colors, "cmap": "hsv", "vmin": 0, "vmax": num_colors}
+    ax.scatter(x[:, 0], x[:, 1], s=1.5, alpha=0.5, linewidths=0, **color)
+    ax.set(ylim=(-limit, limit), aspect="equal")
+
+
+def axis_limit(x: Tensor) -> float:
+    """Half the width of a plot that shows nearly all of x."""
+    return 1.2 * x.abs().max(1).values.quantile(0.99).item()
+
+
+def draw_picture(cfg, nets: list, phases: list[Phase], device, n: int = 3000) -> bytes:
+    """A png: student, exact teacher with as many steps, and exact samples, at every time.
+
+    A sample has the colour of the mode where it ends. Thick frames: the student matches p(x_t).
+    """
+    mixture, times = load_mixture(cfg), step_times(cfg.steps, cfg.shift)
+    teacher = [exact_teacher(cfg, device)] * cfg.steps
     rows = {
-        f"student, {cfg.steps} steps": draw(cfg, student, times, n, device)[0],
-        f"teacher, {cfg.steps} steps": draw(cfg, exact_teacher, times, n, device)[0],
-        "exact": [target.sample_at(t, n, stream("picture", i)) for i, t in enumerate(times)],
+        f"student, {cfg.steps} steps": draw(cfg, nets, times, n, device)[0],
+        f"teacher, {cfg.steps} steps": draw(cfg, teacher, times, n, device)[0],
+        "exact": [mixture.sample_at(t, n, stream("picture", i)) for i, t in enumerate(times)],
     }
     expert = {i: phase.k for phase in phases for i in range(phase.first, phase.last)}
-    ends = {phase.last for phase in phases}  # what is matched: thicker frames
-    figure, axes = plt.subplots(
-        3, len(times), figsize=(2.1 * len(times), 6.4), squeeze=False, layout="constrained"
-    )
+    ends = {phase.last for phase in phases}
+    size = (2.1 * len(times), 6.4)
+    figure, axes = plt.subplots(3, len(times), figsize=size, squeeze=False, layout="constrained")
     for row, (name, xs) in zip(axes, rows.items()):
-        final = torch.cdist(xs[-1], target.means).argmin(1)
+        colors = None if name == "exact" else nearest_mode(xs[-1], mixture)
         for i, (ax, x) in enumerate(zip(row, xs)):
-            colour = None if name == "exact" else final  # of the mode where a sample ends
-            panel(ax, x, colour, len(target.means), reach=reach_of(rows["exact"][i]))
+            plot_points(ax, x, colors, len(mixture.means), axis_limit(rows["exact"][i]))
             plt.setp(ax.spines.values(), linewidth=2.5 if i in ends else 0.8)
             ax.set_ylabel(name if i == 0 else "")
-            if ax in axes[0]:
-                by = f"\nby expert {expert[i - 1]}" if i else "\nnoise"
-                ax.set_title(f"t = {times[i]:.3g}{by}", fontsize=9)
-    return png(figure)
+            if name.startswith("student"):
+                source = f"by expert {expert[i - 1]}" if i else "noise"
+                ax.set_title(f"t = {times[i]:.3g}\n{source}", fontsize=9)
+        for ax in row[len(xs) :]:  # steps of phases that a preview does not have yet
+            ax.axis("off")
+    return to_png(figure)

@@ -1,0 +1,576 @@
+"""What every command needs: errors, atomic files, flags from a dataclass, run folders, randomness.
+
+Crash safety: a file is replaced as a whole or not at all, and log.jsonl is cut back to the length
+that the checkpoint knows. A run that is killed at any moment resumes to the same bits.
+"""
+
+import argparse
+import contextlib
+import errno
+import hashlib
+import json
+import math
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import Field, asdict, field, fields
+from operator import gt, le, lt
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+is_writer = True  # models/parallel.py sets it to False on ranks > 0
+
+
+class UserError(Exception):
+    """An error the user can fix. Printed as one line; the exit status is 2."""
+
+
+class Interrupted(Exception):
+    """SIGTERM or Ctrl-C stopped the run between two iterations."""
+
+    def __init__(self, number: int, advice: str = ""):
+        self.number, self.advice = number, advice
+
+
+def first_line(error: BaseException) -> str:
+    """First line of an error's text, or its type if it has none."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def cannot_write(path: Path, error: Exception) -> UserError:
+    """One line for a full disk, a missing permission, or a folder in the place of a file."""
+    reason = getattr(error, "strerror", None) or first_line(error)
+    return UserError(f"cannot write {path}: {reason}; fix this or choose another --out")
+
+
+# -- files ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def writing(path: Path):
+    """Turn errors of the file system into a UserError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise cannot_write(path, error) from error
+
+
+def replace_file(path: Path, save: Callable[[Path], object]) -> None:
+    """Let save(temporary path) write a file, then move it to path in one step."""
+    temporary = path.with_name(path.name + ".tmp")
+    with writing(path):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save(temporary)
+            with open(temporary, "rb+") as file:
+                os.fsync(file.fileno())  # the contents must be on disk before the name is
+            os.replace(temporary, path)
+            sync_folder(path.parent)
+        finally:
+            with contextlib.suppress(OSError):  # the temporary file of a failed write
+                temporary.unlink()
+
+
+def sync_folder(folder: Path) -> None:
+    """Flush a folder's entries to disk. Without it a power cut can undo a rename."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def write_file(path: Path, *contents: bytes, all_ranks: bool = False) -> None:
+    """Write a file atomically: a crash leaves the old file or the new one, never a part.
+
+    Ranks > 0 write nothing, unless all_ranks says that each rank has a file of its own.
+    """
+    if is_writer or all_ranks:
+        replace_file(path, lambda temporary: temporary.write_bytes(b"".join(contents)))
+
+
+def write_json(path: Path, value, all_ranks: bool = False) -> None:
+    """Write JSON, one line per top-level entry."""
+    write_file(path, (json.dumps(value, indent=1) + "\n").encode(), all_ranks=all_ranks)
+
+
+def write_tensors(path: Path, tensors: dict, metadata: dict, all_ranks: bool = False) -> None:
+    """Write safetensors, with metadata as JSON in the header. Tensors must be whole, not shards."""
+    if is_writer or all_ranks:
+        tensors = {name: x.detach().contiguous() for name, x in tensors.items()}
+        header = {"metadata": json.dumps(metadata, ensure_ascii=False)}
+        replace_file(path, lambda temporary: save_file(tensors, temporary, header))
+
+
+def read_json(path: Path, advice: str) -> dict:
+    """Read a JSON object. If that fails, the error ends with the advice."""
+    try:
+        value = json.loads(path.read_bytes())
+        if not isinstance(value, dict):
+            raise ValueError("expected a JSON object")
+        return value
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} ({first_line(error)}); {advice}") from error
+
+
+def open_tensors(path: Path, kind: str, advice: str):
+    """Open a file of write_tensors whose metadata has this kind. Returns the file and metadata.
+
+    safe_open compares the header with the file's size, so a truncated file is an error.
+    """
+    try:
+        file = safe_open(path, framework="pt")
+        header = file.metadata() or {}
+        metadata = json.loads(header.get("metadata") or header.get("about") or "{}")  # old: about
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"cannot read {path} ({first_line(error)}); {advice}") from error
+    if not isinstance(metadata, dict) or metadata.get("kind") != kind:
+        raise UserError(f"{path} is not a {kind} file; {advice}")
+    return file, metadata
+
+
+def read_tensors(path: Path, kind: str, settings: dict, advice: str) -> tuple[dict, dict]:
+    """Read the tensors and metadata of a file that belongs to a run with these settings."""
+    file, metadata = open_tensors(path, kind, advice)
+    if metadata.get("settings") != settings:
+        raise UserError(f"{path} belongs to a run with other settings; {advice}")
+    return {name: file.get_tensor(name) for name in file.keys()}, metadata
+
+
+def file_digest(path: Path, piece: int = 2**20, pieces: int = 64) -> str:
+    """sha256 of a file. Of one larger than 64 MB, such as weights, of its size and 64 pieces."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        if size <= piece * pieces:
+            return hashlib.sha256(file.read()).hexdigest()
+        digest = hashlib.sha256(str(size).encode())
+        for i in range(pieces):
+            file.seek(i * (size - piece) // (pieces - 1))
+            digest.update(file.read(piece))
+    return digest.hexdigest()
+
+
+def digest_files(paths: Iterable[Path]) -> dict[str, str]:
+    """Digest of every input file of a run, by its path."""
+    return {str(path): file_digest(path) for path in paths}
+
+
+def check_files(digests: dict[str, str]) -> None:
+    """Raise UserError if an input file of the run is missing or has changed."""
+    for name, digest in digests.items():
+        if not Path(name).is_file() or file_digest(Path(name)) != digest:
+            problem = f"{name} is missing or has changed since the run began"
+            raise UserError(f"{problem}; restore it or {START_OVER}")
+
+
+# -- flags ---------------------------------------------------------------------------------------
+
+GROUPS = ("what", "method", "training", "memory", "output")  # of --help, in this order
+KINDS = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
+LIMITS = (("low", "at least", lt), ("above", "more than", le), ("high", "at most", gt))
+
+
+def option(default, help, choices=None, low=None, above=None, high=None, kind=None, group="method"):
+    """Return a dataclass field that is also a flag. Its limits: low <= x <= high, above < x.
+
+    A tuple as default makes a flag of one or more values of this kind.
+    """
+    metadata = dict(help=help, group=group, choices=choices, low=low, above=above, high=high)
+    return field(default=default, metadata=metadata | {"kind": kind or type(default)})
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with one-line errors, and without abbreviations."""
+
+    def __init__(self, description: str):
+        formatter = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
+
+    def error(self, message: str):
+        message = re.sub(r"invalid (\w+) value: ", r"expected \1, got ", message)
+        choice = r"invalid choice: (.*) \(choose from (.*)\)"
+        message = re.sub(choice, r"expected one of \2, got \1", message)
+        raise UserError(f"{message.removeprefix('argument ')}; see --help")
+
+
+def add_flags(parser: Parser, Config: type, presets: dict[str, dict], teacher: str) -> dict:
+    """Add a flag for every option of Config. Returns the parser's groups by name.
+
+    --help shows the defaults of this teacher's preset.
+    """
+    groups = {name: parser.add_argument_group(name) for name in GROUPS}
+    defaults = presets.get(teacher, {}) | {"teacher": teacher}
+    for f in fields(Config):
+        kind, choices, text = (f.metadata[name] for name in ("kind", "choices", "help"))
+        more = dict(help=text, action="store_true", default=None)
+        if kind is not bool:
+            text += f" (default {format_value(defaults.get(f.name, f.default))})"
+            metavar = None if choices else {int: "N", float: "X"}.get(kind, "TEXT")
+            more = dict(help=text, type=kind, choices=choices, metavar=metavar)
+            more |= dict(nargs="+") if isinstance(f.default, tuple) else {}
+        groups[f.metadata["group"]].add_argument(flag_name(f.name), **more)
+    return groups
+
+
+def add_run_flags(groups: dict) -> None:
+    """Add the flags that are about a command and its folder, not about the run's settings."""
+    add = groups["output"].add_argument
+    add("--out", type=Path, help="the run's folder (default out/TEACHER)")
+    add("--resume", action="store_true", help="continue the run in --out, or begin it")
+    add("--overwrite", action="store_true", help="replace the run in --out")
+    add("--dry-run", action="store_true", help="print phases, memory and time; write nothing")
+    add = groups["memory"].add_argument
+    devices = ("auto", "cpu", "cuda", "mps")
+    add("--device", default="auto", choices=devices, help="auto: the fastest; toys: cpu")
+    help = "under torchrun: ranks that share the tokens of a sample (default 1)"
+    add("--context-parallel", type=int, default=1, metavar="P", help=help)
+    help = "--dry-run: plan for 8 ranks, or 4x8 for 4 nodes (default: those of torchrun)"
+    add("--processes", default="", metavar="[NODESx]N", help=help)
+
+
+def absolute_paths(paths):
+    """A path, or several, made absolute without following links; `random` is not a path."""
+    if isinstance(paths, tuple):
+        return tuple(map(absolute_paths, paths))
+    return paths if paths in ("", "random") else os.path.abspath(paths)
+
+
+def explicit_flags(args: argparse.Namespace, Config: type) -> dict:
+    """Return the options that the command line names, with their values."""
+    values = {f.name: getattr(args, f.name) for f in fields(Config)}
+    return from_json({name: value for name, value in values.items() if value is not None})
+
+
+def flag_name(name: str) -> str:
+    """Flag of an option: "fake_lr" -> "--fake-lr"."""
+    return "--" + name.replace("_", "-")
+
+
+def format_value(value) -> str:
+    """Format a value as one types it on the command line; "none" if it is empty."""
+    return (" ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)) or "none"
+
+
+def to_json(cfg) -> dict:
+    """Convert a Config to JSON values: lists in place of tuples."""
+    return {name: list(x) if isinstance(x, tuple) else x for name, x in asdict(cfg).items()}
+
+
+def from_json(settings: dict) -> dict:
+    """Convert JSON values to those of Config: tuples in place of lists."""
+    return {name: tuple(x) if isinstance(x, list) else x for name, x in settings.items()}
+
+
+def check_values(cfg) -> None:
+    """Raise UserError for a value of the wrong type or outside the limits of its option."""
+    for f in fields(cfg):
+        values, several = getattr(cfg, f.name), isinstance(f.default, tuple)
+        if isinstance(values, tuple) != several:
+            expected = "one or more values" if several else "one value"
+            raise UserError(f"{flag_name(f.name)}: expected {expected}, got {values!r}")
+        for value in values if several else (values,):
+            if expected := expected_value(f, value):
+                raise UserError(f"{flag_name(f.name)}: expected {expected}, got {value!r}")
+
+
+def expected_value(f: Field, value) -> str:
+    """Return what an option expects instead of this value, "" if the value is allowed."""
+    kind, choices = f.metadata["kind"], f.metadata["choices"]
+    if type(value) is not kind and (kind, type(value)) != (float, int):
+        return KINDS[kind]
+    if choices and value not in choices:
+        return "one of " + ", ".join(map(str, choices))
+    if kind is float and not math.isfinite(value):
+        return "a finite number"
+    for name, words, is_outside in LIMITS:
+        limit = f.metadata[name]
+        if limit is not None and is_outside(value, limit):
+            return f"{words} {limit}"
+    return ""
+
+
+# -- commands ------------------------------------------------------------------------------------
+
+
+def exit_status(
+    program: str,
+    work: Callable[[], int | None],
+    memory_advice: str = "try a smaller size or --device cpu",
+    restart_advice: str = "run the same command again to continue or restart",
+) -> int:
+    """Run work() and return the exit status: 0, 2 for a user's error, 130 or 143 for a signal."""
+    try:
+        return work() or 0
+    except UserError as error:
+        line, status = str(error), 2
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        line, status = f"out of memory; {memory_advice}", 2
+    except (KeyboardInterrupt, Interrupted) as error:
+        advice = getattr(error, "advice", "") or restart_advice
+        line, status = f"stopped; {advice}", 128 + getattr(error, "number", signal.SIGINT)
+    except BrokenPipeError:
+        return silence_closed_pipe()
+    print(f"{program}: {line}", file=sys.stderr)
+    return status
+
+
+def silence_closed_pipe() -> int:
+    """Discard what is still printed after stdout was closed, e.g. by `head`. Returns 141."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 128 + signal.SIGPIPE
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Return whether the GPU or the host has run out of memory."""
+    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
+
+
+def pick_device(requested: str, default: str) -> str:
+    """Resolve --device. "auto" is the preset's default, and if that is "auto" too, the best."""
+    requested = default if requested == "auto" else requested
+    backends = {"cuda": torch.cuda, "mps": torch.backends.mps}
+    available = [name for name, backend in backends.items() if backend.is_available()] + ["cpu"]
+    if requested not in ("auto", *available):
+        raise UserError(f"--device: expected {' or '.join(available)}, got {requested}")
+    return available[0] if requested == "auto" else requested
+
+
+def peak_memory(device: torch.device) -> int:
+    """Most bytes in use so far: tensors on a GPU, the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Measure peak_memory from now on. A process on a CPU cannot."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def print_metrics(metrics: dict, out: Path) -> None:
+    """Print the metrics, one per line, and where the files are."""
+    for name, value in metrics.items():
+        values = value if isinstance(value, list) else [value]
+        print(f"{name:28}" + " ".join("         -" if v is None else f"{v:10.4g}" for v in values))
+    print(f"folder: {out}")
+
+
+# -- the folder of a run -------------------------------------------------------------------------
+
+RUN_FILES = (  # metrics.json marks a finished run, so clear_run removes it first
+    "metrics.json", "state", "config.json", "curves.png", "log.jsonl", "previews", "prompts",
+    "prompts.safetensors", "samples.png", "start.safetensors", "student.safetensors",
+)  # fmt: skip
+START_OVER = "start over with --overwrite"
+
+
+def folder_contents(out: Path) -> set[str]:
+    """Names in a folder, without temporary files that a crash left; empty if it does not exist."""
+    with writing(out), contextlib.suppress(FileNotFoundError):
+        return {path.name for path in out.iterdir() if path.suffix != ".tmp"}
+    return set()
+
+
+def make_folder(out: Path) -> None:
+    """Make a folder and its parents."""
+    with writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+
+
+def resolve_run(out: Path, cfg, explicit: dict, resume: bool, overwrite: bool, Config: type):
+    """Return the Config to run with, and whether that run is already finished.
+
+    With --resume the settings are those of the folder; explicit flags must agree with them.
+    """
+    contents = folder_contents(out)
+    if contents and "config.json" not in contents:
+        names = ", ".join(sorted(contents)[:3])
+        raise UserError(f"--out {out}: expected an empty folder or a run, found {names}")
+    if overwrite and contents:
+        clear_run(out)
+    if overwrite or not contents:
+        return cfg, False
+    config, finished = read_json(out / "config.json", START_OVER), "metrics.json" in contents
+    saved = config_from_json(Config, config, out)
+    for name, value in (explicit if resume else vars(cfg)).items():
+        if (expected := getattr(saved, name)) != value:
+            raise UserError(
+                f"{flag_name(name)}: expected {format_value(expected)} as in the run in {out}, "
+                f"got {format_value(value)}; choose another --out or {START_OVER}"
+            )
+    if not resume and not finished:
+        advice = f"continue it with --resume, choose another --out, or {START_OVER}"
+        raise UserError(f"{out} contains an unfinished run; {advice}")
+    check_files(config["files"])
+    return saved, finished
+
+
+def record_run(out: Path, cfg, environment: dict, input_files: list[Path], overwrite: bool):
+    """Write config.json for a new run; for an old one print how the environment has changed."""
+    file = out / "config.json"
+    if file.exists() and not overwrite:
+        warn_if_environment_differs(read_json(file, START_OVER)["environment"], environment)
+    else:
+        files = digest_files(input_files)
+        write_json(file, {"settings": to_json(cfg), "environment": environment, "files": files})
+
+
+def config_from_json(Config: type, config: dict, out: Path):
+    """Return the Config in the contents of config.json. Its values are checked."""
+    try:
+        cfg = Config(**from_json(config["settings"]))
+        check_values(cfg)
+        if not all(isinstance(config[name], dict) for name in ("environment", "files")):
+            raise TypeError
+        return cfg
+    except (AttributeError, TypeError, KeyError, UserError) as error:
+        message = f"{out}/config.json does not fit this version of the code; {START_OVER}"
+        raise UserError(message) from error
+
+
+def clear_run(out: Path) -> None:
+    """Remove the files of a run, except config.json, which the new run replaces."""
+    with writing(out):
+        for path in [out / name for name in RUN_FILES if name != "config.json"]:
+            files = path.iterdir() if path.is_dir() else [path]
+            for file in sorted(files, key=lambda file: file.suffix != ".json"):  # state.json first
+                if file.is_file():
+                    file.unlink()
+    clear_samples(out / "samples")
+
+
+def clear_samples(out: Path) -> None:
+    """Remove the files that sample.py wrote. New ones may be fewer."""
+    with writing(out):
+        for pattern in ("[0-9]*.mp4", "[0-9]*.png", "samples.*", "latents.safetensors"):
+            for path in out.glob(pattern):
+                path.unlink()
+
+
+def environment(device: str, processes: int, context_parallel: int) -> dict:
+    """Everything besides the settings that can change a number."""
+    git = ["git", "-C", str(Path(__file__).parent.parent), "describe", "--always", "--dirty"]
+    commit = ""
+    with contextlib.suppress(OSError):  # git is not installed
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
+    devices = {"device": device, "processes": processes, "context_parallel": context_parallel}
+    return versions | {"threads": torch.get_num_threads(), **devices, "commit": commit or "unknown"}
+
+
+def warn_if_environment_differs(then: dict, now: dict) -> None:
+    """Print what differs from the environment in which the run began."""
+    for name, value in now.items():
+        if (before := then.get(name)) != value:
+            print(f"note: {name} was {before} when the run began, is {value}; numbers may differ")
+
+
+class Stop:
+    """Catch SIGTERM and Ctrl-C until it is safe to stop. A second signal stops at once."""
+
+    def __init__(self, advice: str = "", over_ranks: Callable[[int], int] = int):
+        self.advice, self.over_ranks = advice, over_ranks  # how to continue; max over all ranks
+
+    def __enter__(self):
+        self.signal, numbers = 0, (signal.SIGTERM, signal.SIGINT)
+        self.handlers = {number: signal.signal(number, self._receive) for number in numbers}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, _frame) -> None:
+        self.signal = number
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # torchrun sends a terminal's Ctrl-C twice
+            signal.signal(number, signal.SIG_DFL)
+
+    def received(self) -> int:
+        """The signal that reached any rank, or 0. All ranks must call it together."""
+        return self.over_ranks(self.signal)
+
+    def check(self) -> None:
+        """Raise Interrupted if a signal reached any rank. All ranks must call it together."""
+        if number := self.received():
+            raise Interrupted(number, self.advice)
+
+
+class Log:
+    """log.jsonl, one row per line. Rows that are newer than the checkpoint are cut off."""
+
+    def __init__(self, path: Path, size: int):
+        self.path = path
+        if not is_writer:
+            return
+        with writing(path):
+            self.file = open(path, "ab", buffering=0)  # unbuffered: a full disk shows at once
+            if self.file.seek(0, os.SEEK_END) < size:
+                raise UserError(f"{path} is shorter than the checkpoint expects; {START_OVER}")
+            self.file.truncate(size)
+
+    def write(self, rows: list[dict]) -> None:
+        """Append rows."""
+        data = b"".join(json.dumps(row).encode() + b"\n" for row in rows if is_writer)
+        with writing(self.path):
+            while data:
+                data = data[self.file.write(data) :]  # an unbuffered write may be partial
+
+    def sync(self) -> int:
+        """Flush the log to disk. Returns its size in bytes."""
+        if not is_writer:
+            return 0
+        with writing(self.path):
+            os.fsync(self.file.fileno())
+            return self.file.seek(0, os.SEEK_END)
+
+
+def with_progress(steps: Iterable, text: str, stop: Stop) -> Iterator:
+    """Iterate over steps with a progress bar, on one rank. Raises Interrupted after a signal."""
+    for item in tqdm(steps, text, disable=None):
+        if stop.signal:
+            raise Interrupted(stop.signal, stop.advice)
+        yield item
+
+
+# -- random numbers ------------------------------------------------------------------------------
+
+
+def stream(*key) -> torch.Generator:
+    """Random stream that is a function of its key, e.g. (seed, phase, iteration, update).
+
+    There is no global random state, so a resumed run needs its counters only. The stream is on
+    the CPU: a seed gives the same numbers on every device.
+    """
+    digest = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little"))
+
+
+def normal(shape, *key) -> Tensor:
+    """Standard normal numbers of the stream `key`, float32 on the CPU."""
+    return torch.randn(shape, generator=stream(*key))
+
+
+def uniform(shape, *key) -> Tensor:
+    """Uniform numbers in [0, 1) of the stream `key`, float32 on the CPU."""
+    return torch.rand(shape, generator=stream(*key))
+
+
+def integers(n: int, count: int, *key) -> Tensor:
+    """n integers in 0 ... count - 1 of the stream `key`, int64 on the CPU."""
+    return torch.randint(count, (n,), generator=stream(*key))

@@ -1,0 +1,467 @@
+"""Prompts -> embeddings, pixels <-> latents, first frames: the frozen networks beside a teacher.
+
+    python -m models.encoders text --teacher wan22 --prompts prompts.txt --out prompts
+    python -m models.encoders images --teacher wan22-i2v --images FOLDER --out images.safetensors
+
+text embeds prompts once, before training: UMT5-XXL for Wan, Qwen2.5-VL for Qwen-Image. OUT is a
+folder of shards; after an interruption the same command continues at the first missing shard.
+images encodes the first frames of image to video. FOLDER holds pictures and captions.csv with the
+columns file, caption. Each picture is scaled and cropped to the --size of the nearest aspect ratio.
+
+Both need pip install -r models/requirements.txt and the published weights: text_encoder and
+tokenizer, or vae.
+"""
+
+import contextlib
+import csv
+import html
+import math
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterable
+from itertools import pairwise
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors import SafetensorError
+from torch import Tensor
+from tqdm import tqdm
+
+from models.common import (
+    Parser,
+    UserError,
+    exit_status,
+    first_line,
+    open_tensors,
+    pick_device,
+    write_tensors,
+)
+from models.wan import Wan
+from models.weights import TEACHERS, default_folder, needs_extras, subfolder
+
+# as published with the models
+WAN_NEGATIVE = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，"
+    "静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走"
+)
+QWEN_TEMPLATE = (
+    "<|im_start|>system\nDescribe the image by detailing the color, shape, size, texture, "
+    "quantity, text, spatial relationships of the objects and background:<|im_end|>\n"
+    "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+)
+QWEN_DROP = 34  # tokens of the template before the prompt
+QWEN_NEGATIVE = " "
+MAX_TOKENS = 512  # tokens kept of a prompt, as in the published pipelines
+
+SHARD = 512  # prompts per file of embeddings
+MAKE_TEXT = "run python -m models.encoders text"
+MAKE_IMAGES = "run python -m models.encoders images"
+OVERWRITE = "give --overwrite or choose another --out"
+
+
+def from_pretrained(path: Path, cls, **options):
+    """cls.from_pretrained of local files, in eval mode if it is a network. Raises UserError."""
+    try:
+        loaded = cls.from_pretrained(path, local_files_only=True, **options)
+    except Exception as error:  # the libraries raise many kinds for a wrong or broken folder
+        raise UserError(f"cannot read {path} ({first_line(error)}); download it again") from error
+    if not options.get("output_loading_info"):
+        return loaded
+    net, report = loaded
+    missing = sorted(map(str, {*report["missing_keys"], *report["mismatched_keys"]}))
+    if missing:  # the libraries would continue with random numbers
+        raise UserError(f"{path} lacks {missing[0]}, or it has another shape; download it again")
+    return net.requires_grad_(False).eval()
+
+
+# -- text ----------------------------------------------------------------------------------------
+
+
+class Encoder(NamedTuple):
+    """A frozen language model with its tokenizer: UMT5 if is_wan, else Qwen2.5-VL."""
+
+    model: torch.nn.Module
+    tokenizer: object
+    is_wan: bool
+    device: str
+
+
+def load_encoder(teacher: str, folder: Path | None, device: str) -> Encoder:
+    """Load the text encoder of a teacher in bf16. Raises UserError."""
+    is_wan = TEACHERS[teacher].network is Wan
+    paths = [subfolder(teacher, folder, part) for part in ("text_encoder", "tokenizer")]
+    with needs_extras("transformers"):
+        import transformers
+    kind = "UMT5EncoderModel" if is_wan else "Qwen2_5_VLForConditionalGeneration"
+    options = dict(use_safetensors=True, output_loading_info=True, dtype=torch.bfloat16)
+    model = from_pretrained(paths[0], getattr(transformers, kind), **options)
+    tokenizer = from_pretrained(paths[1], transformers.AutoTokenizer)
+    tokenizer.padding_side = "right"  # then padding changes nothing before it
+    return Encoder(model.to(device), tokenizer, is_wan, device)
+
+
+def clean_prompt(prompt: str) -> str:
+    """Clean a prompt as Wan does: repair mojibake, resolve HTML entities, single spaces."""
+    with needs_extras("ftfy"):
+        import ftfy
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
+
+
+def tokenize(encoder: Encoder, prompts: list[str]) -> list[list[int]]:
+    """Token ids of each prompt: cleaned for Wan, in the template for Qwen-Image."""
+    if encoder.is_wan:
+        texts, length = [clean_prompt(prompt) for prompt in prompts], MAX_TOKENS
+    else:
+        texts, length = [QWEN_TEMPLATE.format(prompt) for prompt in prompts], MAX_TOKENS + QWEN_DROP
+    return encoder.tokenizer(texts, truncation=True, max_length=length)["input_ids"]
+
+
+@torch.no_grad()
+def embed_tokens(encoder: Encoder, rows: list[list[int]]) -> list[Tensor]:
+    """Embeddings (L_i, D) bf16 on the CPU, without padding, after the encoder's last norm."""
+    batch = encoder.tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(encoder.device)
+    model = encoder.model if encoder.is_wan else encoder.model.model
+    states = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
+    states = states.last_hidden_state.bfloat16().cpu()
+    if not states.isfinite().all():
+        raise UserError("the text encoder returned NaN or inf; download it again")
+    drop = 0 if encoder.is_wan else QWEN_DROP  # the template's part before the prompt
+    return [state[drop : len(row)] for state, row in zip(states, rows)]
+
+
+def embed_shard(encoder: Encoder, prompts: list[str], size: int, bar: tqdm) -> dict[str, Tensor]:
+    """Embed prompts in batches of `size`: text (sum of L_i, D), offsets (n + 1)."""
+    tokens, rows = tokenize(encoder, prompts), {}
+    order = sorted(range(len(prompts)), key=lambda i: -len(tokens[i]))  # batches of equal lengths
+    for start in range(0, len(order), size):
+        batch = order[start : start + size]
+        rows |= zip(batch, embed_tokens(encoder, [tokens[i] for i in batch]))
+        bar.update(len(batch))
+    lengths = torch.tensor([0] + [len(rows[i]) for i in range(len(prompts))])
+    return {"text": torch.cat([rows[i] for i in sorted(rows)]), "offsets": lengths.cumsum(0)}
+
+
+def embed_prompts(
+    teacher: str, folder: Path | None, prompts: list[str], out: Path, device: str,
+    negative: str | None = None, batch_size: int = 16, overwrite: bool = False,
+) -> None:  # fmt: skip
+    """Write the embeddings of prompts into the folder out, SHARD prompts per file.
+
+    Existing shards of the same prompts are kept, and the encoder is loaded only if one is missing.
+    overwrite: replace shards of other prompts. negative None: the published one. UserError.
+    """
+    if negative is None:
+        negative = WAN_NEGATIVE if TEACHERS[teacher].network is Wan else QWEN_NEGATIVE
+    path = Path(folder or default_folder(teacher)).resolve() / "text_encoder"
+    metadata = {"kind": "embeddings", "teacher": teacher, "encoder": str(path)}
+    metadata |= {"negative": negative, "total": len(prompts)}
+    shards = {
+        out / f"shard-{i // SHARD:05}.safetensors": metadata | {"prompts": prompts[i : i + SHARD]}
+        for i in range(0, len(prompts), SHARD)
+    }
+    for file in sorted(out.glob("shard-*.safetensors")):
+        stored = None
+        with contextlib.suppress(UserError):  # a broken file is replaced as well
+            stored = open_tensors(file, "embeddings", OVERWRITE)[1]
+        if stored != shards.get(file):
+            if not overwrite:
+                raise UserError(f"{file} has embeddings of other prompts; {OVERWRITE}")
+            file.unlink()
+    missing = {file: metadata for file, metadata in shards.items() if not file.is_file()}
+    if not missing:
+        return
+    encoder = load_encoder(teacher, folder, device)
+    [negative_row] = embed_tokens(encoder, tokenize(encoder, [negative]))
+    done = len(prompts) - sum(len(metadata["prompts"]) for metadata in missing.values())
+    with tqdm(total=len(prompts), initial=done, unit=" prompts", disable=None) as bar:
+        for file, metadata in missing.items():
+            tensors = embed_shard(encoder, metadata["prompts"], batch_size, bar)
+            write_tensors(file, tensors | {"negative": negative_row}, metadata)
+
+
+class Embeddings(NamedTuple):
+    """Embeddings of prompts on disk. A row is read when it is asked for."""
+
+    spans: list[tuple]  # for each prompt: a file's text (sum of L_i, D), its first row, the next's
+    negative: Tensor  # (L, D)
+    prompts: list[str]
+    metadata: dict  # teacher, encoder, negative
+
+    def row(self, i: int) -> Tensor:
+        """Embedding of prompt i, (L_i, D)."""
+        text, start, end = self.spans[i]
+        return text[start:end]
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest text, the negative prompt included."""
+        return max(len(self.negative), *(end - start for _, start, end in self.spans))
+
+
+def open_embeddings(path: Path) -> Embeddings:
+    """Open a folder of embed_prompts, or a single file of that format. Raises UserError."""
+    files = sorted(path.glob("shard-*.safetensors")) if path.is_dir() else [path]
+    spans, prompts, metadata, negative = [], [], {}, None
+    try:
+        for name in files:
+            file, metadata = open_tensors(name, "embeddings", MAKE_TEXT)
+            text, offsets = file.get_slice("text"), file.get_tensor("offsets").tolist()
+            if len(offsets) != len(metadata["prompts"]) + 1 or text.get_shape()[0] != offsets[-1]:
+                raise ValueError(f"prompts, offsets and text of {name.name} have unequal lengths")
+            spans += [(text, start, end) for start, end in pairwise(offsets)]
+            prompts += metadata["prompts"]
+            negative = file.get_tensor("negative")
+    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} holds no embeddings ({first_line(error)}); {MAKE_TEXT}") from error
+    total = metadata.get("total", len(prompts))
+    if not prompts or total != len(prompts):
+        raise UserError(f"{path} has {len(prompts)} of {total} prompts; {MAKE_TEXT}")
+    return Embeddings(spans, negative, prompts, metadata)
+
+
+def batch(rows: list[Tensor]) -> dict[str, Tensor]:
+    """Embeddings (L_i, D) -> {"text" (B, L, D), "mask" (B, L)}, padded with zeros to the longest.
+
+    Wan attends to the zeros and takes no mask; Qwen-Image masks them. Rows of equal length need no
+    mask, and attention is faster without one.
+    """
+    text = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    lengths = torch.tensor([len(row) for row in rows])
+    if len(lengths.unique()) == 1:
+        return {"text": text}
+    return {"text": text, "mask": torch.arange(text.shape[1]) < lengths[:, None]}
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Read prompts from a text file, one per line (# starts a comment), or a csv's `caption`."""
+    if path.suffix.lower() == ".csv":
+        prompts = [caption for (caption,) in read_csv(path, "caption")]
+    else:
+        try:
+            lines = path.read_text(encoding="utf-8-sig").split("\n")
+        except (OSError, UnicodeError) as error:
+            raise UserError(f"cannot read {path} ({first_line(error)}); name a text file") from None
+        prompts = [line.strip() for line in lines if not line.lstrip().startswith("#")]
+    prompts = [prompt for prompt in prompts if prompt]
+    if not prompts:
+        raise UserError(f"{path} contains no prompt; write one per line")
+    return prompts
+
+
+def read_csv(path: Path, *columns: str) -> list[tuple[str, ...]]:
+    """Read these columns of a csv file. Raises UserError."""
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file)
+            return [tuple((row[name] or "").strip() for name in columns) for row in rows]
+    except (OSError, UnicodeError, csv.Error, KeyError) as error:
+        message = f"cannot read {path} ({first_line(error)}); expected columns {', '.join(columns)}"
+        raise UserError(message) from None
+
+
+# -- VAE -----------------------------------------------------------------------------------------
+
+
+def load_vae(teacher: str, folder: Path | None, device: str):
+    """Load the VAE of a teacher in float32. Raises UserError."""
+    path = subfolder(teacher, folder, "vae")
+    with needs_extras("diffusers"):
+        import diffusers
+    kind = "AutoencoderKLWan" if TEACHERS[teacher].network is Wan else "AutoencoderKLQwenImage"
+    options = dict(use_safetensors=True, output_loading_info=True)
+    return from_pretrained(path, getattr(diffusers, kind), **options).to(device)
+
+
+def latent_statistics(vae) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of the latents per channel, (1, C, 1, 1, 1) each."""
+    values = vae.config.latents_mean, vae.config.latents_std
+    mean, std = (torch.tensor(v, device=vae.device).view(1, -1, 1, 1, 1) for v in values)
+    return mean, std
+
+
+@torch.no_grad()
+def encode(vae, pixels: Tensor) -> Tensor:
+    """Pixels (B, 3, 4n + 1, H, W) in [-1, 1] -> normalised latents (B, C, n + 1, h, w).
+
+    The mean of the posterior: nothing is drawn.
+    """
+    mean, std = latent_statistics(vae)
+    return (vae.encode(pixels.to(vae.device)).latent_dist.mode() - mean) / std
+
+
+@torch.no_grad()
+def decode(vae, latents: Tensor) -> Tensor:
+    """Latents (B, C, F, h, w), or (B, C, h, w) of a picture -> pixels in [-1, 1], same axes."""
+    is_picture = latents.ndim == 4
+    latents = latents[:, :, None] if is_picture else latents
+    mean, std = latent_statistics(vae)
+    pixels = vae.decode(latents.to(vae.device).float() * std + mean).sample.clamp(-1, 1)
+    return pixels[:, :, 0] if is_picture else pixels
+
+
+def encode_first_frames(vae, image: Tensor, frames: int = 81) -> Tensor:
+    """Pictures (B, 3, H, W) in [-1, 1] -> I2V's condition (B, 20, F, h, w): mask 4, latents 16.
+
+    The latents are those of the picture followed by grey frames. The mask is 1 in the first latent
+    frame.
+    """
+    video = F.pad(image[:, :, None], (0, 0, 0, 0, 0, frames - 1))  # (B, 3, frames, H, W)
+    latents = encode(vae, video)
+    mask = torch.zeros_like(latents[:, :4])
+    mask[:, :, 0] = 1
+    return torch.cat([mask, latents], 1)
+
+
+# -- first frames --------------------------------------------------------------------------------
+
+
+def read_rgb(path: Path):
+    """Read a picture as RGB, turned upright. Returns a PIL image. Raises UserError."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as file:
+            if file.mode.startswith("I"):
+                raise ValueError("16 bits per channel")
+            return ImageOps.exif_transpose(file).convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot read {path} ({first_line(error)}); replace it") from error
+
+
+def read_image(path: Path, height: int, width: int) -> Tensor:
+    """Read a picture as (3, height, width) in [-1, 1], scaled and cropped at the centre."""
+    from PIL import Image, ImageOps
+
+    image = ImageOps.fit(read_rgb(path), (width, height), Image.Resampling.BICUBIC)
+    return rearrange(torch.from_numpy(numpy.array(image)).float() / 127.5 - 1, "h w c -> c h w")
+
+
+def nearest_size(path: Path, sizes: list[tuple[int, int]]) -> tuple[int, int]:
+    """The size (height, width) whose aspect ratio is nearest to the picture's."""
+    image = read_rgb(path)
+    ratio = image.height / image.width
+    return min(sizes, key=lambda size: abs(math.log(size[0] / size[1] / ratio)))
+
+
+def encode_images(vae, folder: Path, sizes: list, frames: int) -> tuple[dict, dict]:
+    """Encode the pictures of captions.csv, each at its nearest size.
+
+    Returns image.HxW (n, 20, F, h, w) bf16 for each size, and the captions of each.
+    """
+    rows = read_csv(folder / "captions.csv", "file", "caption")
+    nearest = [nearest_size(folder / file, sizes) for file, _ in rows]  # reads all before the work
+    conditions, captions = defaultdict(list), defaultdict(list)
+    for (height, width), (file, caption) in zip(
+        nearest, tqdm(rows, unit=" pictures", disable=None)
+    ):
+        image, key = read_image(folder / file, height, width), f"image.{height}x{width}"
+        conditions[key].append(encode_first_frames(vae, image[None], frames).bfloat16().cpu())
+        captions[key].append(caption)
+    return {key: torch.cat(xs) for key, xs in conditions.items()}, captions
+
+
+class FirstFrames(NamedTuple):
+    """First frames on disk."""
+
+    file: object  # safetensors: key -> (n, 20, F, h, w), read by slices
+    key_of: dict[tuple[int, int, int], str]  # (F, h, w) -> key
+    captions: dict[str, list[str]]  # key -> n captions
+
+
+def open_first_frames(path: Path, sizes: Iterable[tuple[int, int, int]]) -> FirstFrames:
+    """Open a file of encode_images that has all of these sizes (F, h, w). Raises UserError."""
+    file, metadata = open_tensors(path, "first frames", MAKE_IMAGES)
+    shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+    captions = metadata.get("captions", {})
+    for key, shape in shapes.items():
+        if len(shape) != 5 or shape[1] != 20 or len(captions.get(key, ())) != shape[0]:
+            raise UserError(f"{path}: the captions of {key} {shape} do not match; {MAKE_IMAGES}")
+    key_of = {shape[2:]: key for key, shape in shapes.items()}
+    for size in sizes:
+        if tuple(size) not in key_of:
+            raise UserError(
+                f"{path}: expected {format_size(size)}, it has "
+                f"{', '.join(map(format_size, key_of))}; change --size"
+            )
+    return FirstFrames(file, key_of, captions)
+
+
+def format_size(size: tuple[int, int, int]) -> str:
+    """(21, 60, 104) latents -> 81x480x832 pixels."""
+    return f"{4 * size[0] - 3}x{8 * size[1]}x{8 * size[2]}"
+
+
+# -- the command ---------------------------------------------------------------------------------
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command. Returns the exit status."""
+    published = [name for name, spec in TEACHERS.items() if spec.repository]
+    parser = Parser(__doc__)
+    add = parser.add_argument
+    add("task", choices=("text", "images"))
+    add("--teacher", required=True, choices=published, help="its encoders are used")
+    add("--weights", type=Path, help="folder of the published weights (default weights/NAME)")
+    add("--out", type=Path, required=True, help="text: a folder, images: a .safetensors file")
+    add("--overwrite", action="store_true", help="replace what is in --out")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
+    add = parser.add_argument_group("text").add_argument
+    add("--prompts", type=Path, help="text, one per line, or csv with the column caption")
+    add("--negative", help="negative prompt (default: the published one)")
+    add("--batch", type=int, default=16, help="prompts at a time (default 16)")
+    add = parser.add_argument_group("images").add_argument
+    add("--images", type=Path, help="folder of pictures and captions.csv")
+    add("--size", nargs="+", default=["480x832", "832x480"], help="HEIGHTxWIDTH, one or more")
+    add("--frames", type=int, default=81, help="of the video, 4n + 1 (default 81)")
+
+    def run_command() -> None:
+        args = parser.parse_args(argv)
+        run_text(args) if args.task == "text" else run_images(args)
+
+    return exit_status("encoders.py", run_command, "try a smaller --batch, --size or --device cpu")
+
+
+def run_text(args) -> None:
+    """Embed the prompts of a file. Raises UserError."""
+    if not args.prompts or args.out.is_file() or args.batch < 1:
+        raise UserError("text: expected --prompts FILE, a folder as --out, --batch of at least 1")
+    prompts, device = read_prompts(args.prompts), pick_device(args.device, "auto")
+    options = args.negative, args.batch, args.overwrite
+    embed_prompts(args.teacher, args.weights, prompts, args.out, device, *options)
+    print(f"{args.out}: {len(prompts)} prompts")
+
+
+def run_images(args) -> None:
+    """Encode the pictures of a folder. Raises UserError."""
+    if not args.images or not TEACHERS[args.teacher].is_i2v:
+        raise UserError("images: expected --images FOLDER and a --teacher such as wan22-i2v")
+    if args.frames < 1 or args.frames % 4 != 1:
+        raise UserError(f"--frames: expected 4n + 1 such as 81, got {args.frames}")
+    if args.out.exists() and not args.overwrite:
+        raise UserError(f"{args.out} exists; {OVERWRITE}")
+    sizes = [parse_height_width(text) for text in args.size]
+    vae = load_vae(args.teacher, args.weights, pick_device(args.device, "auto"))
+    tensors, captions = encode_images(vae, args.images, sizes, args.frames)
+    metadata = {"kind": "first frames", "teacher": args.teacher, "captions": captions}
+    write_tensors(args.out, tensors, metadata)
+    print(f"{args.out}: {sum(map(len, captions.values()))} pictures")
+
+
+def parse_height_width(text: str) -> tuple[int, int]:
+    """480x832 -> (480, 832), height first. Raises UserError."""
+    numbers = re.fullmatch(r"(\d+)x(\d+)", text)
+    height, width = map(int, numbers.groups()) if numbers else (0, 0)
+    if not height or not width or height % 16 or width % 16:
+        expected = "HEIGHTxWIDTH, multiples of 16 such as 480x832"
+        raise UserError(f"--size: expected {expected}, got {text}")
+    return height, width
+
+
+if __name__ == "__main__":
+    sys.exit(main())

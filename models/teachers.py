@@ -1,0 +1,706 @@
+"""The preset of large teachers: Wan and Qwen-Image, from published or random weights.
+
+A preset is a module with the functions that train.py and sample.py call (listed in
+CONTRIBUTING.md). `cfg` is train.Config. A sample is a latent: (C, F, h, w) of a video, (C, h, w) of
+a picture of Qwen-Image. Its conditions are "text" (B, L, D), "mask" (B, L) for Qwen-Image, and for
+image to video "image" (B, 20, F, h, w): a mask of 4 channels and the latents of the first frame.
+"""
+
+import gc
+import importlib.util
+import json
+import math
+import re
+import statistics
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import lru_cache, partial
+from pathlib import Path
+
+import torch
+from safetensors.torch import save
+from torch import Tensor, nn
+from tqdm import tqdm
+
+import moe
+from models import encoders, export, lora, media, parallel, plan, qwen_image, wan, weights
+from models.common import UserError, normal, stream
+from models.qwen_image import QwenImage
+from models.weights import dtype_named, is_random, teacher_spec
+from phases import Phase, full_time, renoise_times, sample_interval, step_times, trajectory
+from sde import diffuse, shift, v_to_x0
+
+DEFAULT_DEVICE, THREADS, NUM_SAMPLES = "auto", 0, 4
+EXAMPLE_PROMPTS = Path(__file__).parent / "prompts.txt"
+SIZE = re.compile(r"(?:(\d+)x)?(\d+)x(\d+)(?::(\d*\.?\d+))?")
+SHEET_ROWS = 16  # samples in the contact sheet of sample.py
+
+
+# -- settings -------------------------------------------------------------------------------------
+
+
+def buckets(cfg) -> dict[tuple, float]:
+    """Shape of a sample -> its probability, for the sizes of --size."""
+    shapes: dict[tuple, float] = {}
+    for text in cfg.size:
+        shape, probability = parse_size(cfg, text)
+        shapes[shape] = shapes.get(shape, 0) + probability
+    total = sum(shapes.values())
+    return {shape: probability / total for shape, probability in shapes.items()}
+
+
+def parse_size(cfg, text: str) -> tuple[tuple, float]:
+    """Convert 81x480x832:0.4 to the shape of a latent and its weight, 1 if none is given."""
+    spec, match = teacher_spec(cfg.teacher), SIZE.fullmatch(text)
+    if not match or not float(match[4] or 1):
+        raise UserError(f"--size: expected [FRAMESx]HEIGHTxWIDTH[:PROBABILITY], got {text}")
+    frames, height, width = int(match[1] or cfg.frames), int(match[2]), int(match[3])
+    unit = 2 * spec.scale  # pixels of a token, which is 2 x 2 latents
+    nearest = [max(1, round(side / unit)) * unit for side in (height, width)]
+    if nearest != [height, width]:
+        expected = f"multiples of {unit} (nearest: {nearest[0]}x{nearest[1]})"
+        raise UserError(f"--size: expected {expected}, got {text}")
+    if frames < 1 or frames % 4 != 1:
+        nearest_frames = 4 * max(0, round((frames - 1) / 4)) + 1
+        raise UserError(f"--frames: expected 4n + 1 (nearest: {nearest_frames}), got {frames}")
+    shape = (spec.settings.get("out_dim", 16), height // spec.scale, width // spec.scale)
+    if spec.network is QwenImage and frames > 1:
+        raise UserError(f"--frames: expected 1, {cfg.teacher} makes pictures, got {frames}")
+    if spec.network is not QwenImage:
+        shape = (shape[0], (frames - 1) // 4 + 1, *shape[1:])
+    return shape, float(match[4] or 1)
+
+
+def check_config(cfg) -> None:
+    """Raise UserError for settings that do not fit the teacher. Reads no file."""
+    spec = teacher_spec(cfg.teacher)
+    branches = 2 if spec.boundary else 1
+    if len(cfg.guidance) not in (1, branches):
+        expected = "one number, or two: high noise, low noise" if branches == 2 else "one number"
+        raise UserError(f"--guidance: expected {expected}, got {len(cfg.guidance)}")
+    if not cfg.size:
+        raise UserError("--size: expected at least one size such as 480x832")
+    buckets(cfg)
+    if cfg.images and not spec.is_i2v:
+        raise UserError(f"--images is for image to video, and {cfg.teacher} is not; drop it")
+    if cfg.teacher_lora and is_random(cfg):
+        raise UserError("--teacher-lora needs published weights; give --weights")
+    if cfg.offload == "expert" and (cfg.checkpointing, cfg.truncate) != ("on", "on"):
+        # a recorded step would hold the weights of a base that has left the device
+        raise UserError("--offload expert needs --checkpointing on and --truncate on")
+    if parallel.topology.processes > 1:
+        check_parallel(cfg)
+
+
+def check_parallel(cfg) -> None:
+    """Raise UserError for settings that several processes cannot share evenly."""
+    topology, settings = parallel.topology, teacher_spec(cfg.teacher).settings
+    if num_micro_batches(cfg) % topology.data_parallel:
+        raise UserError(
+            f"--batch {cfg.batch} is {num_micro_batches(cfg)} micro-batches, which cannot be "
+            f"split evenly over {topology.data_parallel} ranks; change --batch or --micro-batch"
+        )
+    if cfg.depths == "mixed":
+        raise UserError("--depths mixed does not work with several processes; use --depths drawn")
+    if cfg.offload != "none":
+        raise UserError("--offload does not work with several processes, which share the bases")
+    if cfg.compile and topology.context_parallel > 1:
+        raise UserError("--compile does not work with --context-parallel; drop one of them")
+    heads = settings.get("num_heads") or settings["num_attention_heads"]
+    if heads % topology.context_parallel:
+        expected = f"a divisor of {cfg.teacher}'s {heads} heads"
+        raise UserError(f"--context-parallel: expected {expected}, got {topology.context_parallel}")
+
+
+def num_micro_batches(cfg) -> int:
+    """Number of micro-batches of a batch."""
+    return math.ceil(cfg.batch / (cfg.micro_batch or cfg.batch))
+
+
+def boundary_of(cfg) -> float | None:
+    """The time at which the low-noise branch begins, from the weights if they are on disk."""
+    boundary_t = teacher_spec(cfg.teacher).boundary
+    folder = weights_folder(cfg) or weights.default_folder(cfg.teacher)
+    if boundary_t is None or is_random(cfg) or not folder.exists():
+        return boundary_t
+    return weights.branch_paths(cfg.teacher, *cfg.weights)[1]
+
+
+# -- input files ----------------------------------------------------------------------------------
+
+
+def base_files(cfg) -> list[Path]:
+    """The files of the teacher's networks, high noise first. Checks their headers."""
+    if is_random(cfg):
+        return []
+    files, paths = [], weights.branch_paths(cfg.teacher, *cfg.weights)[0]
+    if cfg.teacher_lora and len(cfg.teacher_lora) != len(paths):
+        raise UserError(
+            f"--teacher-lora: expected {len(paths)}, one per transformer, "
+            f"got {len(cfg.teacher_lora)}"
+        )
+    for path, merged in zip(paths, teacher_loras(cfg) or [None] * len(paths)):
+        net, tensors = weights.inspect(path, torch.bfloat16, cfg.teacher)
+        files += sorted({info.file for info in tensors.values()})
+        if merged:
+            weights.read_lora(net, merged)
+            files.append(merged)
+    return files
+
+
+def teacher_loras(cfg) -> list[Path]:
+    """The LoRA that is merged into each branch of the teacher, high noise first."""
+    return [Path(file) for file in lora.sort_high_low(cfg.teacher_lora)]
+
+
+def input_files(cfg) -> list[Path]:
+    """Every file that a run reads, those of its networks first. Checks their headers."""
+    files, path, spec = base_files(cfg), prompts_path(cfg), teacher_spec(cfg.teacher)
+    if cfg.images or (spec.is_i2v and not is_random(cfg)):
+        if not (cfg.images and cfg.prompts and not is_text(path)):
+            raise UserError("image to video needs --images and --prompts, the embeddings of their "
+                            "captions; make both with python -m models.encoders")  # fmt: skip
+        captions = {text for texts in open_images(cfg).captions.values() for text in texts}
+        absent = captions - set(open_prompts(cfg, path).prompts)
+        if absent:
+            raise UserError(f"{path} has no embedding of the caption {min(absent)!r}; add it")
+        files.append(Path(cfg.images))
+    if path and is_text(path):
+        encoders.read_prompts(path)
+        if is_random(cfg) or not spec.repository:
+            raise UserError(f"--prompts: {cfg.teacher} has no text encoder here; give embeddings")
+        for part in ("text_encoder", "tokenizer"):
+            weights.subfolder(cfg.teacher, weights_folder(cfg), part)
+    elif path:
+        open_prompts(cfg, path)
+    return files + (sorted(path.iterdir()) if path and path.is_dir() else [path] if path else [])
+
+
+def weights_folder(cfg) -> Path | None:
+    """The folder of the published weights, with text encoder and VAE; None for the default."""
+    return Path(cfg.weights[0]) if cfg.weights else None
+
+
+def prompts_path(cfg) -> Path | None:
+    """Prompts or embeddings: the user's, or the default ones; None for random embeddings."""
+    folder = teacher_spec(cfg.teacher).folder
+    if cfg.prompts or folder:
+        return Path(cfg.prompts or folder / "prompts.safetensors")
+    return None if is_random(cfg) else EXAMPLE_PROMPTS
+
+
+def is_text(path: Path) -> bool:
+    """Return whether a file of prompts must be embedded first."""
+    return path.suffix != ".safetensors" and not path.is_dir()
+
+
+def embeddings_path(cfg, out: Path) -> Path | None:
+    """The embeddings of a run: the user's, or those that it made from a text file."""
+    path = prompts_path(cfg)
+    return out / "prompts" if path and is_text(path) else path
+
+
+def open_prompts(cfg, path: Path) -> encoders.Embeddings:
+    """Open embeddings and check that they fit the teacher's network."""
+    prompts, (longest, channels) = encoders.open_embeddings(path), text_shape(cfg)
+    teacher = prompts.metadata.get("teacher")
+    network = weights.TEACHERS[teacher].network if teacher in weights.TEACHERS else None
+    if network is not teacher_spec(cfg.teacher).network or prompts.negative.shape[1] != channels:
+        raise UserError(
+            f"{path}: expected embeddings of {channels} channels for {cfg.teacher}, found "
+            f"{prompts.negative.shape[1]} for {teacher}; make them with python -m models.encoders"
+        )
+    if prompts.max_length > longest:
+        raise UserError(f"{path}: expected at most {longest} tokens, found {prompts.max_length}")
+    return prompts
+
+
+def open_images(cfg) -> encoders.FirstFrames:
+    """Open the first frames of --images and check that they have every size of the run."""
+    return encoders.open_first_frames(Path(cfg.images), [shape[1:] for shape in buckets(cfg)])
+
+
+@lru_cache(maxsize=8)
+def text_shape(cfg) -> tuple[int, int]:
+    """Tokens of the longest prompt that the network takes, and channels of an embedding."""
+    net = weights.meta_network(cfg, 1)
+    if isinstance(net, QwenImage):
+        return encoders.MAX_TOKENS, net.txt_in.in_features
+    return net.text_len, net.text_embedding[0].in_features
+
+
+def prepare(cfg, out: Path, device: torch.device, progress: Callable) -> None:
+    """Embed the prompts of a text file into the run's folder, unless that has been done."""
+    path = prompts_path(cfg)
+    if path and is_text(path):
+        if path == EXAMPLE_PROMPTS:
+            print("using the example prompts of models/prompts.txt; give your own as --prompts")
+        prompts, folder = encoders.read_prompts(path), weights_folder(cfg)
+        encoders.embed_prompts(cfg.teacher, folder, prompts, out / "prompts", str(device))
+
+
+# -- networks -------------------------------------------------------------------------------------
+
+
+class OffloadedBases:
+    """The teacher's frozen networks by branch, loaded on first use.
+
+    offload "none": all stay on the device. "expert": they stay in host memory, and the one that
+    was used last is on the device too. A forward with gradient must then be backpropagated, or
+    checkpointed, before the other branch is used. Adapters and trained copies never move.
+    """
+
+    def __init__(self, load: Callable[[int], nn.Module], device: torch.device, offload: str):
+        self.load, self.device, self.offload = load, device, offload == "expert"
+        self.networks: dict[int, nn.Module] = {}
+        self.host: dict[int, list[tuple[nn.Parameter, Tensor]]] = {}
+        self.on_device = 0  # the branch that is there, with offload
+
+    def __call__(self, branch: int) -> nn.Module:
+        if branch not in self.networks:
+            self.networks[branch] = net = self.load(branch)
+            parameters = [p for p in net.parameters() if not p.requires_grad]
+            self.host[branch] = [(p, p.data) for p in parameters if self.offload]
+            for _, host in self.host[branch]:
+                if self.device.type == "cuda" and host.nbytes >= 2**20:
+                    pin(host)
+        if self.offload and branch != self.on_device:
+            for p, host in self.host.get(self.on_device, ()):
+                p.data = host  # the weights never change, so nothing is copied back
+            for p, host in self.host[branch]:
+                p.data = torch.empty_like(host, device=self.device).copy_(host, non_blocking=True)
+            self.on_device = branch
+        return self.networks[branch]
+
+
+def pin(x: Tensor) -> None:
+    """Pin a tensor of host memory in its place, so that the GPU reads it at full speed.
+
+    Tensor.pin_memory rounds every size up to a power of two: half as much memory again.
+    """
+    if int(torch.cuda.cudart().cudaHostRegister(x.data_ptr(), x.nbytes, 1)):
+        raise UserError("--offload expert: cannot pin host memory; free some, or drop the flag")
+
+
+def make_roles(cfg, phases: list[Phase], device: torch.device, out: Path) -> moe.Roles:
+    """The roles of a run on the teacher's networks, each of which is in memory once."""
+    boundary_t = boundary_of(cfg)
+    names = moe.trained_names(phases, cfg.fake_per_depth, boundary_t)
+    adapters = [name for name in names if plan.role_kind(cfg, name) == "lora"]
+
+    def load(branch: int) -> nn.Module:
+        return load_base(cfg, branch, device, [name for name in adapters if names[name] == branch])
+
+    def start_adapter(net: nn.Module, name: str) -> dict[str, nn.Parameter] | None:
+        if name not in adapters:
+            return None
+        key = (cfg.seed, name, "adapter")
+        return lora.start_adapter(net, name, key, cfg.rank, cfg.alpha, device)
+
+    def copy_base(net: nn.Module, old: nn.Module | None) -> nn.Module:
+        new = weights.trainable_copy(net, old, device, parallel.shard_and_allocate)
+        return old or configure(cfg, new)
+
+    bases, guide = OffloadedBases(load, device, cfg.offload), make_guidance(cfg, out)
+    return moe.shared_roles(
+        phases, cfg.fake_per_depth, boundary_t, bases, start_adapter, copy_base, guide
+    )
+
+
+def load_base(
+    cfg, branch: int, device: torch.device, adapters: list[str] = (), deltas: dict | None = None
+) -> nn.Module:
+    """The frozen network of a branch of the teacher.
+
+    adapters: all that will be on it; FSDP2 shards a network once, with everything inside.
+    deltas: what a LoRA changes (weights.read_lora), merged into published weights.
+    """
+
+    def allocate(net: nn.Module, device: torch.device) -> None:
+        for name in adapters if parallel.topology.processes > 1 else ():
+            lora.add_adapter(net, name, cfg.rank, cfg.alpha)
+        parallel.shard_and_allocate(net, device)
+
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # of an encoder, or of the network before
+    options = dict(dtype=dtype_named(cfg.dtype), allocate=allocate)
+    options["device"] = torch.device("cpu") if cfg.offload == "expert" else device
+    if is_random(cfg):
+        return configure(cfg, weights.random_network(cfg.teacher, seed=branch, **options))
+    path = weights.branch_paths(cfg.teacher, *cfg.weights)[0][branch - 1]
+    options["teacher_lora"] = teacher_loras(cfg)[branch - 1] if cfg.teacher_lora else None
+    return configure(cfg, weights.load(path, teacher=cfg.teacher, deltas=deltas, **options))
+
+
+def configure(cfg, net: nn.Module) -> nn.Module:
+    """Set activation checkpointing, and compile the blocks."""
+    net.checkpointing = cfg.checkpointing == "on"
+    if cfg.compile:
+        torch._dynamo.config.recompile_limit = 64  # one graph per role and shape
+        for block in parallel.blocks_of(net):
+            block.forward = torch.compile(block.forward)  # FSDP2's hooks stay outside
+    return net
+
+
+def make_guidance(cfg, out: Path) -> Callable[..., Tensor]:
+    """with_guidance(branch, net, x_t, t, c): the velocity with CFG at the branch's scale."""
+    family = qwen_image if teacher_spec(cfg.teacher).network is QwenImage else wan
+    null = null_text(cfg, out) if any(scale != 1 for scale in cfg.guidance) else None
+
+    def with_guidance(branch: int, net: Callable, x_t: Tensor, t: Tensor, c: dict) -> Tensor:
+        scale = cfg.guidance[min(branch, len(cfg.guidance)) - 1]
+        v = net(x_t, t, c)
+        if scale == 1:
+            return v
+        null_c = {name: value for name, value in c.items() if name not in ("text", "mask")}
+        null_c["text"] = null.to(x_t.device).expand(len(x_t), -1, -1)
+        return family.guide(v, net(x_t, t, null_c), scale)
+
+    return with_guidance
+
+
+def null_text(cfg, out: Path) -> Tensor:
+    """The negative prompt (1, L, D), which CFG leads away from."""
+    path = embeddings_path(cfg, out)
+    if path:
+        return open_prompts(cfg, path).negative[None]
+    return random_texts(cfg, 1, stream("null"))[0][None]
+
+
+# -- data: prompts and first frames --------------------------------------------------------------
+
+
+def make_data(cfg, out: Path) -> Callable:
+    """data(n, shared, rng) -> conditions of n samples, and the shape of one.
+
+    The shape is drawn from `shared`, on which all ranks agree, and everything else from `rng`.
+    """
+    shapes, path = buckets(cfg), embeddings_path(cfg, out)
+    probabilities, is_i2v = torch.tensor(list(shapes.values())), teacher_spec(cfg.teacher).is_i2v
+    prompts = open_prompts(cfg, path) if path else None
+    images = open_images(cfg) if cfg.images else None
+
+    def data(n: int, shared: torch.Generator, rng: torch.Generator) -> tuple[dict, tuple]:
+        shape = list(shapes)[torch.multinomial(probabilities, 1, generator=shared).item()]
+        c = {}
+        if images:
+            c["image"], captions = sample_images(images, shape, n, rng)
+            texts = [prompts.row(prompts.prompts.index(caption)) for caption in captions]
+        elif is_i2v:
+            c["image"] = random_first_frames(n, shape, rng)
+        if prompts and not images:
+            rows = torch.randint(len(prompts.prompts), (n,), generator=rng)
+            texts = [prompts.row(i) for i in rows.tolist()]
+        elif not prompts:
+            texts = random_texts(cfg, n, rng)
+        return c | text_cond(cfg, texts), shape
+
+    return data
+
+
+def sample_images(
+    images: encoders.FirstFrames, shape: tuple, n: int, rng: torch.Generator
+) -> tuple[Tensor, list[str]]:
+    """First frames (n, 20, F, h, w) of this size, and their captions."""
+    key = images.key_of[shape[1:]]
+    captions, frames = images.captions[key], images.file.get_slice(key)
+    rows = torch.randint(len(captions), (n,), generator=rng).tolist()
+    return torch.cat([frames[i : i + 1] for i in rows]), [captions[i] for i in rows]
+
+
+def text_cond(cfg, texts: list[Tensor]) -> dict[str, Tensor]:
+    """Embeddings (L_i, D) as the conditions of a batch. Wan attends to the padding: no mask."""
+    c = encoders.batch(texts)
+    return c if teacher_spec(cfg.teacher).network is QwenImage else {"text": c["text"]}
+
+
+def random_texts(cfg, n: int, rng: torch.Generator) -> list[Tensor]:
+    """n random prompt embeddings (L, D) of random lengths."""
+    longest, channels = text_shape(cfg)
+    longest = longest if teacher_spec(cfg.teacher).repository else min(longest, 16)
+    lengths = torch.randint(1, longest + 1, (n,), generator=rng).tolist()
+    return [torch.randn(length, channels, generator=rng) for length in lengths]
+
+
+def random_first_frames(n: int, shape: tuple, rng: torch.Generator) -> Tensor:
+    """n random first frames (n, 20, F, h, w): a mask of 4 channels, 16 of latents."""
+    mask = torch.zeros(n, 4, *shape[1:])
+    mask[:, :, 0] = 1  # the latent frame that is given
+    return torch.cat([mask, torch.randn(n, 16, *shape[1:], generator=rng)], 1)
+
+
+# -- previews, plan and speed ---------------------------------------------------------------------
+
+
+@torch.no_grad()
+def report(cfg, phases, roles, k: int, device, out: Path, finished: bool) -> tuple[dict, bytes]:
+    """Metrics and a contact sheet of the student of phases[:k]: one prompt, eval_samples noises.
+
+    A row each: x at the end of every phase; the x_0 that the student's last step predicts; the x_0
+    that teacher and fake predict from the same re-noised x_s; when finished, the teacher's samples
+    in as many steps. Networks get micro_batch samples at a time.
+    """
+    n, key, phase = cfg.eval_samples, (cfg.seed, "preview"), phases[k - 1]
+    c, shape = make_data(cfg, out)(1, stream(*key, "shape"), stream(*key, "condition"))
+    c = moe.cond_to(moe.index_cond(c, torch.zeros(n, dtype=torch.long)), device)
+    z, eps = (normal((n, *shape), *key, name).to(device) for name in ("z", "eps"))
+    in_chunks = partial(moe.chunked, size=cfg.micro_batch or n)
+    nets = [in_chunks(role) for role in moe.student_nets(roles, phases[:k])]
+    times = step_times(cfg.steps, cfg.shift)
+    *_, x_before, x_s = xs = list(trajectory(nets, times[: phase.last + 1], z, c))
+    rows = {f"student, t = {p.s:.3g}": xs[p.last] for p in phases[:k]}
+    t = full_time(phase.t[-2], x_s)
+    rows["student x_0"] = v_to_x0(x_before, t, nets[-1](x_before, t, c))
+    interval = sample_interval(phase, 0.5)
+    t = renoise_times(interval, torch.full((n,), 0.5), cfg.shift).to(device)
+    x_t = diffuse(x_s, phase.s, t, eps)
+    depth = phase.num_steps if cfg.fake_per_depth else 0  # that of the samples users will see
+    critics = roles.teacher[interval.branch], roles.fakes[interval.branch, depth]
+    for name, role in zip(("teacher", "fake"), critics):
+        rows[f"{name} x_0 at t = {t[0]:.2f}"] = v_to_x0(x_t, t, in_chunks(role)(x_t, t, c))
+    metrics = {"latent_distance": latent_distance(x_s)}
+    if finished:
+        branches = [moe.branch_at(t, boundary_of(cfg)) for t in times[:-1]]
+        *_, x = trajectory([in_chunks(roles.teacher[b]) for b in branches], times, z, c)
+        rows[f"teacher, {cfg.steps} steps"] = x
+        metrics["latent_distance_teacher_same_steps"] = latent_distance(x)
+    try:
+        decode = preview_decoder(cfg, device) if parallel.topology.rank == 0 else None
+        return metrics, media.sheet(rows, decode)
+    except torch.OutOfMemoryError:  # the VAE's; a preview must not end a run
+        return metrics, media.sheet(rows, None)
+
+
+def latent_distance(x: Tensor) -> float | None:
+    """Mean RMS distance of two samples (n, ...), over all pairs; None if it is not finite."""
+    x = x.flatten(1).float()
+    distance = (torch.pdist(x).mean() / x.shape[1] ** 0.5).item()
+    return distance if math.isfinite(distance) else None
+
+
+def preview_decoder(cfg, device: torch.device) -> Callable[[Tensor], Tensor] | None:
+    """decode(latents) -> RGB (n, h, w, 3) in [0, 1] of the first frames; None without a VAE."""
+    if not has_vae(cfg):
+        return None
+    vae = encoders.load_vae(cfg.teacher, weights_folder(cfg), str(device))
+
+    def decode(x: Tensor) -> Tensor:
+        first = x[:, :, :1] if x.ndim == 5 else x[:, :, None]
+        pixels = [encoders.decode(vae, latent)[:, :, 0] for latent in first.split(1)]
+        return ((torch.cat(pixels).float().cpu() + 1) / 2).movedim(1, -1)
+
+    return decode
+
+
+def has_vae(cfg) -> bool:
+    """Return whether samples can be decoded: it takes published weights, and diffusers."""
+    folder = weights_folder(cfg) or weights.default_folder(cfg.teacher)
+    has_files = not is_random(cfg) and (folder / "vae").is_dir()
+    return has_files and importlib.util.find_spec("diffusers") is not None
+
+
+def plan_text(cfg, phases: list[Phase], device: torch.device) -> str:
+    """Memory, FLOPs and days of a run, and whether other tools could run its student."""
+    cfg = replace(cfg, micro_batch=cfg.micro_batch or cfg.batch)
+    active = [active_roles(cfg, phases, phase.k) for phase in phases]
+    text = plan.report(cfg, phases, active, buckets(cfg), str(device))
+    try:
+        export.check_exportable(phases, active[0].base_of, boundary_of(cfg))
+    except UserError as error:
+        text += f"\nnote: {error}"
+    return text
+
+
+def active_roles(cfg, phases: list[Phase], k: int) -> moe.ActiveRoles:
+    """The active roles of phase k."""
+    return moe.active_roles(phases, k, cfg.fake_per_depth, boundary_of(cfg))
+
+
+def throughput(cfg, phase: Phase, seconds: float, device: torch.device) -> dict:
+    """Speed of an iteration (not of a warm-up) from its expected FLOPs.
+
+    mfu: model FLOPs utilization. hfu: the same with the FLOPs that checkpointing recomputes.
+    tokens_per_second: tokens of the samples that fakes and student learn from.
+    """
+    shapes = buckets(cfg)
+    useful, recomputed = plan.step_flops(cfg, phase, shapes)
+    peak = plan.peak_flops(dtype_named(cfg.dtype), str(device)) * parallel.topology.processes
+    peak *= seconds
+    tokens = sum(p * math.prod(shape[1:]) / 4 for shape, p in shapes.items())
+    return {
+        "tokens_per_second": round((cfg.fake_updates + 1) * cfg.batch * tokens / seconds),
+        "mfu": round(useful / peak, 4),
+        "hfu": round((useful + recomputed) / peak, 4),
+    }
+
+
+def phase_summary(cfg, phases: list[Phase], k: int, rows: list[dict]) -> str:
+    """Time per micro-batch, memory beside the plan's, and MFU of phase k, from its log rows."""
+    rows = [row for row in rows if row["role"].startswith("student")]
+    rows = rows[len(rows) // 2 :]  # the first iterations allocate memory and choose kernels
+    seconds, memory, mfu, hfu = (
+        statistics.median(row[key] for row in rows)
+        for key in ("seconds_iteration", "memory_gb", "mfu", "hfu")
+    )
+    forwards = (cfg.fake_updates + 1) * num_micro_batches(cfg) / parallel.topology.data_parallel
+    cfg = replace(cfg, micro_batch=cfg.micro_batch or cfg.batch)
+    largest = max(buckets(cfg), key=math.prod)
+    planned = plan.phase_memory(cfg, active_roles(cfg, phases, k), largest).peak
+    return (
+        f"phase {k}: {seconds / forwards:.3g} s per micro-batch of an update, peak memory "
+        f"{memory:.4g} GB (plan: {planned / 1e9:.4g}), MFU {mfu:.1%}, HFU {hfu:.1%}\n"
+    )
+
+
+# -- sample.py ------------------------------------------------------------------------------------
+
+
+def apply_flags(cfg, args):
+    """The settings with --size and --frames of sample.py, and one size in any case."""
+    size = args.size or cfg.size[0].partition(":")[0]
+    if args.frames is not None:
+        cfg, size = replace(cfg, frames=args.frames), "x".join(size.split("x")[-2:])
+    cfg = replace(cfg, size=(size,))
+    check_config(cfg)
+    return cfg
+
+
+def check_inputs(cfg, args) -> None:
+    """Raise UserError now for what would be missing after the transformers have worked."""
+    is_i2v, has_prompt = teacher_spec(cfg.teacher).is_i2v, bool(args.prompt or args.prompts)
+    if args.image and not is_i2v:
+        raise UserError(f"--image is for image to video, and {cfg.teacher} is not; drop it")
+    if args.image:
+        encoders.read_rgb(args.image)
+        if not has_prompt:
+            raise UserError("--image needs a --prompt that says what happens")
+    elif is_i2v and has_prompt and not is_random(cfg):
+        raise UserError(f"{cfg.teacher} makes a video from an image; give --image")
+    if teacher_spec(cfg.teacher).repository and not is_random(cfg) and not has_vae(cfg):
+        raise UserError("decoding needs the folder vae of the published weights, and "
+                        "pip install -r models/requirements.txt")  # fmt: skip
+
+
+def num_frames(cfg) -> int:
+    """Frames of a sample in pixels."""
+    [shape] = buckets(cfg)
+    return 4 * shape[1] - 3 if len(shape) == 4 else 1
+
+
+def teacher_times(cfg, S: float | None) -> tuple[float, ...]:
+    """The times of the published sampler in cfg.steps steps, or those of the shift S.
+
+    Qwen-Image shifts by e^mu, where mu grows with the tokens, and stretches to end at 0.02.
+    """
+    default, [shape] = teacher_spec(cfg.teacher).sampling_defaults[1], buckets(cfg)
+    mu = 0.5 + 0.4 * (math.prod(shape[1:]) / 4 - 256) / 7936
+    times = [shift(1 - i / cfg.steps, S or default or math.exp(mu)) for i in range(cfg.steps)]
+    if not (S or default) and cfg.steps > 1:
+        times = [1 - (1 - t) * 0.98 / (1 - times[-1]) for t in times]
+    return (*times, 0.0)
+
+
+def sample_inputs(cfg, args, out: Path, run_dir: Path, device: torch.device) -> tuple:
+    """Settings, conditions, shape and names: args.n samples of each prompt, or of the run's own."""
+    check_inputs(cfg, args)
+    if not (args.prompt or args.prompts):
+        path = embeddings_path(cfg, run_dir)
+        if path and not path.exists():
+            raise UserError('expected a prompt: give --prompt "A fox runs." or --prompts FILE')
+        rngs = (stream(args.seed, "sample", name) for name in ("shape", "condition"))
+        return cfg, *make_data(cfg, run_dir)(args.n, *rngs), [f"{j:03}" for j in range(args.n)]
+    path = args.prompts if args.prompts and not is_text(args.prompts) else out / "prompts"
+    if path != args.prompts:
+        if is_random(cfg):
+            raise UserError("random weights have no text encoder; --prompts takes embeddings")
+        texts = [args.prompt] if args.prompt else encoders.read_prompts(args.prompts)
+        folder = weights_folder(cfg)
+        encoders.embed_prompts(cfg.teacher, folder, texts, path, str(device), overwrite=True)
+    cfg = replace(cfg, prompts=str(path), images="")
+    prompts, [shape] = open_prompts(cfg, path), buckets(cfg)
+    count = len(prompts.prompts)
+    c = text_cond(cfg, [prompts.row(i) for i in range(count) for _ in range(args.n)])
+    if teacher_spec(cfg.teacher).is_i2v:
+        frame = first_frame(cfg, args, shape, device)
+        c["image"] = frame.expand(count * args.n, *frame.shape[1:])
+    return cfg, c, shape, [f"{i:03}-{j:02}" for i in range(count) for j in range(args.n)]
+
+
+def first_frame(cfg, args, shape: tuple, device: torch.device) -> Tensor:
+    """The condition (1, 20, F, h, w) of the user's picture, or a random one."""
+    if not args.image:
+        return random_first_frames(1, shape, stream(args.seed, "sample", "image"))
+    vae = encoders.load_vae(cfg.teacher, weights_folder(cfg), str(device))
+    scale = teacher_spec(cfg.teacher).scale
+    pixels = encoders.read_image(args.image, scale * shape[2], scale * shape[3])
+    return encoders.encode_first_frames(vae, pixels[None], num_frames(cfg)).cpu()
+
+
+def make_sampler(
+    cfg, base_of: dict[str, int], weights_of: Callable, device, run_dir: Path, offload: str
+) -> Callable[..., Tensor]:
+    """velocity(name, x_t, t, c) of roles by name, loaded when first called.
+
+    base_of: name -> branch whose network the role is on. weights_of(name): weights.RoleWeights.
+    offload "expert": one network is in memory at a time. Each is loaded once, since the steps of a
+    role follow each other.
+    """
+    with_guidance, networks, roles = make_guidance(cfg, run_dir), {}, {}
+
+    def load_role(name: str) -> Callable:
+        role = weights_of(name)
+        key = name if role.full or role.deltas else base_of[name]
+        if key not in networks:
+            if offload == "expert":
+                roles.clear()
+                networks.clear()
+            networks[key] = load_network(cfg, base_of[name], role, device)
+        if role.factors:
+            lora.attach(networks[key], name, role.factors, device)
+        return partial(networks[key], adapter=name if role.factors else None)
+
+    def velocity(name: str, x_t: Tensor, t: Tensor, c: dict | None = None) -> Tensor:
+        if name not in roles:
+            roles[name] = load_role(name)
+        return with_guidance(base_of[name], roles[name], x_t, t, c)
+
+    return velocity
+
+
+def load_network(cfg, branch: int, role: weights.RoleWeights, device) -> nn.Module:
+    """The network of a role: the teacher's with deltas merged, or with all weights of the role."""
+    if role.full:
+        net = weights.meta_network(cfg, branch).requires_grad_(False)
+        return weights.load_tensors(net, role.full(), device)
+    return load_base(replace(cfg, offload="none"), branch, device, deltas=role.deltas)
+
+
+def save_samples(cfg, c, xs: list[Tensor], args, names: list[str], device) -> tuple[dict, Iterator]:
+    """Metrics of the samples xs, one x per time, and an iterator of (file name, bytes)."""
+    metrics = {"latent_distance": latent_distance(xs[-1])} if len(xs[-1]) > 1 else {}
+    return metrics, encode_samples(cfg, xs, args, names, device)
+
+
+def encode_samples(cfg, xs, args, names: list[str], device) -> Iterator[tuple[str, bytes]]:
+    """Yield latents.safetensors, then a png or mp4 per sample and the contact sheet samples.png."""
+    latents = {f"x{i}": x for i, x in enumerate(xs)} if args.trajectory else {"x": xs[-1]}
+    metadata = {"kind": "latents", "teacher": cfg.teacher, "names": names} | args.metadata
+    yield "latents.safetensors", save(latents, {"metadata": json.dumps(metadata)})
+    if not has_vae(cfg):
+        print("there is no VAE; samples.png is a preview of the latents")
+        times = args.metadata["times"][-len(latents) :]
+        rows = {f"t = {t:.4g}": x for t, x in zip(times, latents.values())}
+        yield "samples.png", media.sheet(rows, None, args.title)
+        return
+    vae, rows = encoders.load_vae(cfg.teacher, weights_folder(cfg), str(device)), {}
+    for name, x in zip(tqdm(names, "decoding", disable=None), xs[-1].split(1)):
+        frames = media.to_uint8(encoders.decode(vae, x)[0])  # (F, h, w, 3), or (h, w, 3)
+        frames = frames[None] if frames.ndim == 3 else frames
+        if len(frames) == 1:
+            yield f"{name}.png", media.encode_png(frames[0])
+        else:
+            yield f"{name}.mp4", media.encode_mp4(frames, teacher_spec(cfg.teacher).fps)
+        if len(rows) < SHEET_ROWS:
+            rows[name] = media.pick_frames(frames)
+    yield "samples.png", media.contact_sheet(rows, args.title)

@@ -1,0 +1,224 @@
+"""Claims about models/common.py: files survive crashes, wrong input gets one line, and random
+numbers are functions of their key."""
+
+import builtins
+import contextlib
+import io
+import json
+import os
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from models import common
+from models.common import UserError, option
+
+
+@dataclass(frozen=True)
+class Config:
+    teacher: str = option("ring", "name of a preset", group="what")
+    steps: int = option(4, "number of steps", low=1, high=1000)
+    lr: float = option(1e-3, "learning rate", group="training", above=0, high=1)
+    mode: str = option("on", "a choice", choices=("on", "off"), group="memory")
+    guidance: tuple = option((1.0,), "CFG scale", kind=float, low=0)
+    compile: bool = option(False, "torch.compile", group="memory")
+
+
+def write_number(path: Path, number: int) -> None:
+    """Write a file that contains the number, in the format of its suffix."""
+    if path.suffix == ".safetensors":
+        common.write_tensors(path, {"x": torch.full((9,), number)}, {"kind": "test"})
+    else:
+        common.write_json(path, {"x": number})
+
+
+def fail_at(monkeypatch, n: int, error: BaseException) -> list:
+    """Make the n-th open, fsync or rename fail. Returns a list that grows with every call."""
+    calls = []
+
+    def failing(call):
+        def wrapped(*args, **kwargs):
+            result = call(*args, **kwargs)  # fails afterwards, when most harm is done
+            calls.append(call)
+            if len(calls) == n:
+                raise error
+            return result
+
+        return wrapped
+
+    for module, name in ((io, "open"), (builtins, "open"), (os, "fsync"), (os, "replace")):
+        monkeypatch.setattr(module, name, failing(getattr(module, name)))
+    return calls
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("name", ["a.json", "a.safetensors"])
+def test_a_failed_write_leaves_the_old_file_or_the_new_one(tmp_path, monkeypatch, name, error):
+    """Whichever call fails. No temporary file stays, and a full disk is a UserError."""
+    path, contents = tmp_path / name, []
+    for number in (2, 1):
+        write_number(path, number)
+        contents.append(path.read_bytes())
+    for n in range(1, 100):
+        with monkeypatch.context() as patch, contextlib.suppress(UserError, KeyboardInterrupt):
+            calls = fail_at(patch, n, error)
+            write_number(path, 2)
+        assert path.read_bytes() in contents and len(list(tmp_path.iterdir())) == 1
+        if len(calls) < n:
+            break
+        write_number(path, 1)
+    assert n > 4 and path.read_bytes() == contents[0]
+
+
+def test_the_crash_test_sees_a_file_written_in_place(tmp_path, monkeypatch):
+    """Negative control: without the temporary file, a failing call leaves neither."""
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+    fail_at(monkeypatch, 1, OSError(28, "No space left on device"))
+    with pytest.raises(OSError):
+        path.write_bytes(b"new")
+    assert path.stat().st_size == 0
+
+
+def test_only_the_writer_writes_shared_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(common, "is_writer", False)
+    common.write_json(tmp_path / "shared", 1)
+    common.write_json(tmp_path / "own", 1, all_ranks=True)
+    log = common.Log(tmp_path / "log.jsonl", 5)
+    log.write([{"x": 1}])
+    assert log.sync() == 0 and [p.name for p in tmp_path.iterdir()] == ["own"]
+
+
+def test_tensors_are_read_back_or_refused(tmp_path):
+    """A truncated file, another kind and another run's file are refused in one line."""
+    path, x = tmp_path / "a.safetensors", torch.randn(4, 6).T  # not contiguous
+    common.write_tensors(path, {"x": x}, {"kind": "state", "settings": {"seed": 1}})
+    tensors, _ = common.read_tensors(path, "state", {"seed": 1}, "advice")
+    assert torch.equal(tensors["x"], x)
+    for kind, seed, expected in (("start", 1, "not a start file"), ("state", 2, "other settings")):
+        with pytest.raises(UserError, match=f"{expected}; advice"):
+            common.read_tensors(path, kind, {"seed": seed}, "advice")
+    content = path.read_bytes()
+    for damaged in (content[:-1], content[:20], b"", b"not weights " * 40):
+        path.write_bytes(damaged)
+        with pytest.raises(UserError, match=r"cannot read .*\); advice"):
+            common.open_tensors(path, "state", "advice")
+
+
+def test_the_log_is_cut_back_to_the_checkpoint(tmp_path):
+    log = common.Log(tmp_path / "log.jsonl", 0)
+    log.write([{"i": 0}])
+    size = log.sync()
+    log.write([{"i": 1}, {"i": 2}])
+    common.Log(tmp_path / "log.jsonl", size).write([{"i": 3}])
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert rows == [{"i": 0}, {"i": 3}]
+    with pytest.raises(UserError, match="shorter than the checkpoint"):
+        common.Log(tmp_path / "log.jsonl", 1000)
+
+
+@pytest.mark.parametrize(
+    "name, value, expected",
+    [("steps", 0, "at least 1"), ("steps", 1001, "at most 1000"), ("steps", "4", "an integer"),
+     ("steps", True, "an integer"), ("lr", 0.0, "more than 0"), ("lr", float("nan"), "a finite"),
+     ("mode", "maybe", "one of on, off"), ("guidance", 1.0, "one or more values"),
+     ("guidance", (1.0, -1), "at least 0"), ("compile", 1, "true or false")],
+)  # fmt: skip
+def test_a_wrong_value_is_answered_with_what_is_expected(name, value, expected):
+    common.check_values(Config(steps=1000, lr=1, guidance=(0, 2.0)))
+    with pytest.raises(UserError, match=f"^--{name}: expected {expected}.*, got "):
+        common.check_values(Config(**{name: value}))
+
+
+def test_flags_are_the_options_and_show_the_teachers_defaults(capsys):
+    """Each flag once in --help, under its group; errors say what is expected."""
+    parser = common.Parser("a program")
+    presets = {"ring": {}, "wan": {"steps": 8, "guidance": (4.0, 3.0)}}
+    common.add_flags(parser, Config, presets, "wan")["output"].add_argument("--out")
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--help"])
+    text = capsys.readouterr().out
+    for words in ("steps (default 8)", "scale (default 4.0 3.0)", "preset (default wan)"):
+        assert text.count(words) == 1
+    assert [g for g in common.GROUPS if f"\n{g}:\n" in text] == list(common.GROUPS)
+    args = parser.parse_args("--steps 2 --guidance 1 2.5 --compile".split())
+    expected = {"steps": 2, "guidance": (1.0, 2.5), "compile": True}
+    assert common.explicit_flags(args, Config) == expected
+    assert Config(**common.from_json(common.to_json(Config(**expected)))) == Config(**expected)
+    with pytest.raises(UserError, match="^--steps: expected int, got '4.5'"):
+        parser.parse_args(["--steps", "4.5"])
+    with pytest.raises(UserError, match="^--mode: expected one of .*, got 'x'"):
+        parser.parse_args(["--mode", "x"])
+
+
+def resolve(out: Path, resume=False, overwrite=False, **explicit):
+    """Resolve the run that these flags describe."""
+    return common.resolve_run(out, Config(**explicit), explicit, resume, overwrite, Config)
+
+
+def test_a_folder_decides_what_is_run(tmp_path):
+    """New, finished, resumed and replaced runs; everything else is refused and left as it is."""
+    (tmp_path / "input").write_text("input")
+    out, saved = tmp_path / "run", Config(steps=8)
+    assert resolve(out, steps=8) == (saved, False) == resolve(out, resume=True, steps=8)
+    files = common.digest_files([tmp_path / "input"])
+    config = {"settings": common.to_json(saved), "environment": {}, "files": files}
+    common.write_json(out / "config.json", config)
+    common.write_json(out / "state" / "state.json", {})
+    assert resolve(out, resume=True) == (saved, False) == resolve(out, resume=True, steps=8)
+    with pytest.raises(UserError, match="unfinished run; continue it with --resume"):
+        resolve(out, steps=8)
+    common.write_json(out / "metrics.json", {})
+    assert resolve(out, steps=8) == (saved, True) == resolve(out, resume=True)
+    for resume in (True, False):
+        with pytest.raises(UserError, match="--steps: expected 8 .*, got 2; choose another --out"):
+            resolve(out, resume=resume, steps=2)
+    for folder in (tmp_path, out / "config.json"):
+        with pytest.raises(UserError, match="expected an empty folder or a run|Not a directory"):
+            resolve(folder, overwrite=True)
+    (tmp_path / "input").write_text("changed")
+    with pytest.raises(UserError, match="input is missing or has changed"):
+        resolve(out, resume=True)
+    (out / "notes.txt").write_text("not a run's file")
+    assert resolve(out, overwrite=True, steps=2) == (Config(steps=2), False)
+    assert {p.name for p in out.rglob("*") if p.is_file()} == {"config.json", "notes.txt"}
+    for settings in ({"steps": 0}, {"unknown": 1}, None):
+        common.write_json(out / "config.json", {"settings": settings})
+        with pytest.raises(UserError, match="does not fit this version"):
+            resolve(out, resume=True)
+
+
+def test_a_signal_waits_for_a_safe_moment_and_a_second_one_does_not():
+    before = signal.getsignal(signal.SIGTERM)
+    with common.Stop() as stop:
+        stop.check()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal == signal.SIGTERM
+        assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # the second one ends the process
+        with pytest.raises(common.Interrupted):
+            next(common.with_progress(range(3), "steps", stop))
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_the_device_is_what_is_asked_for_or_the_best(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    assert common.pick_device("auto", "auto") == "mps"
+    assert common.pick_device("auto", "cpu") == common.pick_device("cpu", "auto") == "cpu"
+    with pytest.raises(UserError, match="--device: expected mps or cpu, got cuda"):
+        common.pick_device("cuda", "cpu")
+
+
+def test_random_numbers_are_functions_of_their_key():
+    """The global seed does not matter; every part of the key does."""
+    draws = []
+    for key in ((0, 1, "z"), (0, 2, "z"), (1, 1, "z"), (0, 1, "eps"), (0, 11), (0, 1, 1)):
+        draws.append(common.normal((3,), *key))
+        torch.manual_seed(5)
+        assert torch.equal(draws[-1], common.normal((3,), *key))
+    assert len({tuple(x.tolist()) for x in draws}) == len(draws)
+    assert 0 <= common.uniform((100,), 0).min() and common.uniform((100,), 0).max() < 1
+    assert set(common.integers(100, 3, "k").tolist()) == {0, 1, 2}

@@ -1,0 +1,404 @@
+"""Claims about the frozen encoders: embeddings and latents are those of the published pipelines.
+
+Tiny encoders and VAEs are compared with diffusers' pipelines; needs models/requirements.txt.
+"""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+transformers = pytest.importorskip("transformers", reason="needs models/requirements.txt")
+diffusers = pytest.importorskip("diffusers", reason="needs models/requirements.txt")
+
+from PIL import Image  # noqa: E402
+
+import sample  # noqa: E402
+import train  # noqa: E402
+from models import encoders, weights  # noqa: E402
+from models.common import UserError, write_tensors  # noqa: E402
+
+PROMPTS = [
+    "A fox runs through snow, the camera follows.",
+    "caf\u00c3\u00a9 &amp;amp; rain <3   at  night",  # mojibake, entities, spaces
+    "A sign that says OPEN",
+    "Ein sehr langer Satz " * 60,
+]
+
+
+def tokenizer_of(folder, template, specials):
+    """A tokenizer of bytes, saved: every prompt has a known number of tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: i for i, token in enumerate([*specials, *alphabet])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(specials)
+    if template:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[(token, vocab[token]) for token in specials]
+        )
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token=specials[0], eos_token=specials[1]
+    )
+    fast.save_pretrained(folder)
+    return fast
+
+
+def small_vae(kind):
+    """A VAE of 16 channels that scales by 8."""
+    torch.manual_seed(0)
+    sizes = dict(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
+    return getattr(diffusers, kind)(**sizes, temperal_downsample=[False, True, True]).eval()
+
+
+@pytest.fixture(scope="module")
+def wan_folder(tmp_path_factory):
+    """A tiny text_encoder, tokenizer and vae of Wan's kinds."""
+    root = tmp_path_factory.mktemp("wan")
+    torch.manual_seed(0)
+    config = transformers.UMT5Config(
+        vocab_size=300, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+        feed_forward_proj="gated-gelu",
+    )  # fmt: skip
+    transformers.UMT5EncoderModel(config).save_pretrained(root / "text_encoder")
+    tokenizer_of(root / "tokenizer", "$A </s>", ["<pad>", "</s>"])
+    small_vae("AutoencoderKLWan").save_pretrained(root / "vae")
+    return root
+
+
+@pytest.fixture(scope="module")
+def qwen_folder(tmp_path_factory):
+    """The same of Qwen-Image's kinds."""
+    root = tmp_path_factory.mktemp("qwen")
+    torch.manual_seed(0)
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=dict(
+            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+            num_key_value_heads=2, vocab_size=300, bos_token_id=1, eos_token_id=1, pad_token_id=0,
+            rope_scaling={"mrope_section": [2, 3, 3], "rope_type": "default", "type": "default"},
+        ),
+        vision_config=dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2,
+                           out_hidden_size=32),
+        image_token_id=290, video_token_id=291, vision_start_token_id=292, vision_end_token_id=293,
+    )  # fmt: skip
+    model = transformers.Qwen2_5_VLForConditionalGeneration(config)
+    model.save_pretrained(root / "text_encoder")
+    tokenizer_of(root / "tokenizer", None, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    small_vae("AutoencoderKLQwenImage").save_pretrained(root / "vae")
+    return root
+
+
+def embed(tmp_path, folder, teacher, *flags, prompts=PROMPTS):
+    """Run the command. Returns its exit status and its folder."""
+    (tmp_path / "p.txt").write_text("# a comment\n" + "\n\n".join(prompts), encoding="utf-8")
+    line = ["text", "--teacher", teacher, "--weights", folder, "--prompts", tmp_path / "p.txt"]
+    line += ["--out", tmp_path / "p", "--device", "cpu", *flags]
+    return encoders.main([str(word) for word in line]), tmp_path / "p"
+
+
+def is_close(a, b):
+    return a.shape == b.shape and (a.float() - b.float()).norm() < 1e-2 * b.float().norm()
+
+
+def test_wans_embeddings_are_those_of_the_pipeline(tmp_path, wan_folder):
+    """In bf16, batches of 2 against one at a time padded to 512. The negative prompt is Wan's."""
+    status, out = embed(tmp_path, wan_folder, "wan22", "--batch", "2")
+    embeddings = encoders.open_embeddings(out)
+    encoder = encoders.load_encoder("wan22", wan_folder, "cpu")
+    pipeline = diffusers.WanPipeline(
+        tokenizer=encoder.tokenizer, text_encoder=encoder.model, vae=small_vae("AutoencoderKLWan"),
+        scheduler=diffusers.UniPCMultistepScheduler(),
+    )  # fmt: skip
+    rows = [embeddings.row(i) for i in range(len(PROMPTS))] + [embeddings.negative]
+    for prompt, row in zip([*PROMPTS, encoders.WAN_NEGATIVE], rows):
+        expected, _ = pipeline.encode_prompt(
+            prompt, do_classifier_free_guidance=False, max_sequence_length=512
+        )
+        padded = torch.nn.functional.pad(row, (0, 0, 0, 512 - len(row)))
+        assert is_close(padded, expected[0]) and row.dtype == torch.bfloat16
+    assert len(rows[3]) == 512 and len(rows[0]) == len(PROMPTS[0]) + 1  # truncated; with EOS
+    assert status == 0 and embeddings.prompts == [prompt.strip() for prompt in PROMPTS]
+
+
+def test_qwen_images_embeddings_are_those_of_the_pipeline(tmp_path, qwen_folder):
+    """The template's beginning is dropped; rows in a batch see none of its padding."""
+    embeddings = encoders.open_embeddings(embed(tmp_path, qwen_folder, "qwen-image")[1])
+    encoder = encoders.load_encoder("qwen-image", qwen_folder, "cpu")
+    pipeline = diffusers.QwenImagePipeline(
+        tokenizer=encoder.tokenizer, text_encoder=encoder.model, transformer=None,
+        vae=small_vae("AutoencoderKLQwenImage"),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
+    )  # fmt: skip
+    rows = [embeddings.row(i) for i in range(3)] + [embeddings.negative]
+    for prompt, row in zip([*PROMPTS[:3], " "], rows):
+        expected, _ = pipeline.encode_prompt(prompt, device="cpu", max_sequence_length=512)
+        assert is_close(row, expected[0])
+    assert len(embeddings.row(3)) == embeddings.max_length == 512
+
+
+def test_the_published_constants_are_the_stored_ones():
+    from tests.test_ports import PARITY
+
+    if not PARITY.is_dir():
+        pytest.skip("no stored references beside the repo")
+    stored = json.loads((PARITY / "text_constants.json").read_text())
+    assert stored["wan_sample_neg_prompt"] == encoders.WAN_NEGATIVE
+    assert stored["qwen_prompt_template"] == encoders.QWEN_TEMPLATE
+    assert stored["qwen_drop_idx"] == encoders.QWEN_DROP
+    assert stored["qwen_image_negative"] == encoders.QWEN_NEGATIVE
+
+
+def test_an_interrupted_command_continues_at_the_first_missing_shard(
+    tmp_path, wan_folder, monkeypatch, capsys
+):
+    """Two prompts per shard; the second shard is interrupted. The files are those of one run."""
+    monkeypatch.setattr(encoders, "SHARD", 2)
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    _, whole = embed(tmp_path / "a", wan_folder, "wan22", "--batch", "1")
+    calls, embed_tokens = [], encoders.embed_tokens
+
+    def count(encoder, rows):
+        if len(calls) == limit:
+            raise KeyboardInterrupt
+        calls.append(rows)
+        return embed_tokens(encoder, rows)
+
+    monkeypatch.setattr(encoders, "embed_tokens", count)
+    limit = 4  # the negative prompt, then three of four
+    status, out = embed(tmp_path / "b", wan_folder, "wan22", "--batch", "1")
+    assert status == 130 and [path.name for path in out.iterdir()] == ["shard-00000.safetensors"]
+    with pytest.raises(UserError, match="2 of 4 prompts"):
+        encoders.open_embeddings(out)
+    limit = 99
+    calls.clear()
+    assert embed(tmp_path / "b", wan_folder, "wan22", "--batch", "1")[0] == 0 and len(calls) == 3
+    for path in whole.iterdir():
+        assert path.read_bytes() == (out / path.name).read_bytes()
+    assert embed(tmp_path / "b", wan_folder, "wan22")[0] == 0 and len(calls) == 3  # complete
+    capsys.readouterr()
+    assert embed(tmp_path / "b", wan_folder, "wan22", prompts=["another"])[0] == 2
+    assert "embeddings of other prompts" in capsys.readouterr().err
+    assert embed(tmp_path / "b", wan_folder, "wan22", "--overwrite", prompts=["another"])[0] == 0
+    assert encoders.open_embeddings(out).prompts == ["another"]
+
+
+def test_a_single_file_is_as_good_as_a_folder(tmp_path):
+    """Rows come from the right places; a file whose lengths disagree is an error."""
+    tensors = {"text": torch.arange(12.0).view(6, 2), "offsets": torch.tensor([0, 2, 6]),
+               "negative": torch.zeros(1, 2)}  # fmt: skip
+    metadata = {"kind": "embeddings", "teacher": "mnist", "negative": "", "prompts": ["a", "b"]}
+    write_tensors(tmp_path / "e.safetensors", tensors, metadata)
+    embeddings = encoders.open_embeddings(tmp_path / "e.safetensors")
+    assert embeddings.row(1).tolist() == [[4, 5], [6, 7], [8, 9], [10, 11]]
+    assert embeddings.max_length == 4 and embeddings.metadata["teacher"] == "mnist"
+    write_tensors(tmp_path / "e.safetensors", tensors, metadata | {"prompts": ["a"]})
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "text.safetensors").write_text("a fox")
+    for name in ("e.safetensors", "empty", "text.safetensors", "missing"):
+        with pytest.raises(UserError, match="python -m models.encoders text"):
+            encoders.open_embeddings(tmp_path / name)
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "vae"])
+def test_an_encoder_that_lacks_a_weight_is_refused(tmp_path, wan_folder, part):
+    """The libraries would continue with random numbers in its place."""
+    shutil.copytree(wan_folder, tmp_path / "w")
+    file = next((tmp_path / "w" / part).glob("*.safetensors"))
+    tensors = load_file(file)
+    tensors.pop(max(tensors, key=lambda key: tensors[key].numel()))
+    save_file(tensors, file, {"format": "pt"})
+    load = encoders.load_vae if part == "vae" else encoders.load_encoder
+    with pytest.raises(UserError, match="lacks|cannot read"):
+        load("wan22", tmp_path / "w", "cpu")
+    load("wan22", wan_folder, "cpu")  # negative control
+
+
+def test_another_models_encoder_is_refused(wan_folder, qwen_folder):
+    for teacher, folder in (("wan22", qwen_folder), ("qwen-image", wan_folder)):
+        with pytest.raises(UserError, match="lacks|cannot read"):
+            encoders.load_encoder(teacher, folder, "cpu")
+
+
+def test_a_batch_is_padded_with_zeros_under_a_mask():
+    rows = [torch.ones(2, 3), torch.ones(4, 3)]
+    c = encoders.batch(rows)
+    assert c["text"].shape == (2, 4, 3) and c["text"][0, 2:].abs().sum() == 0
+    assert c["mask"].tolist() == [[True, True, False, False], [True] * 4]
+    assert "mask" not in encoders.batch(rows[:1])
+
+
+@pytest.mark.parametrize("name,content,error", [
+    ("p.txt", b"# only\n", "no prompt"), ("p.txt", b"\xff\xfe\xff", "cannot read"),
+    ("p.csv", b"text\na fox\n", "columns caption"),
+])  # fmt: skip
+def test_a_file_without_prompts_is_one_line(tmp_path, capsys, name, content, error):
+    (tmp_path / name).write_bytes(content)
+    line = ["text", "--teacher", "wan22", "--prompts", tmp_path / name, "--out", tmp_path / "o"]
+    assert encoders.main([str(word) for word in line]) == 2
+    message = capsys.readouterr().err
+    assert error in message and message.count("\n") == 1 and not (tmp_path / "o").exists()
+
+
+# -- VAE -----------------------------------------------------------------------------------------
+
+
+def test_first_frames_are_those_of_the_pipeline(wan_folder):
+    """Mask 4, latents 16; the mask is 1 on the first latent frame only."""
+    vae = encoders.load_vae("wan22-i2v", wan_folder, "cpu")
+    pipeline = diffusers.WanImageToVideoPipeline(
+        tokenizer=None, text_encoder=None, vae=vae, scheduler=diffusers.UniPCMultistepScheduler()
+    )
+    image = torch.rand(2, 3, 32, 48) * 2 - 1
+    options = 1, 16, 32, 48, 9, torch.float32, torch.device("cpu"), torch.Generator()
+    expected = torch.cat([pipeline.prepare_latents(row[None], *options)[1] for row in image])
+    condition = encoders.encode_first_frames(vae, image, 9)
+    assert condition.shape == (2, 20, 3, 4, 6)
+    assert torch.allclose(condition, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("teacher", ["wan22", "qwen-image"])
+def test_decoding_undoes_the_scaling_of_encoding(wan_folder, qwen_folder, teacher):
+    vae = encoders.load_vae(teacher, wan_folder if teacher == "wan22" else qwen_folder, "cpu")
+    pixels = torch.rand(1, 3, 5 if teacher == "wan22" else 1, 32, 48) * 2 - 1
+    latents = encoders.encode(vae, pixels)
+    raw = vae.encode(pixels).latent_dist.mode()
+    with torch.no_grad():
+        expected = vae.decode(raw).sample.clamp(-1, 1)
+    assert torch.allclose(encoders.decode(vae, latents), expected, atol=1e-4)
+    if teacher == "qwen-image":  # a picture has no axis of frames
+        picture = encoders.decode(vae, latents[:, :, 0])
+        assert torch.allclose(picture, expected[:, :, 0], atol=1e-4)
+    assert not torch.equal(latents, raw)
+
+
+def write_pictures(folder):
+    """Write two landscapes, one portrait, and their captions."""
+    folder.mkdir()
+    for name, size in [("a.png", (100, 60)), ("b.png", (40, 90)), ("c.jpg", (96, 64))]:
+        Image.effect_noise(size, 90).convert("RGB").save(folder / name)
+    (folder / "captions.csv").write_text('file,caption\na.png,"one, two"\nb.png,tall\nc.jpg,last\n')
+
+
+def encode_images(tmp_path, folder, *flags):
+    """Run the command. Returns its exit status and its file."""
+    out = tmp_path / "i.safetensors"
+    line = ["images", "--teacher", "wan22-i2v", "--weights", folder, "--images", tmp_path / "p",
+            "--out", out, "--device", "cpu", "--frames", "5", "--size", "32x48", "48x32",
+            *flags]  # fmt: skip
+    return encoders.main([str(word) for word in line]), out
+
+
+def test_pictures_go_to_the_nearest_size_with_their_captions(tmp_path, wan_folder):
+    write_pictures(tmp_path / "p")
+    status, out = encode_images(tmp_path, wan_folder)
+    assert status == 0
+    frames = encoders.open_first_frames(out, [(2, 4, 6), (2, 6, 4)])
+    assert frames.key_of == {(2, 4, 6): "image.32x48", (2, 6, 4): "image.48x32"}
+    assert frames.captions == {"image.32x48": ["one, two", "last"], "image.48x32": ["tall"]}
+    vae = encoders.load_vae("wan22-i2v", wan_folder, "cpu")
+    image = encoders.read_image(tmp_path / "p" / "c.jpg", 32, 48)[None]
+    stored = frames.file.get_slice("image.32x48")[1:2]
+    assert is_close(stored, encoders.encode_first_frames(vae, image, 5))
+    with pytest.raises(UserError, match="expected 9x32x48, it has 5x32x48, 5x48x32"):
+        encoders.open_first_frames(out, [(3, 4, 6)])
+    write_tensors(tmp_path / "x", {"image.32x48": stored.expand(3, -1, -1, -1, -1)},
+                  {"kind": "first frames", "captions": frames.captions})  # fmt: skip
+    with pytest.raises(UserError, match="do not match"):  # 3 pictures, 2 captions
+        encoders.open_first_frames(tmp_path / "x", [(2, 4, 6)])
+    assert encode_images(tmp_path, wan_folder)[0] == 2  # exists
+    assert encode_images(tmp_path, wan_folder, "--overwrite")[0] == 0
+
+
+def test_a_picture_is_turned_as_its_exif_says(tmp_path):
+    image = Image.new("RGB", (60, 40))
+    exif = image.getexif()
+    exif[0x0112] = 6  # a quarter turn
+    image.save(tmp_path / "a.jpg", exif=exif)
+    assert encoders.read_rgb(tmp_path / "a.jpg").size == (40, 60)
+
+
+@pytest.mark.parametrize("name,content", [
+    ("captions.csv", None), ("captions.csv", "name,text\na.png,one\n"),
+    ("captions.csv", "file,caption\nz.png,one\n"), ("a.png", "not a picture"),
+])  # fmt: skip
+def test_damaged_pictures_are_one_line(tmp_path, wan_folder, capsys, name, content):
+    write_pictures(tmp_path / "p")
+    (tmp_path / "p" / name).unlink()
+    if content:
+        (tmp_path / "p" / name).write_text(content)
+    status, out = encode_images(tmp_path, wan_folder)
+    line = capsys.readouterr().err.splitlines()
+    assert status == 2 and line[-1].startswith("encoders.py: cannot read") and not out.exists()
+
+
+@pytest.mark.parametrize("flags", [["--size", "33x48"], ["--size", "wide"], ["--frames", "4"]])
+def test_sizes_that_make_no_latents_are_refused(tmp_path, wan_folder, flags):
+    write_pictures(tmp_path / "p")
+    assert encode_images(tmp_path, wan_folder, *flags)[0] == 2
+
+
+# -- in the programs -----------------------------------------------------------------------------
+
+
+def write_teacher(folder, wan_folder, name, *parts):
+    """Write a published folder of small networks that fit the small encoders."""
+    spec = weights.TEACHERS[name]
+    spec = spec._replace(settings=spec.settings | dict(text_dim=32, text_len=512))
+    shutil.copytree(wan_folder, folder)
+    for seed, part in enumerate(parts, 1):
+        net = weights.random_network(spec, torch.float32, seed=seed)
+        (folder / part).mkdir()
+        save_file(dict(net.named_parameters()), folder / part / "model.safetensors")
+        config = {"_class_name": "WanModel"} | spec.settings
+        (folder / part / "config.json").write_text(json.dumps(config))
+    return spec
+
+
+def test_a_run_embeds_its_prompts_and_decodes_its_previews(
+    tmp_path, wan_folder, monkeypatch, capsys
+):
+    """Encoder, transformers, VAE, in that order. A resumed run does not need the encoder again."""
+    folder, out = tmp_path / "weights", tmp_path / "run"
+    spec = write_teacher(folder, wan_folder, "wan22-tiny", "transformer", "transformer_2")
+    monkeypatch.setitem(weights.TEACHERS, "wan22-tiny", spec._replace(repository="example/small"))
+    (tmp_path / "p.txt").write_text("A fox\nA sign\nSnow\n")
+    decoded, decode = [], encoders.decode
+    monkeypatch.setattr(encoders, "decode", lambda *a: decoded.append(decode(*a)) or decoded[-1])
+    flags = ["--teacher", "wan22-tiny", "--weights", folder, "--prompts", tmp_path / "p.txt",
+             "--out", out, "--iters", "1", "--batch", "2", "--fake-updates", "1", "--size", "48x64",
+             "--eval-samples", "2", "--guidance", "4", "3", "--device", "cpu"]  # fmt: skip
+    assert train.main([str(flag) for flag in flags]) == 0
+    assert encoders.open_embeddings(out / "prompts").prompts == ["A fox", "A sign", "Snow"]
+    assert decoded and all(x.shape == (1, 3, 1, 48, 64) for x in decoded)
+    monkeypatch.setattr(encoders, "load_encoder", None)
+    (out / "metrics.json").unlink()
+    resume = ["--teacher", "wan22-tiny", "--resume", "--out", str(out), "--device", "cpu"]
+    assert train.main(resume) == 0
+    (tmp_path / "p.txt").write_text("Another fox\n")
+    capsys.readouterr()
+    assert train.main(resume) == 2 and "p.txt" in capsys.readouterr().err
+
+
+def test_a_prompt_becomes_a_video_by_one_command(tmp_path, wan_folder, capsys, monkeypatch):
+    """Text encoder, guided teacher, VAE. The same prompt is not embedded twice."""
+    write_teacher(tmp_path / "weights", wan_folder, "wan21-tiny", "transformer")
+    loads, load_encoder = [], encoders.load_encoder
+    monkeypatch.setattr(encoders, "load_encoder", lambda *a: loads.append(a) or load_encoder(*a))
+    line = ["--teacher", "wan21-tiny", "--weights", tmp_path / "weights", "--n", "1",
+            "--steps", "2", "--guidance", "3", "--size", "48x64", "--frames", "5", "--out", tmp_path / "out",
+            "--device", "cpu"]  # fmt: skip
+    latents = []
+    for prompt in ("A fox.", "A fox.", "A sign."):
+        assert sample.main([*map(str, line), "--prompt", prompt]) == 0
+        latents.append(load_file(tmp_path / "out" / "latents.safetensors")["x"])
+    assert len(loads) == 2 and (tmp_path / "out" / "000-00.mp4").stat().st_size > 500
+    assert torch.equal(latents[0], latents[1]) and not torch.allclose(latents[1], latents[2])
+    (tmp_path / "p.txt").write_text("A fox.\nA sign.")
+    assert sample.main([*map(str, line), "--prompts", str(tmp_path / "p.txt")]) == 0
+    both = load_file(tmp_path / "out" / "latents.safetensors")["x"]
+    assert is_close(both, torch.cat(latents[1:]))  # the encoder's bf16, in a batch

@@ -1,0 +1,92 @@
+"""Claims about the imports: which module may know which, read from the source with ast."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+SOURCES = {
+    ".".join(path.relative_to(ROOT).with_suffix("").parts): path.read_text()
+    for folder in (ROOT, ROOT / "models", ROOT / "toy")
+    for path in sorted(folder.glob("*.py"))
+}
+CORE = {"sde", "losses", "phases", "moe", "train", "sample"}
+ALLOWED = {"models.teachers": {"sde", "moe", "phases"}}  # a preset; the other models/ know sde only
+PRESETS = ("models.teachers", "toy.toy2d", "toy.digits")
+
+
+def imported_names(node: ast.AST) -> list[str]:
+    """Full names that the import statements inside a node import."""
+    names = []
+    for part in ast.walk(node):
+        if isinstance(part, ast.Import):
+            names += [alias.name for alias in part.names]
+        elif isinstance(part, ast.ImportFrom):
+            names += [f"{part.module}.{alias.name}" for alias in part.names]
+    return names
+
+
+def own_modules(names: list[str], sources: dict[str, str]) -> set[str]:
+    """The modules of the project among imported names."""
+    parents = [name.rpartition(".")[0] for name in names]
+    return {name for name in (*names, *parents) if name in sources}
+
+
+def violations(sources: dict[str, str]) -> list[str]:
+    """Every import that the design forbids, as `module: what is wrong`."""
+    lines, graph = [], {}
+    for module, source in sources.items():
+        tree = ast.parse(source)
+        names = imported_names(tree)
+        graph[module] = own_modules(names, sources)
+        if module.startswith("models."):
+            for name in graph[module] & CORE - ALLOWED.get(module, {"sde"}):
+                lines.append(f"{module}: imports {name}")
+        if module in PRESETS and graph[module] & {"train", "sample"}:
+            lines.append(f"{module}: a preset imports train or sample")
+        if any(name.startswith("torch.distributed") for name in names):
+            if module != "models.parallel":
+                lines.append(f"{module}: imports torch.distributed")
+        for function in ast.walk(tree):
+            if isinstance(function, (ast.FunctionDef, ast.Lambda)):
+                for name in own_modules(imported_names(function), sources):
+                    lines.append(f"{module}: imports {name} inside a function")
+    return lines + [f"{module}: is imported in a circle" for module in circular(graph)]
+
+
+def circular(graph: dict[str, set[str]]) -> set[str]:
+    """The modules that import each other in a circle, and those that import these."""
+    remaining = dict(graph)
+    while leaves := [m for m, imports in remaining.items() if not imports & set(remaining)]:
+        for module in leaves:
+            del remaining[module]
+    return set(remaining)
+
+
+def test_the_imports_are_those_of_the_design():
+    """No circles, no import of our own inside a function; see violations."""
+    assert len(SOURCES) > 15 and violations(SOURCES) == []
+
+
+@pytest.mark.parametrize(
+    "module,source,line",
+    [
+        ("models.wan", "from losses import dmd_loss", "models.wan: imports losses"),
+        ("models.plan", "import moe", "models.plan: imports moe"),
+        ("models.teachers", "from train import Config", "models.teachers: imports train"),
+        ("toy.toy2d", "import train", "toy.toy2d: a preset imports train or sample"),
+        ("train", "import torch.distributed as dist", "train: imports torch.distributed"),
+        ("moe", "from torch import distributed", "moe: imports torch.distributed"),
+        (
+            "models.lora",
+            "def load():\n    from models import weights",
+            "models.lora: imports models.weights inside a function",
+        ),
+        ("sde", "from phases import Phase", "sde: is imported in a circle"),
+    ],
+)
+def test_a_forbidden_import_is_found(module, source, line):
+    """Negative controls: the same sources with one import more."""
+    changed = SOURCES | {module: SOURCES[module] + "\n" + source + "\n"}
+    assert line in violations(changed) and line not in violations(SOURCES)

@@ -1,0 +1,104 @@
+"""DMD2 beside Phased DMD on the ring: the same noise, the same number of updates, one picture.
+
+    python toy/compare.py          about a minute; writes out/compare/compare.png
+
+Rows: the exact teacher with 40 steps, DMD2 with 4 (one phase), Phased DMD with 4 (two phases). A
+sample has the colour of the mode where its path ends. Energy is the distance to exact samples at
+the same t, 0 if the distributions are equal.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script
+
+import torch
+from tqdm import tqdm
+
+import train
+from models.common import Parser, UserError, exit_status, make_folder, stream, write_file
+from models.media import plt, to_png
+from phases import step_times
+from toy.mixtures import energy, mode_coverage
+from toy.toy2d import (
+    draw,
+    exact_teacher,
+    fit_start,
+    load_mixture,
+    make_data,
+    nearest_mode,
+    plot_points,
+    roles_from,
+)
+
+UPDATES, WARMUP = 800, 400  # of the student and of the fake, over all phases
+CPU, TIMES, SAMPLES = torch.device("cpu"), (1.0, 0.75, 0.5, 0.25, 0.0), 5000
+
+
+def train_student(phases: int, seed: int, start: dict, out: Path) -> train.Run:
+    """A student of four steps, trained in this many phases."""
+    iters, warmup = UPDATES // phases, WARMUP // phases
+    cfg = train.make_config(phases=phases, iters=iters, warmup=warmup, seed=seed)
+    parts = train.phases_of(cfg)
+    run = train.Run(cfg, parts, roles_from(cfg, parts, CPU, start), make_data(cfg), CPU, out)
+    train.begin_phase(run, 1)
+    text = f"training, {phases} phase{'s' * (phases > 1)}"
+    for _ in tqdm(train.train(run), text, UPDATES + WARMUP, disable=None):
+        pass
+    return run
+
+
+def figure(rows: dict[str, tuple[list, set]], mixture) -> bytes:
+    """A png. rows: name -> (x at each of TIMES, the times at which the method matches p(x_t))."""
+    fig, axes = plt.subplots(len(rows), 5, figsize=(11.5, 7.6), layout="constrained")
+    limits = (2.6, 2.4, 2.4, 2.5, 2.6)
+    for line, (name, (xs, matched)) in zip(axes, rows.items()):
+        colors = nearest_mode(xs[-1], mixture)
+        modes, precision = mode_coverage(xs[-1], mixture)
+        for i, (ax, x, t) in enumerate(zip(line, xs, TIMES)):
+            plot_points(ax, x, colors, len(mixture.means), limits[i])
+            exact = mixture.sample_at(t, len(x), stream("compare", i))
+            text = "noise" if t == 1 else f"energy {max(energy(x, exact), 0):.4f}"
+            if t == 0:
+                text += f"\n{modes:.1f} of 8 modes, {100 * precision:.0f} % in a mode"
+            ax.set_xlabel(text, fontsize=9)
+            matched_here = t in matched
+            color = "tab:green" if matched_here else "0.7"
+            plt.setp(ax.spines.values(), linewidth=3 if matched_here else 0.8, color=color)
+            if line is axes[0]:
+                ax.set_title(f"t = {t:g}", fontsize=10)
+        line[0].set_ylabel(name, fontsize=11)
+    fig.suptitle(
+        "Green frame: the method matches the samples to the data at this noise level.  "
+        "Same noise in every row, 800 updates per student.", fontsize=10,
+    )  # fmt: skip
+    return to_png(fig)
+
+
+def main() -> None:
+    """Train both students and draw the picture."""
+    parser = Parser(__doc__)
+    parser.add_argument("--seed", type=int, default=0, help="seed of both runs (default 0)")
+    parser.add_argument("--out", type=Path, default=Path("out/compare"), help="folder")
+    args = parser.parse_args()
+    if args.seed < 0:
+        raise UserError(f"--seed: expected at least 0, got {args.seed}")
+    make_folder(args.out)
+    torch.set_num_threads(1)  # a second thread only waits at this size
+    cfg = train.make_config(seed=args.seed)
+    start, mixture = (
+        fit_start(cfg, lambda steps: tqdm(steps, "fitting", disable=None)),
+        load_mixture(cfg),
+    )
+    teacher, _ = draw(cfg, [exact_teacher(cfg)] * 40, step_times(40, cfg.shift), SAMPLES, CPU)
+    rows = {"exact teacher\n40 steps": (teacher[::10], {0.75, 0.5, 0.25, 0.0})}
+    for name, phases in (("DMD2\n4 steps, 1 phase", 1), ("Phased DMD\n4 steps, 2 phases", 2)):
+        run = train_student(phases, args.seed, start, args.out)
+        xs, _ = draw(run.cfg, run.nets, run.times, SAMPLES, CPU)
+        rows[name] = xs, {phase.s for phase in run.phases}
+    write_file(args.out / "compare.png", figure(rows, mixture))
+    print(f"picture: {args.out / 'compare.png'}")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_status("compare.py", main))
