@@ -26,6 +26,16 @@ def flow_matching(v: Tensor, x_0: Tensor, eps: Tensor) -> Tensor:
     return mean_per_sample((v - (eps - x_0)) ** 2)
 
 
+def scaled_target(x_s: Tensor, s: float, t: Tensor, eps: Tensor, p: Process = flow) -> tuple:
+    """sigma_ts times the target of Eq. 11, and sigma_ts. Nothing is divided by sigma_ts.
+
+    (alpha_s^2 sigma_t + alpha_t sigma_s^2) / alpha_s^2 eps - sigma_ts / alpha_s x_s
+    """
+    (alpha_s, sigma_s), (alpha_t, sigma_t) = coefficients(s, x_s, p), coefficients(t, x_s, p)
+    _, sigma_ts = transition(s, t, x_s, p)
+    return (sigma_t + alpha_t * (sigma_s / alpha_s) ** 2) * eps - sigma_ts / alpha_s * x_s, sigma_ts
+
+
 def v_target(x_s: Tensor, s: float, t: Tensor, eps: Tensor, p: Process = flow) -> Tensor:
     """The unbiased target of v at x_t = alpha_ts x_s + sigma_ts eps, Eq. 11.
 
@@ -34,53 +44,45 @@ def v_target(x_s: Tensor, s: float, t: Tensor, eps: Tensor, p: Process = flow) -
     Denoising score matching holds for the kernel p(x_t | x_s) as for p(x_t | x_0): the mean of
     -eps / sigma_ts given x_t is the score of p(x_t). Eq. 5 turns this score into a velocity, and
     x_t = alpha_ts x_s + sigma_ts eps gives the form above. At s = 0 (alpha_s = 1, sigma_s = 0) it
-    is eps - x_0. Its variance grows like 1 / sigma_ts^2 as t -> s.
+    is eps - x_0. For s > 0 its variance grows like 1 / sigma_ts^2 as t -> s.
     """
-    eps_factor, alpha_s, sigma_ts = target_factors(x_s, s, t, p)
-    return eps_factor / sigma_ts * eps - x_s / alpha_s
+    scaled, sigma_ts = scaled_target(x_s, s, t, eps, p)
+    return scaled / sigma_ts
 
 
 def x0_target(x_s: Tensor, s: float, t: Tensor, eps: Tensor, p: Process = flow) -> Tensor:
-    """The unbiased target of an x_0-prediction at the same x_t, Eq. 12; x_0 itself at s = 0.
+    """The unbiased target of a network that predicts x_0, Eq. 12; x_0 itself at s = 0.
 
-    x_s / alpha_s - alpha_t sigma_s^2 / (alpha_s^2 sigma_ts) eps
+    x_s / alpha_s - alpha_t sigma_s^2 / (alpha_s^2 sigma_ts) eps. Ours predict v: not used here.
     """
     alpha_s, sigma_s = coefficients(s, x_s, p)
-    alpha_ts, sigma_ts = transition(expand_like(s, x_s), expand_like(t, x_s), p)
+    alpha_ts, sigma_ts = transition(s, t, x_s, p)
     return x_s / alpha_s - alpha_ts * sigma_s**2 / (alpha_s * sigma_ts) * eps
 
 
 def subinterval_matching(
     v: Tensor, x_s: Tensor, s: float, t: Tensor, eps: Tensor, p: Process = flow
 ) -> Tensor:
-    """Regression onto the target of Eq. 11 with the weight clamp(1 / sigma_ts^2, 0, 10), Eq. 13.
+    """The fake's loss: clamp(1 / sigma_ts^2, 0, 10) || sigma_ts v - sigma_ts target ||^2, Eq. 13.
 
-    Both sides are multiplied by sigma_ts, so nothing is divided by it and the loss is finite at
-    t = s. Where sigma_ts^2 > 1 / 10 weight and factor cancel, and this is the plain regression;
-    below, the clamp takes weight from the times at which the target is almost pure noise.
-    At s = 0 it is Eq. 4 times min(1, 10 sigma_t^2).
+    In total (v - target)^2 has the weight min(1, 10 sigma_ts^2): the plain regression, with less
+    weight where sigma_ts < 0.316 and the target is mostly noise. Finite at t = s. In phase 1 of
+    the paper (s = 0.833) the clamp never acts, for the margin of phases.py keeps sigma_ts above;
+    at s = 0 it acts below t = 0.316.
     """
-    eps_factor, alpha_s, sigma_ts = target_factors(x_s, s, t, p)
-    error = sigma_ts * v - (eps_factor * eps - sigma_ts / alpha_s * x_s)
-    return mean_per_sample((1 / sigma_ts**2).clamp(0, 10) * error**2)
+    scaled, sigma_ts = scaled_target(x_s, s, t, eps, p)
+    return mean_per_sample((1 / sigma_ts**2).clamp(0, 10) * (sigma_ts * v - scaled) ** 2)
 
 
 def naive_matching(
     v: Tensor, x_s: Tensor, s: float, t: Tensor, eps: Tensor, p: Process = flow
 ) -> Tensor:
-    """Regression onto eps - x_s, as if x_s were clean: Fig. 2(c), biased unless s = 0.
+    """The same loss with the target eps - x_s, as if x_s were clean: Fig. 2(c). A control.
 
-    The weight is that of Eq. 13. A control: its minimiser is not the velocity of the samples.
+    Biased for s > 0: in its minimiser the factor of x_t is too small by alpha_s (1/6 at 0.833).
     """
-    sigma_ts = target_factors(x_s, s, t, p)[2]
+    _, sigma_ts = scaled_target(x_s, s, t, eps, p)
     return mean_per_sample((1 / sigma_ts**2).clamp(0, 10) * (sigma_ts * (v - (eps - x_s))) ** 2)
-
-
-def target_factors(x_s: Tensor, s: float, t: Tensor, p: Process) -> tuple[Tensor, Tensor, Tensor]:
-    """(alpha_s^2 sigma_t + alpha_t sigma_s^2) / alpha_s^2, alpha_s, sigma_ts of Eq. 11 and 13."""
-    (alpha_s, sigma_s), (alpha_t, sigma_t) = coefficients(s, x_s, p), coefficients(t, x_s, p)
-    sigma_ts = transition(expand_like(s, x_s), expand_like(t, x_s), p)[1]
-    return sigma_t + alpha_t * (sigma_s / alpha_s) ** 2, alpha_s, sigma_ts
 
 
 # -- distribution matching: what the student learns -----------------------------------------------
@@ -110,12 +112,13 @@ def dmd_gradient(
     """
     alpha_s, sigma_s = coefficients(s, x_s, p)
     alpha_t, sigma_t = coefficients(t, x_s, p)
-    alpha_ts, sigma_ts = transition(expand_like(s, x_s), expand_like(t, x_s), p)
+    alpha_ts, sigma_ts = transition(s, t, x_s, p)
     if weight == "none":
         return v_real - v_fake
     if weight == "paper":
         w = alpha_t * alpha_ts / (alpha_t * sigma_t + sigma_t**2)
-    elif weight in ("xs", "normalised"):  # alpha_s in place of alpha_t / alpha_ts: no 0/0 at t = 1
+    elif weight in ("xs", "normalised"):
+        # w of `paper` times sigma_ts^2 / alpha_ts^2, with alpha_s for alpha_t / alpha_ts (0/0 at 1)
         w = sigma_ts**2 * alpha_s / (alpha_t * sigma_t + sigma_t**2)
     else:
         raise ValueError(f"weight: expected paper, xs, normalised or none, got {weight!r}")
@@ -131,7 +134,7 @@ def dmd_gradient(
 def dmd_loss(x_s: Tensor, gradient: Tensor) -> Tensor:
     """Surrogate loss (B,) whose gradient with respect to x_s is `gradient` / number of elements.
 
-    Its value means nothing. The gradient is detached: only x_s depends on the student, so the
-    networks inside `gradient` are never differentiated, and they need no graph.
+    AdamW ignores that constant factor. The loss's value means nothing. The gradient is detached:
+    only x_s depends on the student, so the networks inside `gradient` need no graph.
     """
     return mean_per_sample(x_s * gradient.detach())

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from phases import Phase
+from phases import Phase, branch_at
 
 
 @dataclass
@@ -50,13 +50,11 @@ class Roles(NamedTuple):
 # -- which role is on which branch ----------------------------------------------------------------
 
 
-def branch_at(t: float, boundary_t: float | None) -> int:
-    """The branch of the teacher at time t: 1 down to the boundary and including it, then 2."""
-    return 1 if boundary_t is None or t >= boundary_t else 2
-
-
 def base_of(phase: Phase, boundary_t: float | None) -> int:
-    """The branch that the phase's expert starts from: the one of the phase's last step."""
+    """The branch that the phase's expert starts from: the one of its last step.
+
+    The last step makes the samples that the phase is judged by, at the lowest noise.
+    """
     return branch_at(phase.t[-2], boundary_t)
 
 
@@ -185,11 +183,6 @@ def collect_roles(
         {phase.k: make_role(f"student{phase.k}") for phase in phases},
         {key: make_role(fake_name(*key)) for key in keys},
     )
-
-
-def student_of_step(phases: list[Phase]) -> list[str]:
-    """The name of the expert that takes each of the N steps."""
-    return [f"student{phase.k}" for phase in phases for _ in range(phase.num_steps)]
 
 
 def student_nets(roles: Roles, phases: list[Phase]) -> list[Role]:

@@ -9,9 +9,12 @@ The example of the paper: 4 steps, 2 phases, shift 5. Phase k ends at s = t_k.
     phase 1 re-noises in (0.8333, 1)    x_s -> x_t, t in (s, 1)
     phase 2 re-noises in (0, 1)         nested; disjoint would be (0, 0.8333)
 
-Expert k turns samples of p(x_{t_{k-1}}) into samples of p(x_{t_k}): its target is the data diffused
-to t_k, not clean data. Nested intervals all reach up to t = 1, since early samples are far from the
-teacher's data, and only high noise makes the two overlap, where the teacher's score can be trusted.
+Here t_k is the end of phase k. Expert k turns samples of p(x_{t_{k-1}}) into samples of
+p(x_{t_k}): its target is the data diffused to t_k, not clean data. Nested intervals all reach up to
+t = 1: early samples are far from the teacher's data, where its score is wrong, and only high noise
+makes the two overlap. Wan2.2's teacher has two networks, for t >= 0.875 and below. Phase 1 takes
+steps of the first alone and never loads the second: times that it draws below 0.875 (16.7 %) are
+clipped to it, as in the paper. Phase 2 draws from both.
 
 `phases` selects the method:
 
@@ -30,7 +33,9 @@ from torch.utils.checkpoint import checkpoint
 
 from sde import shift, step, unshift
 
-MARGIN = 0.02  # kept free at both ends of a re-noising interval, in u: at t = s the target explodes
+# kept free at both ends of a re-noising interval, in u. Near t = s > 0 the fake's target is nearly
+# pure noise, near t = 0 the weight of Eq. 10 grows; at t = 1 no information is left
+MARGIN = 0.02
 
 
 @dataclass(frozen=True)
@@ -64,7 +69,7 @@ class Phase:
 
 
 def step_times(steps: int, S: float) -> tuple[float, ...]:
-    """1 = t_0 > ... > t_N = 0: uniform in u, then shifted. Shift 5: 1, .9375, .8333, .625, 0."""
+    """The N + 1 times of N steps, 1 to 0: even in u, then shifted. S = 5: 1 .9375 .8333 .625 0."""
     return (1.0, *(shift(1 - i / steps, S) for i in range(1, steps)), 0.0)
 
 
@@ -92,16 +97,24 @@ def make_phases(
         t = times[(k - 1) * n : k * n + 1]
         u_end = unshift(t[0], S) if interval == "disjoint" else 1.0
         u = (unshift(t[-1], S) + MARGIN, u_end - MARGIN)
+        if fix_t and fix_t <= t[-1]:
+            raise ValueError(
+                f"--fix-t: expected more than {t[-1]:.4g}, where phase {k} ends, got {fix_t}"
+            )
         if fix_t:
-            if fix_t <= t[-1]:
-                raise ValueError(
-                    f"--fix-t: expected more than {t[-1]:.4g}, where phase {k} ends, got {fix_t}"
-                )
-            u = (unshift(fix_t, S),) * 2
-        elif u[0] >= u[1]:
+            u = unshift(fix_t, S)
+            intervals = (Interval(branch_at(fix_t, boundary_t), (u, u)),)
+        elif u[0] < u[1]:
+            intervals = split_at_boundary(t, u, S, boundary_t)
+        else:
             raise ValueError(f"phase {k} has no room to re-noise: use fewer --steps or --phases")
-        result.append(Phase(k, (k - 1) * n, k * n, t, split_at_boundary(t, u, S, boundary_t)))
+        result.append(Phase(k, (k - 1) * n, k * n, t, intervals))
     return result
+
+
+def branch_at(t: float, boundary_t: float | None) -> int:
+    """The branch of the teacher at time t: 1 down to the boundary and including it, then 2."""
+    return 1 if boundary_t is None or t >= boundary_t else 2
 
 
 def split_at_boundary(
@@ -110,28 +123,22 @@ def split_at_boundary(
     """Split the re-noising interval u of the steps at t between the branches of the teacher."""
     if boundary_t is None:
         return (Interval(1, u),)
-    if min(t[:-1]) >= boundary_t:  # all steps belong to branch 1, so branch 2 is not even loaded
+    if min(t[:-1]) >= boundary_t:  # all steps belong to branch 1: branch 2 is not even loaded
         return (Interval(1, u, floor=boundary_t),)
     u_boundary = unshift(boundary_t, S)
     high = Interval(1, (max(u_boundary, u[0]), u[1]))
     low = Interval(2, (u[0], min(u_boundary, u[1])))
-    # an interval of no length is a --fix-t: it belongs to one branch, the boundary to branch 1
-    kept = [part for part in (high, low) if part.u[0] <= part.u[1]]
-    return tuple(kept) if u[0] < u[1] else tuple(kept[:1])
+    return tuple(part for part in (high, low) if part.u[0] < part.u[1])
 
 
-def sample_interval(phase: Phase, r: float) -> Interval:
-    """Choose one interval of the phase, with its share of the length, by r ~ U(0, 1).
+def pick_interval(phase: Phase, r: float) -> Interval:
+    """One interval of the phase, with its share of the length, by r ~ U(0, 1).
 
-    An update asks one branch of the teacher instead of two; overall t has the same distribution.
+    So an update asks one branch of the teacher and not two; over all, t has the same distribution.
     """
-    lengths = [part.u[1] - part.u[0] for part in phase.intervals]
-    r *= sum(lengths)
-    for part, length in zip(phase.intervals, lengths, strict=True):
-        r -= length
-        if r < 0:
-            return part
-    return phase.intervals[-1]
+    first, last = phase.intervals[0], phase.intervals[-1]  # there are one or two
+    lengths = [part.u[1] - part.u[0] for part in (first, last)]
+    return first if r * sum(lengths) < lengths[0] else last
 
 
 def renoise_times(interval: Interval, r: Tensor, S: float) -> Tensor:
@@ -201,7 +208,7 @@ def rollout(
     """
     start = phase.first + (depth - 1 if depth else 0)  # the first step with a gradient
     with torch.no_grad():
-        *_, x = trajectory(nets[:start], times[: start + 1], z, c)
+        *_, x = trajectory(nets[:start], times[: start + 1], z, c)  # the last x
     if depth is None:
         *_, x_s = trajectory(nets[start : phase.last], phase.t, x, c)
         return x_s
@@ -229,7 +236,7 @@ def format_phases(phases: list[Phase], S: float) -> str:
 
 
 def format_interval(interval: Interval, S: float) -> str:
-    """(800, 994) clipped to 875 by the high-noise branch."""
+    """Format an interval: (844.2, 995.9), clipped to 875."""
     low, high = (1000 * shift(u, S) for u in interval.u)
     text = f"({low:.4g}, {high:.4g})"
     if interval.floor:

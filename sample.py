@@ -28,7 +28,7 @@ from models import common, export, parallel, teachers
 from models.common import UserError, normal
 from models.wan import Wan
 from models.weights import TEACHERS, RoleWeights, student_weights
-from phases import step_times, trajectory
+from phases import branch_at, step_times, trajectory
 
 
 class Job(NamedTuple):
@@ -50,7 +50,8 @@ def student_job(args) -> Job:
         raise UserError(f"--{given[0]} is for --teacher: a student has its own steps and no CFG")
     student, run_dir = open_student(args)
     cfg = override_config(replace(student.cfg, guidance=(1.0,)), args)
-    times, roles = step_times(cfg.steps, cfg.shift), moe.student_of_step(student.phases)
+    times = step_times(cfg.steps, cfg.shift)
+    roles = [f"student{phase.k}" for phase in student.phases for _ in range(phase.num_steps)]
     weights_of = partial(student_weights, cfg, student.file)
     return Job(cfg, roles, times, student.base_of, weights_of, run_dir, student)
 
@@ -115,7 +116,7 @@ def teacher_job(args) -> Job:
         plan = export.assign_loras(cfg, args.lora, steps_given, times, boundary_t)
         return Job(cfg, *plan, run_dir)
     times = teachers.teacher_times(cfg, args.shift) if spec else times
-    roles = [f"teacher{moe.branch_at(t, boundary_t)}" for t in times[:-1]]
+    roles = [f"teacher{branch_at(t, boundary_t)}" for t in times[:-1]]
     return Job(cfg, roles, times, {"teacher1": 1, "teacher2": 2}, lambda _: RoleWeights(), run_dir)
 
 

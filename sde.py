@@ -2,12 +2,13 @@
 
 Conventions of the whole project:
 
-    t = 0 is data, t = 1 is noise, and s < t          x_t = alpha_t x_0 + sigma_t eps
-    every network predicts the velocity               v = eps - x_0, float32
-    score                                             grad log p(x_t)
-    u is an unshifted time, t a shifted one           t = shift(u, S); re-noising draws u
-    phases, steps and experts count from noise        phase 1 starts at t = 1
-    shapes                                            x (B, ...), t (B,) or one number for all
+    time         t = 0 is data, t = 1 is noise; s < t
+    process      x_t = alpha_t x_0 + sigma_t eps
+    velocity     v = eps - x_0, which every network predicts, in float32
+    score        grad log p(x_t)
+    shift        u is an unshifted time, t = shift(u, S) a shifted one; re-noising draws u
+    order        phases, steps and experts count from noise to data; phase 1 starts at t = 1
+    shapes       x (B, ...), t (B,) or one number for all samples
 
 No formula assumes alpha + sigma = 1. Every function takes a process `p`; the default is the
 paper's, `flow`. The other one, `vp`, lets tests tell a right formula from one that is right by
@@ -30,7 +31,7 @@ class Process(NamedTuple):
 
 
 def as_float64(t: float | Tensor) -> Tensor:
-    """Convert a Python number to a 0-dim float64 tensor, which promotes no other dtype."""
+    """Convert a number to a 0-dim float64 tensor; in a product, float32 stays float32."""
     return t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
 
 
@@ -61,27 +62,25 @@ def snr(t: Tensor, p: Process = flow) -> Tensor:
 # -- from s to t ---------------------------------------------------------------------------------
 
 
-def transition(s: float | Tensor, t: float | Tensor, p: Process = flow) -> tuple[Tensor, Tensor]:
-    """alpha_ts and sigma_ts of the transition kernel p(x_t | x_s), Eq. 2, for s <= t and s < 1.
+def transition(s: float, t: float | Tensor, x: Tensor, p: Process = flow) -> tuple[Tensor, Tensor]:
+    """alpha_ts and sigma_ts of the transition kernel p(x_t | x_s), Eq. 2, shaped to multiply x.
 
-    alpha_ts = alpha_t / alpha_s,  sigma_ts^2 = sigma_t^2 - alpha_ts^2 sigma_s^2
+    alpha_ts = alpha_t / alpha_s,  sigma_ts^2 = sigma_t^2 - alpha_ts^2 sigma_s^2,  s <= t, s < 1
     """
-    t = as_float64(t)
+    t = as_float64(expand_like(t, x))
     alpha_ts, sigma_t = p.alpha(t) / p.alpha(s), p.sigma(t)
     # the difference of squares as a product: a plain difference would cancel where t is near s
     carried = alpha_ts * p.sigma(s)
     return alpha_ts, ((sigma_t - carried).clamp(min=0) * (sigma_t + carried)).sqrt()
 
 
-def diffuse(
-    x_s: Tensor, s: float | Tensor, t: float | Tensor, eps: Tensor, p: Process = flow
-) -> Tensor:
+def diffuse(x_s: Tensor, s: float, t: float | Tensor, eps: Tensor, p: Process = flow) -> Tensor:
     """x_t = alpha_ts x_s + sigma_ts eps, Eq. 2; Eq. 1 at s = 0. x_s, eps and x_t (B, ...).
 
     The process is Markov: if x_s follows p(x_s), x_t follows p(x_t), whatever s is (Eq. 3). This
     is why a phase can re-noise its own noisy samples and never needs clean ones.
     """
-    alpha_ts, sigma_ts = transition(expand_like(s, x_s), expand_like(t, x_s), p)
+    alpha_ts, sigma_ts = transition(s, t, x_s, p)
     return alpha_ts * x_s + sigma_ts * eps
 
 

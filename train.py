@@ -33,9 +33,9 @@ from phases import (
     Phase,
     format_phases,
     make_phases,
+    pick_interval,
     renoise_times,
     rollout,
-    sample_interval,
     split_batch,
     step_times,
 )
@@ -217,7 +217,10 @@ class Run:
 
 
 def train(run: Run) -> Iterator[list[dict]]:
-    """Train phase after phase. Yields the log rows of each iteration, and can be left there."""
+    """Train phase after phase. Yields the log rows of each iteration, and can be left there.
+
+    Phase 1 has begun already, by begin_phase or from a checkpoint (load_state).
+    """
     while True:
         while run.i < run.cfg.iters:
             rows = run_iteration(run)
@@ -231,8 +234,8 @@ def train(run: Run) -> Iterator[list[dict]]:
 def begin_phase(run: Run, k: int) -> None:
     """Start the expert and the fakes of phase k from the teacher; earlier experts stay frozen.
 
-    The old fake followed other samples, those at t_{k-1}. Starting anew, fake and teacher are the
-    same function, so the student's first gradient is guidance alone and not an old fake's error.
+    The old fake never saw times below t_{k-1}, nor samples of the new expert. A new fake is the
+    teacher without guidance, which is what the new expert makes too (toys: a network fitted to it).
     """
     run.k, run.i, run.optimizers = k, -run.cfg.warmup, {}  # frees old moments before new ones
     student = run.roles.student[k]
@@ -248,12 +251,9 @@ def run_iteration(run: Run) -> list[dict]:
     The student's gradient is right only where the fake has converged on the student's present
     samples (assumption A1). So the fake goes first and takes five updates for each of the student.
     """
-    updates, rows = run.cfg.fake_updates if run.i >= 0 else 1, []
-    for u in range(updates):
-        if u == 0 or not run.cfg.reuse_rollouts:
-            samples = simulate(run, u)
-            samples = list(samples) if run.cfg.reuse_rollouts else samples
-        rows.append(update_fake(run, u, samples))
+    updates = run.cfg.fake_updates if run.i >= 0 else 1
+    shared = list(simulate(run, 0)) if run.cfg.reuse_rollouts else None
+    rows = [update_fake(run, u, shared or simulate(run, u)) for u in range(updates)]
     return rows if run.i < 0 else [*rows, update_student(run, updates)]
 
 
@@ -281,7 +281,7 @@ def update_fake(run: Run, u: int, samples: Iterable[tuple]) -> dict:
         loss.backward()
         total += loss.detach()
     loss = parallel.all_reduce_sum(total)[0]
-    return step_optimizers(run, moe.fake_name(interval.branch, 0), {"loss": loss})
+    return step_optimizers(run, f"fake{interval.branch}", {"loss": loss})
 
 
 def update_student(run: Run, u: int) -> dict:
@@ -296,10 +296,9 @@ def update_student(run: Run, u: int) -> dict:
             v_real = run.roles.teacher[interval.branch](x_t, t, batch.c)  # CFG included
             v_fake = fake_of(run, interval, batch)(x_t, t, batch.c)
             gradient = dmd_gradient(x_s, x_t, s, t, v_real, v_fake, run.cfg.weight)
-            squares = torch.stack([(v_real - v_fake).square().mean(), x_s.square().mean()])
         loss = dmd_loss(x_s, gradient).mean() * batch.share
         loss.backward()
-        total += squares * batch.share
+        total += batch.share * mean_squares(v_real - v_fake, x_s.detach())
     distance, x_rms = parallel.all_reduce_sum(total)[0].sqrt()
     return step_optimizers(run, f"student{run.k}", {"distance": distance, "x_rms": x_rms})
 
@@ -338,7 +337,7 @@ def renoise(run: Run, interval: Interval, x_s: Tensor, rng: torch.Generator) -> 
 
 def choose_interval(run: Run, u: int) -> Interval:
     """The part of the phase's interval, and so the teacher's branch, that update u uses."""
-    return sample_interval(run.phase, uniform((), *run.key(u), "interval").item())
+    return pick_interval(run.phase, uniform((), *run.key(u), "interval").item())
 
 
 def fake_of(run: Run, interval: Interval, batch: MicroBatch) -> moe.Role:
@@ -350,9 +349,10 @@ def fake_of(run: Run, interval: Interval, batch: MicroBatch) -> moe.Role:
 
 
 def step_optimizers(run: Run, name: str, values: dict[str, Tensor]) -> dict:
-    """Step the roles of this name that have gradients. Returns the update's log row.
+    """Step the role of this name, or with --fake-per-depth those fakes that have gradients.
 
-    The update is skipped if one of `values`, or the norm of the gradients, is not finite.
+    The update is skipped if one of `values`, or the norm of the gradients, is not finite. Returns
+    the update's log row.
     """
     optimizers = [o for role, o in run.optimizers.items() if role.split("-")[0] == name]
     optimizers = [o for o in optimizers if any(p.grad is not None for p in o.parameters.values())]
@@ -374,6 +374,11 @@ def step_optimizers(run: Run, name: str, values: dict[str, Tensor]) -> dict:
     row = {"phase": run.k, "iteration": run.i, "role": name, "skipped": not finite}
     numbers = [x if math.isfinite(x) else None for x in numbers]  # JSON has no NaN
     return row | dict(zip(values, numbers, strict=True))
+
+
+def mean_squares(*tensors: Tensor) -> Tensor:
+    """The mean square of each tensor, for the log."""
+    return torch.stack([x.square().mean() for x in tensors])
 
 
 def lr_factor(cfg: Config, i: int) -> float:

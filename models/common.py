@@ -46,22 +46,18 @@ def first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def cannot_write(path: Path, error: Exception) -> UserError:
-    """One line for a full disk, a missing permission, or a folder in the place of a file."""
-    reason = getattr(error, "strerror", None) or first_line(error)
-    return UserError(f"cannot write {path}: {reason}; fix this or choose another --out")
-
-
 # -- files ---------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def writing(path: Path):
-    """Turn errors of the file system into a UserError."""
+    """Turn a full disk or a missing permission into a UserError."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        raise cannot_write(path, error) from error
+        reason = getattr(error, "strerror", None) or first_line(error)
+        line = f"cannot write {path}: {reason}; fix this or choose another --out"
+        raise UserError(line) from error
 
 
 def replace_file(path: Path, save: Callable[[Path], object]) -> None:
@@ -92,22 +88,22 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_file(path: Path, *contents: bytes, all_ranks: bool = False) -> None:
-    """Write a file atomically: a crash leaves the old file or the new one, never a part.
-
-    Ranks > 0 write nothing, unless all_ranks says that each rank has a file of its own.
-    """
-    if is_writer or all_ranks:
-        replace_file(path, lambda temporary: temporary.write_bytes(b"".join(contents)))
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file, on rank 0: a crash leaves the old file or the new one, never a part."""
+    if is_writer:
+        replace_file(path, lambda temporary: temporary.write_bytes(content))
 
 
-def write_json(path: Path, value, all_ranks: bool = False) -> None:
-    """Write JSON, one line per top-level entry."""
-    write_file(path, (json.dumps(value, indent=1) + "\n").encode(), all_ranks=all_ranks)
+def write_json(path: Path, value) -> None:
+    """Write JSON."""
+    write_file(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
 def write_tensors(path: Path, tensors: dict, metadata: dict, all_ranks: bool = False) -> None:
-    """Write safetensors, with metadata as JSON in the header. Tensors must be whole, not shards."""
+    """Write safetensors, with metadata as JSON in the header.
+
+    Ranks > 0 write nothing, unless all_ranks says that each rank has a file of its own.
+    """
     if is_writer or all_ranks:
         tensors = {name: x.detach().contiguous() for name, x in tensors.items()}
         header = {"metadata": json.dumps(metadata, ensure_ascii=False)}
@@ -136,7 +132,7 @@ def open_tensors(path: Path, kind: str, advice: str):
         metadata = json.loads(header.get("metadata") or header.get("about") or "{}")  # old: about
     except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"cannot read {path} ({first_line(error)}); {advice}") from error
-    if not isinstance(metadata, dict) or metadata.get("kind") != kind:
+    if metadata.get("kind") != kind:
         raise UserError(f"{path} is not a {kind} file; {advice}")
     return file, metadata
 
@@ -149,15 +145,12 @@ def read_tensors(path: Path, kind: str, settings: dict, advice: str) -> tuple[di
     return {name: file.get_tensor(name) for name in file.keys()}, metadata
 
 
-def file_digest(path: Path, piece: int = 2**20, pieces: int = 64) -> str:
-    """sha256 of a file. Of one larger than 64 MB, such as weights, of its size and 64 pieces."""
-    size = path.stat().st_size
+def file_digest(path: Path, piece: int = 2**20) -> str:
+    """sha256 of a file. Of one larger than 64 MB, such as weights, of about 64 pieces."""
+    size, digest = path.stat().st_size, hashlib.sha256()
     with open(path, "rb") as file:
-        if size <= piece * pieces:
-            return hashlib.sha256(file.read()).hexdigest()
-        digest = hashlib.sha256(str(size).encode())
-        for i in range(pieces):
-            file.seek(i * (size - piece) // (pieces - 1))
+        for offset in range(0, size, max(piece, size // 64)):
+            file.seek(offset)
             digest.update(file.read(piece))
     return digest.hexdigest()
 
@@ -167,18 +160,9 @@ def digest_files(paths: Iterable[Path]) -> dict[str, str]:
     return {str(path): file_digest(path) for path in paths}
 
 
-def check_files(digests: dict[str, str]) -> None:
-    """Raise UserError if an input file of the run is missing or has changed."""
-    for name, digest in digests.items():
-        if not Path(name).is_file() or file_digest(Path(name)) != digest:
-            problem = f"{name} is missing or has changed since the run began"
-            raise UserError(f"{problem}; restore it or {START_OVER}")
-
-
 # -- flags ---------------------------------------------------------------------------------------
 
 GROUPS = ("what", "method", "training", "memory", "output")  # of --help, in this order
-KINDS = {int: "an integer", float: "a number", str: "text", bool: "true or false"}
 LIMITS = (("low", "at least", lt), ("above", "more than", le), ("high", "at most", gt))
 
 
@@ -187,8 +171,9 @@ def option(default, help, choices=None, low=None, above=None, high=None, kind=No
 
     A tuple as default makes a flag of one or more values of this kind.
     """
-    metadata = dict(help=help, group=group, choices=choices, low=low, above=above, high=high)
-    return field(default=default, metadata=metadata | {"kind": kind or type(default)})
+    kind = kind or type(default)
+    limits = dict(choices=choices, low=low, above=above, high=high)
+    return field(default=default, metadata=dict(help=help, group=group, kind=kind) | limits)
 
 
 class Parser(argparse.ArgumentParser):
@@ -214,13 +199,14 @@ def add_flags(parser: Parser, Config: type, presets: dict[str, dict], teacher: s
     defaults = presets.get(teacher, {}) | {"teacher": teacher}
     for f in fields(Config):
         kind, choices, text = (f.metadata[name] for name in ("kind", "choices", "help"))
-        more = dict(help=text, action="store_true", default=None)
-        if kind is not bool:
+        if kind is bool:
+            options = dict(action="store_true", default=None)
+        else:
             text += f" (default {format_value(defaults.get(f.name, f.default))})"
             metavar = None if choices else {int: "N", float: "X"}.get(kind, "TEXT")
-            more = dict(help=text, type=kind, choices=choices, metavar=metavar)
-            more |= dict(nargs="+") if isinstance(f.default, tuple) else {}
-        groups[f.metadata["group"]].add_argument(flag_name(f.name), **more)
+            nargs = "+" if isinstance(f.default, tuple) else None
+            options = dict(type=kind, choices=choices, metavar=metavar, nargs=nargs)
+        groups[f.metadata["group"]].add_argument(flag_name(f.name), help=text, **options)
     return groups
 
 
@@ -274,25 +260,20 @@ def from_json(settings: dict) -> dict:
 
 
 def check_values(cfg) -> None:
-    """Raise UserError for a value of the wrong type or outside the limits of its option."""
+    """Raise UserError for a value outside the choices or limits of its option."""
     for f in fields(cfg):
-        values, several = getattr(cfg, f.name), isinstance(f.default, tuple)
-        if isinstance(values, tuple) != several:
-            expected = "one or more values" if several else "one value"
-            raise UserError(f"{flag_name(f.name)}: expected {expected}, got {values!r}")
-        for value in values if several else (values,):
+        values = getattr(cfg, f.name)
+        for value in values if isinstance(values, tuple) else (values,):
             if expected := expected_value(f, value):
                 raise UserError(f"{flag_name(f.name)}: expected {expected}, got {value!r}")
 
 
 def expected_value(f: Field, value) -> str:
     """Return what an option expects instead of this value, "" if the value is allowed."""
-    kind, choices = f.metadata["kind"], f.metadata["choices"]
-    if type(value) is not kind and (kind, type(value)) != (float, int):
-        return KINDS[kind]
+    choices = f.metadata["choices"]
     if choices and value not in choices:
         return "one of " + ", ".join(map(str, choices))
-    if kind is float and not math.isfinite(value):
+    if f.metadata["kind"] is float and not math.isfinite(value):
         return "a finite number"
     for name, words, is_outside in LIMITS:
         limit = f.metadata[name]
@@ -315,28 +296,18 @@ def exit_status(
         return work() or 0
     except UserError as error:
         line, status = str(error), 2
-    except RuntimeError as error:
-        if not is_out_of_memory(error):
+    except RuntimeError as error:  # out of memory, on the GPU or the host, has one line too
+        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
             raise
         line, status = f"out of memory; {memory_advice}", 2
     except (KeyboardInterrupt, Interrupted) as error:
         advice = getattr(error, "advice", "") or restart_advice
         line, status = f"stopped; {advice}", 128 + getattr(error, "number", signal.SIGINT)
-    except BrokenPipeError:
-        return silence_closed_pipe()
+    except BrokenPipeError:  # stdout was closed, e.g. by `head`: discard what is still printed
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     print(f"{program}: {line}", file=sys.stderr)
     return status
-
-
-def silence_closed_pipe() -> int:
-    """Discard what is still printed after stdout was closed, e.g. by `head`. Returns 141."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 128 + signal.SIGPIPE
-
-
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Return whether the GPU or the host has run out of memory."""
-    return isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)
 
 
 def pick_device(requested: str, default: str) -> str:
@@ -373,9 +344,9 @@ def print_metrics(metrics: dict, out: Path) -> None:
 
 # -- the folder of a run -------------------------------------------------------------------------
 
-RUN_FILES = (  # metrics.json marks a finished run, so clear_run removes it first
-    "metrics.json", "state", "config.json", "curves.png", "log.jsonl", "previews", "prompts",
-    "prompts.safetensors", "samples.png", "start.safetensors", "student.safetensors",
+RUN_FILES = (  # metrics.json marks a finished run
+    "config.json", "curves.png", "log.jsonl", "metrics.json", "previews", "prompts",
+    "prompts.safetensors", "samples.png", "start.safetensors", "state", "student.safetensors",
 )  # fmt: skip
 START_OVER = "start over with --overwrite"
 
@@ -417,18 +388,24 @@ def resolve_run(out: Path, cfg, explicit: dict, resume: bool, overwrite: bool, C
     if not resume and not finished:
         advice = f"continue it with --resume, choose another --out, or {START_OVER}"
         raise UserError(f"{out} contains an unfinished run; {advice}")
-    check_files(config["files"])
+    for name, digest in config["files"].items():
+        if not Path(name).is_file() or file_digest(Path(name)) != digest:
+            problem = f"{name} is missing or has changed since the run began"
+            raise UserError(f"{problem}; restore it or {START_OVER}")
     return saved, finished
 
 
 def record_run(out: Path, cfg, environment: dict, input_files: list[Path], overwrite: bool):
     """Write config.json for a new run; for an old one print how the environment has changed."""
     file = out / "config.json"
-    if file.exists() and not overwrite:
-        warn_if_environment_differs(read_json(file, START_OVER)["environment"], environment)
-    else:
+    if overwrite or not file.exists():
         files = digest_files(input_files)
-        write_json(file, {"settings": to_json(cfg), "environment": environment, "files": files})
+        config = {"settings": to_json(cfg), "environment": environment, "files": files}
+        return write_json(file, config)
+    before = read_json(file, START_OVER)["environment"]
+    for name, value in environment.items():
+        if (old := before.get(name)) != value:
+            print(f"note: {name} was {old} when the run began, is {value}; numbers may differ")
 
 
 def config_from_json(Config: type, config: dict, out: Path):
@@ -436,49 +413,48 @@ def config_from_json(Config: type, config: dict, out: Path):
     try:
         cfg = Config(**from_json(config["settings"]))
         check_values(cfg)
-        if not all(isinstance(config[name], dict) for name in ("environment", "files")):
-            raise TypeError
         return cfg
     except (AttributeError, TypeError, KeyError, UserError) as error:
         message = f"{out}/config.json does not fit this version of the code; {START_OVER}"
         raise UserError(message) from error
 
 
+def remove_files(out: Path, *patterns: str) -> None:
+    """Remove the files in a folder that match, in this order; no folders."""
+    with writing(out):
+        for path in [path for pattern in patterns for path in out.glob(pattern)]:
+            if path.is_file():
+                path.unlink()
+
+
 def clear_run(out: Path) -> None:
     """Remove the files of a run, except config.json, which the new run replaces."""
-    with writing(out):
-        for path in [out / name for name in RUN_FILES if name != "config.json"]:
-            files = path.iterdir() if path.is_dir() else [path]
-            for file in sorted(files, key=lambda file: file.suffix != ".json"):  # state.json first
-                if file.is_file():
-                    file.unlink()
+    names = [name for name in RUN_FILES if name != "config.json"]
+    # a crash in between must not leave metrics.json or state.json without the others
+    remove_files(out, "metrics.json", "state/state.json")
+    remove_files(out, *names, *(f"{name}/*" for name in names))
     clear_samples(out / "samples")
 
 
 def clear_samples(out: Path) -> None:
     """Remove the files that sample.py wrote. New ones may be fewer."""
-    with writing(out):
-        for pattern in ("[0-9]*.mp4", "[0-9]*.png", "samples.*", "latents.safetensors"):
-            for path in out.glob(pattern):
-                path.unlink()
+    remove_files(out, "[0-9]*.mp4", "[0-9]*.png", "samples.*", "latents.safetensors")
 
 
 def environment(device: str, processes: int, context_parallel: int) -> dict:
     """Everything besides the settings that can change a number."""
-    git = ["git", "-C", str(Path(__file__).parent.parent), "describe", "--always", "--dirty"]
-    commit = ""
+    git, commit = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], ""
     with contextlib.suppress(OSError):  # git is not installed
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    versions = {"torch": torch.__version__, "python": sys.version.split()[0]}
-    devices = {"device": device, "processes": processes, "context_parallel": context_parallel}
-    return versions | {"threads": torch.get_num_threads(), **devices, "commit": commit or "unknown"}
-
-
-def warn_if_environment_differs(then: dict, now: dict) -> None:
-    """Print what differs from the environment in which the run began."""
-    for name, value in now.items():
-        if (before := then.get(name)) != value:
-            print(f"note: {name} was {before} when the run began, is {value}; numbers may differ")
+    return dict(
+        torch=torch.__version__,
+        python=sys.version.split()[0],
+        threads=torch.get_num_threads(),
+        device=device,
+        processes=processes,
+        context_parallel=context_parallel,
+        commit=commit or "unknown",
+    )
 
 
 class Stop:

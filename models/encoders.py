@@ -39,10 +39,11 @@ from models.common import (
     first_line,
     open_tensors,
     pick_device,
+    read_json,
     write_tensors,
 )
 from models.wan import Wan
-from models.weights import TEACHERS, default_folder, needs_extras, subfolder
+from models.weights import TEACHERS, default_folder, download_hint, needs_extras, subfolder
 
 # as published with the models
 WAN_NEGATIVE = (
@@ -99,6 +100,10 @@ def load_encoder(teacher: str, folder: Path | None, device: str) -> Encoder:
     with needs_extras("transformers"):
         import transformers
     kind = "UMT5EncoderModel" if is_wan else "Qwen2_5_VLForConditionalGeneration"
+    expected = "umt5" if is_wan else "qwen2_5_vl"
+    model_type = read_json(paths[0] / "config.json", download_hint(teacher)).get("model_type")
+    if model_type != expected:  # transformers would make a network of its default size
+        raise UserError(f"{paths[0]}: {teacher} needs a {expected}, this is a {model_type}")
     options = dict(use_safetensors=True, output_loading_info=True, dtype=torch.bfloat16)
     model = from_pretrained(paths[0], getattr(transformers, kind), **options)
     tokenizer = from_pretrained(paths[1], transformers.AutoTokenizer)

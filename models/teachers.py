@@ -27,7 +27,7 @@ from models import encoders, export, lora, media, parallel, plan, qwen_image, wa
 from models.common import UserError, normal, stream
 from models.qwen_image import QwenImage
 from models.weights import dtype_named, is_random, teacher_spec
-from phases import Phase, full_time, renoise_times, sample_interval, step_times, trajectory
+from phases import Phase, branch_at, full_time, pick_interval, renoise_times, step_times, trajectory
 from sde import diffuse, shift, v_to_x0
 
 DEFAULT_DEVICE, THREADS, NUM_SAMPLES = "auto", 0, 4
@@ -452,7 +452,7 @@ def report(cfg, phases, roles, k: int, device, out: Path, finished: bool) -> tup
     rows = {f"student, t = {p.s:.3g}": xs[p.last] for p in phases[:k]}
     t = full_time(phase.t[-2], x_s)
     rows["student x_0"] = v_to_x0(x_before, t, nets[-1](x_before, t, c))
-    interval = sample_interval(phase, 0.5)
+    interval = pick_interval(phase, 0.5)
     t = renoise_times(interval, torch.full((n,), 0.5), cfg.shift).to(device)
     x_t = diffuse(x_s, phase.s, t, eps)
     depth = phase.num_steps if cfg.fake_per_depth else 0  # that of the samples users will see
@@ -461,7 +461,7 @@ def report(cfg, phases, roles, k: int, device, out: Path, finished: bool) -> tup
         rows[f"{name} x_0 at t = {t[0]:.2f}"] = v_to_x0(x_t, t, in_chunks(role)(x_t, t, c))
     metrics = {"latent_distance": latent_distance(x_s)}
     if finished:
-        branches = [moe.branch_at(t, boundary_of(cfg)) for t in times[:-1]]
+        branches = [branch_at(t, boundary_of(cfg)) for t in times[:-1]]
         *_, x = trajectory([in_chunks(roles.teacher[b]) for b in branches], times, z, c)
         rows[f"teacher, {cfg.steps} steps"] = x
         metrics["latent_distance_teacher_same_steps"] = latent_distance(x)

@@ -220,7 +220,7 @@ def test_an_encoder_that_lacks_a_weight_is_refused(tmp_path, wan_folder, part):
 
 def test_another_models_encoder_is_refused(wan_folder, qwen_folder):
     for teacher, folder in (("wan22", qwen_folder), ("qwen-image", wan_folder)):
-        with pytest.raises(UserError, match="lacks|cannot read"):
+        with pytest.raises(UserError, match="needs a"):
             encoders.load_encoder(teacher, folder, "cpu")
 
 
@@ -390,8 +390,8 @@ def test_a_prompt_becomes_a_video_by_one_command(tmp_path, wan_folder, capsys, m
     loads, load_encoder = [], encoders.load_encoder
     monkeypatch.setattr(encoders, "load_encoder", lambda *a: loads.append(a) or load_encoder(*a))
     line = ["--teacher", "wan21-tiny", "--weights", tmp_path / "weights", "--n", "1",
-            "--steps", "2", "--guidance", "3", "--size", "48x64", "--frames", "5", "--out", tmp_path / "out",
-            "--device", "cpu"]  # fmt: skip
+            "--steps", "2", "--guidance", "3", "--size", "48x64", "--frames", "5",
+            "--out", tmp_path / "out", "--device", "cpu"]  # fmt: skip
     latents = []
     for prompt in ("A fox.", "A fox.", "A sign."):
         assert sample.main([*map(str, line), "--prompt", prompt]) == 0

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import losses
-from sde import coefficients, diffuse, expand_like, flow, transition, score_to_v, v_to_x0, vp
+from sde import coefficients, diffuse, flow, score_to_v, transition, v_to_x0, vp
 from toy.mixtures import Mixture, ring
 
 both = pytest.mark.parametrize("p", [flow, vp], ids=["flow", "vp"])
@@ -20,7 +20,7 @@ def normal(*shape, seed=0):
 
 def posterior(mixture, x_t, s, t, p):
     """Exact E[x_s | x_t] and E[eps | x_t] by Tweedie's formula from the exact score of p(x_t)."""
-    alpha_ts, sigma_ts = transition(s, t, p)
+    alpha_ts, sigma_ts = transition(s, t, torch.zeros(1), p)
     score = mixture.score(x_t, t)
     return (x_t + sigma_ts**2 * score) / alpha_ts, -sigma_ts * score
 
@@ -46,7 +46,7 @@ def test_eq_11_and_eq_12_are_unbiased_and_the_naive_target_is_not(p, s, t):
 def test_eq_13_is_eq_11_with_its_weight(p, s, t):
     """The stable form is clamp(1 / sigma_ts^2, 0, 10) sigma_ts^2 || v - target ||^2."""
     x_s, eps, v = normal(8, 2), normal(8, 2, seed=1), normal(8, 2, seed=2)
-    _, sigma_ts = transition(s, t, p)
+    _, sigma_ts = transition(s, t, torch.zeros(1), p)
     weight = min(1, 10 * sigma_ts.item() ** 2)
     expected = weight * losses.mean_per_sample((v - losses.v_target(x_s, s, t, eps, p)) ** 2)
     torch.testing.assert_close(losses.subinterval_matching(v, x_s, s, t, eps, p), expected)
@@ -98,7 +98,7 @@ def test_eq_10_is_the_difference_of_scores_times_dx_t_dx_s(p, s):
         ring(p).double(),
         normal(16, 2, seed=2),
     )
-    alpha_ts, _ = transition(s, expand_like(t, x_t), p)
+    alpha_ts, _ = transition(s, t, x_t, p)
     v_real, v_fake = real.velocity(x_t, t), score_to_v(x_t, t, fake, p)
     expected = alpha_ts * (fake - real.score(x_t, t))
     gradient = losses.dmd_gradient(x_s, x_t, s, t, v_real, v_fake, "paper", p)
@@ -117,7 +117,7 @@ def test_the_other_weights_are_differences_of_estimates(p, s):
         normal(16, 2, seed=4),
     )
     (alpha_ts, _), (alpha_t, sigma_t) = (
-        transition(s, expand_like(t, x_t), p),
+        transition(s, t, x_t, p),
         coefficients(t, x_t, p),
     )
 
@@ -144,7 +144,7 @@ def student_gradient(a, b, s, t, real, p, sign=1.0):
     z, eps = (torch.tensor(g.ravel())[:, None] for g in np.meshgrid(nodes, nodes))
     w = torch.tensor(np.outer(weights, weights).ravel() / weights.sum() ** 2)[:, None]
     x_s = a + b * z
-    x_t, (alpha_ts, sigma_ts) = diffuse(x_s, s, t, eps, p), transition(s, t, p)
+    x_t, (alpha_ts, sigma_ts) = diffuse(x_s, s, t, eps, p), transition(s, t, torch.zeros(1), p)
     score = -(x_t - alpha_ts * a) / (alpha_ts**2 * b**2 + sigma_ts**2)  # the student's own, exact
     v_fake = score_to_v(x_t, t, score, p)
     g = sign * losses.dmd_gradient(x_s, x_t, s, t, real.velocity(x_t, t), v_fake, "paper", p)
@@ -153,7 +153,10 @@ def student_gradient(a, b, s, t, real, p, sign=1.0):
 
 def kl(a, b, s, t, real, p):
     """KL between the student's and the data's Gaussians at time t, in closed form."""
-    (alpha_ts, sigma_ts), (alpha_t, sigma_t) = transition(s, t, p), coefficients(t, real.means, p)
+    (alpha_ts, sigma_ts), (alpha_t, sigma_t) = (
+        transition(s, t, torch.zeros(1), p),
+        coefficients(t, real.means, p),
+    )
     m, var = alpha_ts * a, alpha_ts**2 * b**2 + sigma_ts**2
     m_real, var_real = alpha_t * real.means[0, 0], alpha_t**2 * real.sd**2 + sigma_t**2
     return 0.5 * ((var_real / var).log() + (var + (m - m_real) ** 2) / var_real - 1)

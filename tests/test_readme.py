@@ -1,7 +1,6 @@
 """Claims about the four texts: their code, equations, commands, links and numbers are real."""
 
 import importlib
-import inspect
 import json
 import re
 import shlex
@@ -28,25 +27,20 @@ def test_the_method_in_the_readme_is_that_of_train():
     code = dict(re.findall(r"<!-- (\w+) -->\n```python\n(.*?)```", README, re.S))
     assert list(code) == ["update_fake", "update_student"]
     for name, loop in code.items():
-        source = inspect.getsource(getattr(train, name))
-        assert loop.startswith("for ") and loop.endswith("    loss.backward()\n")
-        assert indent(loop, "    ") in source
+        source = (ROOT / "train.py").read_text().split(f"def {name}(")[1].split("\n\n\n")[0]
+        assert loop.startswith("for ") and indent(loop, "    ") in source
         assert indent(loop.replace("loss =", "loss = -"), "    ") not in source
 
 
-def names_equation(function, number: str) -> bool:
-    """Return whether the docstring names this equation."""
-    return bool(re.search(rf"Eqs?\. ([\d, and]+)?\b{number.strip()}\b", function.__doc__))
-
-
 def test_the_functions_of_all_equations_name_them():
-    """Negative control: sde.step names no equation 13."""
+    """In their docstrings. Negative control: sde.step names no equation 13."""
+    named = lambda text: set(re.findall(r"\d+", " ".join(re.findall(r"Eqs?\. [\d, and]+", text))))
     assert {int(n) for numbers, _ in EQUATIONS for n in numbers.split(",")} == set(range(1, 14))
-    assert not names_equation(importlib.import_module("sde").step, "13")
+    assert "13" not in named(importlib.import_module("sde").step.__doc__)
     for numbers, cell in EQUATIONS:
-        for file, name in re.findall(r"`([\w/]+)\.py:(\w+)`", cell):
-            function = getattr(importlib.import_module(file.replace("/", ".")), name)
-            assert all(names_equation(function, number) for number in numbers.split(",")), name
+        for file, name in re.findall(r"`(\w+)\.py:(\w+)`", cell):
+            doc = getattr(importlib.import_module(file), name).__doc__
+            assert set(numbers.split(", ")) <= named(doc), name
 
 
 def commands() -> list[str]:
@@ -68,8 +62,8 @@ def is_understood(line: str, patch: pytest.MonkeyPatch) -> bool:
         parsed.append(parse_args(*arguments))
         raise common.UserError("parsed")
 
-    with patch.context() as context, pytest.MonkeyPatch.context() as stderr:
-        stderr.setattr(sys, "argv", [script, *flags])
+    with patch.context() as context:
+        context.setattr(sys, "argv", [script, *flags])
         context.setattr(common.Parser, "parse_args", parse_only)
         common.exit_status("", module.main)
     if parsed and module is train:
@@ -89,25 +83,22 @@ def test_each_command_is_understood(line, monkeypatch):
 
 def test_what_the_texts_link_to_and_name_is_there():
     """Files, headings, tests. No number is left to be filled in."""
-    for name, text in TEXTS.items():
-        for file, heading in re.findall(r"\]\(([^)#:]*)(?:#([\w-]+))?\)", text):
+    for name in NAMES:
+        for file, heading in re.findall(r"\]\(([^)#:]*)(?:#([\w-]+))?\)", TEXTS[name]):
             path = (ROOT / name).parent / file if file else ROOT / name
             assert path.exists(), (name, file)
-            titles = re.findall(r"^#+ (.+)$", path.read_text(), re.M) if heading else []
-            slugs = [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
-            assert not heading or heading in slugs, (name, heading)
+            text = path.read_text().lower().replace(" ", "-") if heading else "#-\n"
+            assert f"#-{heading}\n" in re.sub(r"[^\w\n#-]", "", text), (name, heading)
     sources = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
     assert all(f"def {test}(" in sources for test in re.findall(r"`(test_\w+)`", ALL))
     assert "TODO" not in ALL
 
 
 def test_the_verdicts_are_those_of_the_kept_results():
-    """Of all nine claims, in both tables. Negative control: the other words."""
-    lines = "\n".join(json.loads((ROOT / "toy/results/claims.json").read_text())["claims"])
-    assert sorted(number for number, _ in VERDICTS) == sorted("123456789" * 2)
-    for number, verdict in VERDICTS:
-        words = {word for _, word in VERDICTS if f"claim {number} {word}" in lines}
-        assert words == {verdict}
+    """Of all nine claims, in both tables. Negative control: in another order."""
+    claims = " ".join(json.loads((ROOT / "toy/results/claims.json").read_text())["claims"])
+    kept = re.findall(r"\bclaim (\d) (\w+)", claims)
+    assert VERDICTS == 2 * kept != VERDICTS[1:] + VERDICTS[:1]
 
 
 @pytest.mark.slow
@@ -115,5 +106,5 @@ def test_the_verdicts_are_those_of_the_kept_results():
 def test_the_table_of_gpus_is_what_dry_runs_print(flags, first, second, days, capsys):
     assert train.main([*flags.split(), "--device", "cpu", "--dry-run"]) == 0
     _, header, *rows, total = capsys.readouterr().out.partition("GB per")[2].splitlines()[:5]
-    peaks = [row.split()[header.split().index("peak")] for row in rows]
-    assert peaks == [first, second] and f"{float(re.findall('[0-9.]+', total)[2]):.2g}" == days
+    assert [row.split()[header.split().index("peak")] for row in rows] == [first, second]
+    assert float(days) == pytest.approx(float(total.split()[4]), rel=0.05)

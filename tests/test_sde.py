@@ -10,9 +10,9 @@ from sde import (
     coefficients,
     diffuse,
     flow,
-    transition,
     shift,
     step,
+    transition,
     unshift,
     v_to_eps,
     v_to_score,
@@ -52,7 +52,9 @@ def test_both_ends_are_finite(p):
     for made in (v_to_x0(x, ends, v, p), v_to_eps(x, ends, v, p), step(x, 1.0, 0.0, v, p)):
         assert made.isfinite().all()
     for s in (0.0, 0.5, 0.98):
-        alpha_ts, sigma_ts = transition(s, torch.tensor([s, 1.0], dtype=torch.float64), p)
+        alpha_ts, sigma_ts = transition(
+            s, torch.tensor([s, 1.0], dtype=torch.float64), torch.zeros(2), p
+        )
         assert alpha_ts.tolist() == [1, 0] and sigma_ts.tolist() == pytest.approx([0, 1])
 
 
@@ -62,7 +64,7 @@ def test_going_by_way_of_s_changes_no_law(p):
     for s in (0.1, 0.5, 0.9):
         t = torch.linspace(s, 1, 20, dtype=torch.float64)
         alpha_s, sigma_s = coefficients(torch.tensor(s, dtype=torch.float64), normal(1), p)
-        alpha_ts, sigma_ts = transition(torch.tensor(s, dtype=torch.float64), t, p)
+        alpha_ts, sigma_ts = transition(s, t, t, p)
         torch.testing.assert_close(alpha_ts * alpha_s, p.alpha(t))
         torch.testing.assert_close(alpha_ts**2 * sigma_s**2 + sigma_ts**2, p.sigma(t) ** 2)
         naive = p.sigma(t) - alpha_ts * sigma_s

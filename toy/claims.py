@@ -35,7 +35,7 @@ import train
 from losses import v_target
 from models import common
 from models.common import normal, stream
-from sde import coefficients, diffuse, expand_like, transition
+from sde import coefficients, diffuse, transition
 from toy import digits, figure2, toy2d
 from toy.mixtures import TOYS, Mixture, mean_distance, mode_coverage
 
@@ -322,7 +322,7 @@ def mean_target(mixture: Mixture, name: str, s: float, t: Tensor, x_t: Tensor) -
     """
     x_0, (alpha_t, sigma_t) = mixture.denoise(x_t, t)[0], coefficients(t, x_t)
     alpha_s, sigma_s = coefficients(s, x_t)
-    alpha_ts, sigma_ts = transition(s, expand_like(t, x_t))
+    alpha_ts, sigma_ts = transition(s, t, x_t)
     x_s = alpha_s * x_0 + alpha_ts * (sigma_s / sigma_t) ** 2 * (x_t - alpha_t * x_0)
     eps = (x_t - alpha_ts * x_s) / sigma_ts
     return v_target(x_s, s, t, eps) if name == "Eq. 11" else eps - x_s
