@@ -146,7 +146,7 @@ def run_sampler(job: Job, c, shape: tuple, total: int, args, device) -> list[Ten
     """x at every time if --trajectory, else at the last, on the CPU."""
     cfg = job.cfg
     velocity = train.module_of(job.cfg).make_sampler(
-        cfg, job.base_of, job.weights_of, device, job.run_dir, args.offload
+        cfg, job.base_of, job.weights_of, device, job.run_dir
     )
     z = torch.stack([normal(shape, args.seed, "sample", j, "z") for j in range(args.n)])
     z = z.repeat(total // args.n, *[1] * len(shape)).to(device)  # the same noises for each prompt
@@ -274,8 +274,6 @@ def make_parser() -> common.Parser:
     add("--frames", type=int, help="frames of a video, 4n + 1; 1: a picture (default: the run's)")
     add("--weights", nargs="+", default=[], help="where they are, if not where the run had them")
     add("--dtype", choices=("bf16", "float32"), help="inside networks (default: the run's)")
-    add("--offload", default="expert", choices=("none", "expert"),
-        help="expert: one branch in memory at a time; none: both (default expert)")  # fmt: skip
     add = parser.add_argument_group("with --teacher").add_argument
     add("--steps", type=positive, help="number of steps (default: as published; with --lora 4)")
     add("--shift", type=float, help="of the times (default: as published; with --lora 5, Qwen 3)")

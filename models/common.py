@@ -429,10 +429,9 @@ def remove_files(out: Path, *patterns: str) -> None:
 
 def clear_run(out: Path) -> None:
     """Remove the files of a run, except config.json, which the new run replaces."""
+    first = ("metrics.json", "state/state.json")  # after a crash these must not be left alone
     names = [name for name in RUN_FILES if name != "config.json"]
-    # a crash in between must not leave metrics.json or state.json without the others
-    remove_files(out, "metrics.json", "state/state.json")
-    remove_files(out, *names, *(f"{name}/*" for name in names))
+    remove_files(out, *first, *names, *(f"{name}/*" for name in names))
     clear_samples(out / "samples")
 
 
@@ -446,15 +445,9 @@ def environment(device: str, processes: int, context_parallel: int) -> dict:
     git, commit = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], ""
     with contextlib.suppress(OSError):  # git is not installed
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    return dict(
-        torch=torch.__version__,
-        python=sys.version.split()[0],
-        threads=torch.get_num_threads(),
-        device=device,
-        processes=processes,
-        context_parallel=context_parallel,
-        commit=commit or "unknown",
-    )
+    versions = dict(torch=torch.__version__, python=sys.version.split()[0])
+    ranks = dict(device=device, processes=processes, context_parallel=context_parallel)
+    return versions | ranks | dict(threads=torch.get_num_threads(), commit=commit or "unknown")
 
 
 class Stop:

@@ -6,8 +6,8 @@ recomputed in backward must use the adapter that it used in forward.
 
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable
-from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,30 +70,23 @@ def add_adapter(net: nn.Module, name: str, rank: int = 64, alpha: float = 8, dev
             layer.adapters[name] = Adapter(layer, rank, alpha, device)
 
 
-def adapter_parameters(net: nn.Module, name: str) -> dict[str, nn.Parameter]:
-    """The parameters of the adapter of this name: blocks.0.ffn.0.down, blocks.0.ffn.0.up, ..."""
-    return {
-        f"{key}.{part}": p
-        for key, layer in adapted_layers(net).items()
-        for part, p in layer.adapters[name].named_parameters()
-    }
-
-
 def start_adapter(
     net: nn.Module, name: str, key: tuple, rank: int = 64, alpha: float = 8, device=None
 ) -> dict[str, nn.Parameter]:
     """Add an adapter, or start it again in place. Returns its parameters.
 
     up is 0, so the network computes what it did before; down comes from the random stream of key.
+    The names are blocks.0.ffn.0.down, blocks.0.ffn.0.up, ...
     """
     add_adapter(net, name, rank, alpha, device)
-    rng = stream(*key)
-    for layer in adapted_layers(net).values():
+    rng, parameters = stream(*key), {}
+    for layer_name, layer in adapted_layers(net).items():
         adapter = layer.adapters[name]
         down = torch.randn(rank, layer.in_features, generator=rng) / rank  # on the CPU
         parallel.copy_to_local(adapter.down, down)
         parallel.local(adapter.up.detach()).zero_()
-    return adapter_parameters(net, name)
+        parameters |= {f"{layer_name}.down": adapter.down, f"{layer_name}.up": adapter.up}
+    return parameters
 
 
 def attach(net: nn.Module, name: str, factors: dict[str, Factors], device=None) -> None:
@@ -156,25 +149,41 @@ def read_deltas(path: Path, aliases: dict[str, str]) -> dict[str, Delta]:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key).float() for key in file.keys()}
-        metadata = json.loads(read_metadata(path).get("lora_adapter_metadata", "{}"))
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError) as error:
         raise UserError(f"cannot read {path} ({first_line(error)}); name a LoRA file") from error
-    layers: dict[str, dict[str, Tensor]] = {}
+    metadata = json.loads(read_metadata(path).get("lora_adapter_metadata", "{}"))
+    metadata = {key.removeprefix("transformer."): value for key, value in metadata.items()}
+    for key in ("alpha_pattern", "use_rslora", "use_dora"):  # other scales than ours
+        if metadata.get(key):
+            raise UserError(f"{path}: {key} in its metadata is not supported; use another file")
+    layers: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for key, tensor in tensors.items():
         layer, part = parse_key(key, aliases)
         if not layer:
             raise UserError(f"{path}: {key} is not a LoRA of a layer of this network")
-        if part in layers.setdefault(layer, {}):
-            raise UserError(f"{path}: {key} is there twice, under two names; keep one")
-        if not tensor.isfinite().all():
-            raise UserError(f"{path}: {key} has values that are not finite; use another file")
         layers[layer][part] = tensor
-    if not layers:
-        raise UserError(f"{path} has no tensors; name a LoRA file")
-    alpha, deltas = metadata_alpha(metadata, path), {}
+    deltas = {}
     for layer, parts in layers.items():
-        deltas |= layer_deltas(layer, parts, alpha, path)
+        deltas |= layer_deltas(layer, parts, metadata.get("lora_alpha"), path)
     return deltas
+
+
+def layer_deltas(
+    layer: str, parts: dict[str, Tensor], alpha: float | None, path: Path
+) -> dict[str, Delta]:
+    """The changes of one layer's parameters. alpha: of the file, if the layer has none."""
+    deltas = {}
+    for part in DIFFS.keys() & parts.keys():
+        diff = parts[part]
+        deltas[layer + DIFFS[part]] = Delta(tuple(diff.shape), lambda w, diff=diff: w + diff)
+    if not {"up", "down", "alpha"} & parts.keys():
+        return deltas
+    if not {"up", "down"} <= parts.keys() or "diff" in parts:
+        raise UserError(f"{path}: {layer}: a LoRA needs lora_up and lora_down, and no .diff")
+    up, down = parts["up"], parts["down"]
+    alpha = parts["alpha"].item() if "alpha" in parts else alpha
+    scale = 1.0 if alpha is None else alpha / len(down)
+    return deltas | {layer + ".weight": delta_of(Factors(up, down, scale))}
 
 
 def parse_key(key: str, aliases: dict[str, str]) -> tuple[str, str]:
@@ -186,43 +195,10 @@ def parse_key(key: str, aliases: dict[str, str]) -> tuple[str, str]:
     return aliases.get(module, ""), suffix["diff"] or suffix.lastgroup
 
 
-def metadata_alpha(metadata: dict, path: Path) -> float | None:
-    """The alpha of diffusers' metadata. Raises UserError for scales that we do not apply."""
-    metadata = {key.removeprefix("transformer."): value for key, value in metadata.items()}
-    for key in ("alpha_pattern", "use_rslora", "use_dora"):
-        if metadata.get(key):
-            raise UserError(f"{path}: {key} in its metadata is not supported; use another file")
-    return metadata.get("lora_alpha")
-
-
-def layer_deltas(
-    layer: str, parts: dict[str, Tensor], alpha: float | None, path: Path
-) -> dict[str, Delta]:
-    """The changes of one layer's parameters. alpha: of the file, if the layer has none."""
-    deltas = {}
-    for part, suffix in DIFFS.items():
-        if part in parts:
-            diff = parts[part]
-            deltas[layer + suffix] = Delta(tuple(diff.shape), lambda w, diff=diff: w + diff)
-    if not {"up", "down", "alpha"} & set(parts):
-        return deltas
-    up, down = parts.get("up"), parts.get("down")
-    if up is None or down is None or "diff" in parts:
-        raise UserError(f"{path}: {layer}: a LoRA needs lora_up and lora_down, and no .diff")
-    if up.ndim != 2 or down.ndim != 2 or up.shape[1] != len(down):
-        shapes = f"{tuple(up.shape)} and {tuple(down.shape)}"
-        raise UserError(f"{path}: {layer}: expected up (out, rank), down (rank, in), got {shapes}")
-    alpha = parts["alpha"].item() if "alpha" in parts else alpha
-    scale = 1.0 if alpha is None else alpha / len(down)
-    return deltas | {layer + ".weight": delta_of(Factors(up, down, scale))}
-
-
-# -- which file is for which branch, and for which steps -----------------------------------------
+# -- which file is for which branch --------------------------------------------------------------
 
 NOISE = re.compile(r"(high|low)[-_ ]?noise", re.I)  # as most names say it
-WORD = re.compile(  # High, -low-, LOW; not slow, FLOW, lower
-    r"((?<![a-zA-Z])(?:high|low)|High|Low)(?![a-z])|(?<![a-zA-Z])(HIGH|LOW)(?![a-zA-Z])"
-)
+WORD = re.compile(r"(?<![a-z])(high|low)(?![a-z])", re.I)  # high, -low-, LOW; not slow, lower
 
 
 def read_metadata(file: Path | str) -> dict[str, str]:
@@ -237,8 +213,7 @@ def read_metadata(file: Path | str) -> dict[str, str]:
 def noise_of(file: Path | str) -> str:
     """ "high", "low" or "": by the metadata that models/export.py writes, or by the file's name."""
     name = Path(file).name
-    words = NOISE.findall(name) or ["".join(groups) for groups in WORD.findall(name)]
-    words = {word.lower() for word in words}
+    words = {word.lower() for word in NOISE.findall(name) or WORD.findall(name)}
     return read_metadata(file).get("noise") or (words.pop() if len(words) == 1 else "")
 
 
@@ -250,63 +225,3 @@ def sort_high_low(files: Iterable) -> list:
         raise UserError(f"{files[0]} and {files[1]} are both for {noises[0]} noise; name one each")
     swapped = len(files) == 2 and (noises[0] == "low" or noises[1] == "high")
     return files[::-1] if swapped else files
-
-
-class StepFiles(NamedTuple):
-    """Which LoRA file takes which steps."""
-
-    roles: list[str]  # the role of each step
-    times: tuple[float, ...]
-    base_of: dict[str, int]  # role -> branch whose network it is on
-    files: dict[str, Path]  # by role
-
-
-def files_by_time(
-    files: list[Path], times: tuple[float, ...], boundary_t: float | None
-) -> StepFiles:
-    """One file per transformer, chosen by t: LoRA files of other trainers."""
-    branches = 2 if boundary_t else 1
-    if len(files) != branches:
-        raise UserError(f"--lora: expected one file per transformer ({branches}), got {len(files)}")
-    by_role = {f"student{i}": file for i, file in enumerate(sort_high_low(files), 1)}
-    if branches == 2:
-        reason = "by metadata or name" if any(map(noise_of, files)) else "in the order given"
-        high, low = (file.name for file in by_role.values())
-        print(f"high noise: {high}, low noise: {low}, {reason}")
-    roles = [f"student{1 if not boundary_t or t >= boundary_t else 2}" for t in times[:-1]]
-    return StepFiles(roles, times, {role: int(role[-1]) for role in by_role}, by_role)
-
-
-def files_by_metadata(files: list[Path], branches: int) -> StepFiles:
-    """The files of a student that we exported: steps and times are those of their metadata."""
-    steps, base_of, by_role, students = [], {}, {}, set()
-    for file in files:
-        metadata = read_metadata(file)
-        try:
-            role, times = f"student{int(metadata['phase'])}", parse_times(metadata["times"])
-            steps += [(int(step), role) for step in json.loads(metadata["steps"])]
-            base_of[role], by_role[role] = int(metadata["branch"]), file
-            if not 1 <= base_of[role] <= branches:
-                raise ValueError(f"branch {base_of[role]}")
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise UserError(f"{file}: damaged metadata ({error}); export it again") from error
-        students.add(tuple(metadata.get(key) for key in ("times", "phases", "base", "boundary")))
-    if len(students) > 1:
-        raise UserError(f"{', '.join(f.name for f in files)} come from different students")
-    steps.sort()
-    if [i for i, _ in steps] != list(range(len(times) - 1)) or len(by_role) < len(files):
-        raise UserError(
-            f"--lora: expected one file for each of {metadata['phases']} phases, "
-            f"got {', '.join(sorted(by_role))}"
-        )
-    for role, file in sorted(by_role.items()):
-        print(f"{file.name}: {role}, by its metadata")
-    return StepFiles([role for _, role in steps], times, base_of, by_role)
-
-
-def parse_times(text: str) -> tuple[float, ...]:
-    """1 = t_0 > ... > t_N = 0 from JSON. Raises ValueError."""
-    times = tuple(map(float, json.loads(text)))
-    if times[0] != 1 or times[-1] != 0 or not all(a > b for a, b in pairwise(times)):
-        raise ValueError(f"times {times}")
-    return times

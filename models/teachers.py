@@ -638,13 +638,12 @@ def first_frame(cfg, args, shape: tuple, device: torch.device) -> Tensor:
 
 
 def make_sampler(
-    cfg, base_of: dict[str, int], weights_of: Callable, device, run_dir: Path, offload: str
+    cfg, base_of: dict[str, int], weights_of: Callable, device, run_dir: Path
 ) -> Callable[..., Tensor]:
     """velocity(name, x_t, t, c) of roles by name, loaded when first called.
 
     base_of: name -> branch whose network the role is on. weights_of(name): weights.RoleWeights.
-    offload "expert": one network is in memory at a time. Each is loaded once, since the steps of a
-    role follow each other.
+    One network is in memory at a time. Each is loaded once, since a role's steps follow each other.
     """
     with_guidance, networks, roles = make_guidance(cfg, run_dir), {}, {}
 
@@ -652,9 +651,8 @@ def make_sampler(
         role = weights_of(name)
         key = name if role.full or role.deltas else base_of[name]
         if key not in networks:
-            if offload == "expert":
-                roles.clear()
-                networks.clear()
+            roles.clear()
+            networks.clear()
             networks[key] = load_network(cfg, base_of[name], role, device)
         if role.factors:
             lora.attach(networks[key], name, role.factors, device)

@@ -66,27 +66,25 @@ def write_embeddings(path, teacher, prompts=("a", "b"), dim=64, length=9):
     return path
 
 
+PREFIXES = {"bare": "", "diffusers": "transformer.", "musubi": "lora_unet_"}
+FACTORS = {  # names of down and up
+    "A B": ("lora_A.default", "lora_B.default"), "diffusers": ("lora_A", "lora_B"),
+}  # fmt: skip
 FORMS = ("lightning", "A B", "diffusers", "bare", "musubi", "no alpha")  # of LoRA files
 
 
 def write_lora(path, form, net, seed=0, rank=2) -> float:
     """A LoRA of all adapted layers in one of the published forms. Returns its alpha / rank."""
-    tensors, metadata, scale = {}, None, 0.5
+    tensors, metadata, scale = {}, None, 1.0 if form in ("A B", "no alpha") else 0.5
     for name, layer in lora.adapted_layers(net).items():
-        prefix, words, key = "diffusion_model.", ("lora_down", "lora_up"), name
-        if form == "diffusers":
-            prefix, words, key = "transformer.", ("lora_A", "lora_B"), net.diffusers_name(name)
-        if form == "A B":
-            words = "lora_A.default", "lora_B.default"
-        if form == "bare":
-            prefix = ""
-        if form == "musubi":
-            prefix, key = "lora_unet_", name.replace(".", "_")
-        for word, shape in zip(words, ((rank, layer.in_features), (layer.out_features, rank))):
-            tensors[f"{prefix}{key}.{word}.weight"] = normal(shape, seed, name, word[:6]) / 3
-        if form not in ("A B", "diffusers", "no alpha"):
-            tensors[f"{prefix}{key}.alpha"] = torch.tensor(rank * scale)
+        key = {"diffusers": net.diffusers_name(name), "musubi": name.replace(".", "_")}
+        key = PREFIXES.get(form, "diffusion_model.") + key.get(form, name)
+        down, up = FACTORS.get(form, ("lora_down", "lora_up"))
+        for word, shape in ((down, (rank, layer.in_features)), (up, (layer.out_features, rank))):
+            tensors[f"{key}.{word}.weight"] = normal(shape, seed, name, word[:6]) / 3
+        if form in ("lightning", "bare", "musubi"):
+            tensors[f"{key}.alpha"] = torch.tensor(rank * scale)
     if form == "diffusers":
         metadata = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": rank * scale})}
     save_file(tensors, path, metadata)
-    return 1.0 if form in ("A B", "no alpha") else scale
+    return scale

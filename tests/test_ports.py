@@ -16,11 +16,10 @@ from einops import rearrange
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-import moe
 from models import layers, lora, qwen_image, wan, weights
 from models.qwen_image import QwenImage, pack
 from models.wan import Wan
-from phases import step_times, trajectory
+from phases import branch_at, step_times, trajectory
 
 PARITY = Path(__file__).parents[2] / "shared" / "parity"
 references = pytest.mark.skipif(not PARITY.is_dir(), reason=f"no stored outputs in {PARITY}")
@@ -479,12 +478,12 @@ def test_two_branches_make_the_steps_of_diffusers_pipeline(tmp_path, boundary):
         callback_on_step_end=lambda p, i, t, values: expected.append(values["latents"]) or {},
     )  # fmt: skip
     (tmp_path / "model_index.json").write_text(json.dumps({"boundary_ratio": boundary}))
-    (high, low), boundary_t = weights.load_teacher("wan22-tiny", tmp_path, dtype=torch.float32)
-    assert boundary_t == boundary
-    net, times = moe.route_by_time(high, low, boundary_t), step_times(4, 5.0)
+    branches, boundary_t = weights.load_teacher("wan22-tiny", tmp_path, dtype=torch.float32)
+    times = step_times(4, 5.0)
+    nets = [branches[branch_at(t, boundary_t) - 1] for t in times[:-1]]
     with torch.no_grad():
-        xs = list(trajectory([net] * 4, times, z, {"text": text}))[1:]
-        *_, wrong = trajectory([high] * 4, times, z, {"text": text})
+        xs = list(trajectory(nets, times, z, {"text": text}))[1:]
+        *_, wrong = trajectory([branches[0]] * 4, times, z, {"text": text})
     for x, x_diffusers in zip(xs, expected, strict=True):
         assert_close(x, x_diffusers)
     assert_far(wrong, expected[-1], 1e-2)

@@ -155,7 +155,7 @@ def test_one_transformer_is_found_in_its_folder_and_at_the_root(tmp_path):
         assert boundary_t is None and is_same(net, tiny())
 
 
-@pytest.mark.parametrize("name", [n for n in weights.TEACHERS if n.endswith("tiny")])
+@pytest.mark.parametrize("name", ["wan22-tiny", "qwen-image-tiny"])
 def test_random_weights_repeat_and_differ_by_seed(name):
     first, again, other = (weights.random_network(name, seed=seed) for seed in (0, 0, 1))
     assert is_same(first, dict(again.named_parameters()))
@@ -187,29 +187,24 @@ def test_every_form_of_lora_is_read_with_its_alpha(tmp_path, teacher, form):
 
 @pytest.mark.parametrize("names,order", [
     (("low_noise_model", "high_noise_model"), [1, 0]), (("High", "Low"), [0, 1]),
-    (("slowmo_HN", "mo_LN"), [0, 1]), (("flow-low", "flow-high"), [1, 0]), (("a", "b"), [0, 1]),
-    (("model", "HIGH"), [1, 0]), (("mineLowNoise", "HighNoise"), [1, 0]),
-    (("low_rank_high_noise", "b"), [0, 1]), (("high_quality_low_noise", "b"), [1, 0]),
-    (("FLOW", "SLOW_motion"), [0, 1]), (("lower", "higher"), [0, 1]), (("high_low", "x"), [0, 1]),
+    (("flow-low", "flow-high"), [1, 0]), (("a", "b"), [0, 1]), (("model", "HIGH"), [1, 0]),
+    (("mineLowNoise", "HighNoise"), [1, 0]), (("low_rank_high_noise", "b"), [0, 1]),
+    (("FLOW", "slow_motion"), [0, 1]), (("lower", "higher"), [0, 1]), (("high_low", "x"), [0, 1]),
 ])  # fmt: skip
 def test_loras_are_told_apart_by_whole_words_only(names, order):
     files = [Path(name + ".safetensors") for name in names]
     assert lora.sort_high_low(files) == [files[i] for i in order]
-
-
-def test_two_loras_go_to_their_branches_by_name(tmp_path):
-    """Differences of whole biases too; two for the same branch are refused."""
-    root, key = save_branches(tmp_path / "w", weights.PAIRS[0]), "blocks.0.ffn.0"
-    files = [tmp_path / "low.safetensors", tmp_path / "high.safetensors"]
-    save_file({f"{key}.diff_b": torch.ones(96)}, files[0])
-    save_file({f"{key}.diff": torch.ones(96, 64)}, files[1])
-    high, low = weights.load_teacher("wan22-tiny", root, dtype=torch.float32,
-                                     teacher_lora=files).branches  # fmt: skip
-    assert torch.equal(high.blocks[0].ffn[0].weight, tiny(0)[f"{key}.weight"] + 1)
-    assert torch.equal(low.blocks[0].ffn[0].bias, tiny(1)[f"{key}.bias"] + 1)
-    assert torch.equal(high.blocks[0].ffn[0].bias, tiny(0)[f"{key}.bias"])
     with pytest.raises(UserError, match="both for high noise"):
-        lora.sort_high_low([files[1], files[1]])
+        lora.sort_high_low([Path("a_high"), Path("b_high")])
+
+
+def test_a_lora_may_change_whole_weights_and_biases(tmp_path):
+    base, key = save(tmp_path / "base", tiny()), "blocks.0.ffn.0"
+    tensors = {f"{key}.diff_b": torch.ones(96), f"{key}.diff": torch.ones(96, 64)}
+    save_file(tensors, tmp_path / "lora.safetensors")
+    net = weights.load(base, torch.float32, teacher_lora=tmp_path / "lora.safetensors")
+    assert torch.equal(net.blocks[0].ffn[0].weight, tiny()[f"{key}.weight"] + 1)
+    assert torch.equal(net.blocks[0].ffn[0].bias, tiny()[f"{key}.bias"] + 1)
 
 
 @pytest.mark.parametrize("layer,parts,expected", [
@@ -217,7 +212,6 @@ def test_two_loras_go_to_their_branches_by_name(tmp_path):
     ("blocks.9.self_attn.q", {"lora_up.weight": (64, 4)}, "not a LoRA of a layer"),
     ("blocks.0.ffn.0", {"lokr_w1": (64, 4)}, "not a LoRA of a layer"),
     ("blocks.0.ffn.0", {"diff": (64, 96)}, r"expected the shape \(96, 64\)"),
-    ("blocks.0.ffn.0", {"lora_up.weight": (96, 4), "lora_down.weight": (3, 64)}, "expected up"),
 ])  # fmt: skip
 def test_a_file_that_is_not_a_lora_of_this_network_is_refused(tmp_path, layer, parts, expected):
     tensors = {f"{layer}.{part}": torch.ones(shape) for part, shape in parts.items()}
@@ -227,11 +221,10 @@ def test_a_file_that_is_not_a_lora_of_this_network_is_refused(tmp_path, layer, p
         weights.load(base, teacher_lora=tmp_path / "lora.safetensors")
 
 
-@pytest.mark.parametrize("key", ["alpha_pattern", "use_rslora"])
-def test_metadata_of_a_lora_that_changes_its_scale_is_refused(tmp_path, key):
-    metadata = {"lora_adapter_metadata": json.dumps({f"transformer.{key}": {"a": 1}})}
+def test_metadata_of_a_lora_that_changes_its_scale_is_refused(tmp_path):
+    metadata = {"lora_adapter_metadata": json.dumps({"transformer.alpha_pattern": {"a": 1}})}
     save_file({"blocks.0.ffn.0.diff_b": torch.ones(96)}, tmp_path / "l.safetensors", metadata)
-    with pytest.raises(UserError, match=key):
+    with pytest.raises(UserError, match="alpha_pattern"):
         weights.load(save(tmp_path / "base", tiny()), teacher_lora=tmp_path / "l.safetensors")
 
 
@@ -249,12 +242,8 @@ def change(**changes):
     return damage
 
 
-def overwrite(pattern, content):
-    return lambda folder: sorted(folder.glob(pattern))[0].write_bytes(content)
-
-
 def truncate(folder):
-    file = sorted(folder.glob("*.safetensors"))[1]
+    file = folder / SHARD
     file.write_bytes(file.read_bytes()[:-1000])
 
 
@@ -268,21 +257,15 @@ PATCH = "patch_embedding__weight"  # the first tensor of the first shard
 SHARD = "diffusion_pytorch_model-00002-of-00003.safetensors"
 DAMAGE = {
     "a truncated shard": (truncate, "cannot read"),
-    "a shard that is missing": (lambda f: (f / SHARD).unlink(), "the index names it"),
-    "a pointer of git lfs": (overwrite(SHARD, b"version https://git-lfs.com\n"), "cannot read"),
+    "a shard that is missing": (lambda folder: (folder / SHARD).unlink(), "cannot read"),
     "pickles only": (pickled, ".pth and .bin are not read"),
-    "a garbled index": (overwrite("*.index.json", b'{"weight_map": {'), "cannot read"),
-    "a garbled config": (overwrite("config.json", b"\xff\xfe{"), "cannot read"),
-    "a config of another model": (overwrite("config.json", b'{"_class_name": "AutoencoderKLWan"}'),
-                                  "expected one of"),
+    "a garbled config": (lambda folder: (folder / "config.json").write_text("{"), "cannot read"),
+    "another model": (lambda folder: (folder / "config.json").write_text("{}"), "expected one of"),
     "a tensor missing": (change(**{PATCH: None}), "lacks patch_embedding.weight (64, 16, 1, 2, 2)"),
     "a branch that is not ported": (change(img_emb=torch.ones(3)), "does not belong"),
-    "another size": (change(**{PATCH: torch.ones(32, 16, 1, 2, 2)}), "expected the shape"),
-    "quantized to float8": (change(**{PATCH: torch.ones(64, 16, 1, 2, 2).to(torch.float8_e4m3fn)}),
-                            "quantized"),
-    "a NaN": (change(**{PATCH: torch.full((64, 16, 1, 2, 2), torch.nan)}), "not finite"),
-    "zeros of a broken download": (change(**{PATCH: torch.zeros(64, 16, 1, 2, 2)}), "all zeros"),
-}  # fmt: skip
+    "another size": (change(**{PATCH: torch.ones(32, 16, 1, 2, 2)}), "got F32 (32, 16, 1, 2, 2)"),
+    "float8": (change(**{PATCH: torch.ones(64, 16, 1, 2, 2).to(torch.float8_e4m3fn)}), "F8_E4M3"),
+}
 
 
 @pytest.mark.parametrize("name", DAMAGE)
@@ -304,18 +287,12 @@ def test_a_folder_that_is_not_there_says_how_to_get_it(tmp_path):
 
 
 @pytest.mark.parametrize("name,expected", [
-    ("wan22", "two transformers"), ("qwen-image", "is a QwenImage"), ("wan22-5b", "in_dim 48"),
-    ("wan21", "has dim 5120"), ("wan22-i2v-tiny", "two transformers"), ("wan23", "nearest: wan22"),
+    ("wan22", "two transformers"), ("qwen-image", "is a QwenImage"),
+    ("wan21", "has dim 5120"), ("wan23", "expected one of wan21-1.3b"),
 ])  # fmt: skip
 def test_the_folder_of_another_model_is_refused(tmp_path, name, expected):
     with pytest.raises(UserError, match=expected):
         weights.load_teacher(name, save(tmp_path, tiny()))
-
-
-def test_two_branches_are_not_taken_for_one_transformer(tmp_path):
-    save_branches(tmp_path, ("transformer", "transformer_2"))
-    with pytest.raises(UserError, match="expected one transformer, got 2"):
-        weights.load_teacher("wan21", tmp_path)
 
 
 def test_the_command_counts_a_whole_download_and_refuses_another(tmp_path, capsys):

@@ -9,6 +9,7 @@ import ctypes
 import errno
 import json
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -112,13 +113,24 @@ def process_peak() -> int:
     return 1024 * int(next(line for line in status.splitlines() if "VmHWM" in line).split()[1])
 
 
-def command(argv: list[str], stop_at: int = 0, fail_at: int = 0, fail_rank: int = 0) -> None:
-    """Call train.py. It receives a signal, or a write fails, at the call with this number."""
+def command(
+    argv: list[str], stop_in: list[int] | None = None, fail_at: int = 0, fail_rank: int = 0
+) -> None:
+    """Call train.py.
+
+    stop_in    [k, i]: the last rank receives a signal in phase k, iteration i
+    fail_at    on fail_rank, the call of fsync or rename with this number fails
+    """
     media.sheet, media.curves = lambda *_: b"an image", lambda *_: b"curves"
     teachers.throughput, teachers.phase_summary = lambda *_: {}, lambda *_: ""
-    if stop_at:
-        calls, max_over_ranks = count(1), parallel.max_over_ranks
-        parallel.max_over_ranks = lambda n: max_over_ranks(15 if next(calls) == stop_at else n)
+    run_iteration = train.run_iteration
+
+    def run_and_stop(run):
+        if [run.k, run.i] == stop_in and parallel.topology.rank == parallel.topology.processes - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return run_iteration(run)
+
+    train.run_iteration = run_and_stop
     fails = fail_at and fail_rank == int(os.environ.get("RANK", 0))
     calls = fail_call(fail_at if fails else 0)
     status = train.main(argv)

@@ -213,7 +213,7 @@ def sample_inputs(cfg, args, out: Path, run_dir: Path, device) -> tuple:
     return cfg, c, shape, []
 
 
-def make_sampler(cfg, base_of: dict, weights_of: Callable, device, run_dir, offload) -> Callable:
+def make_sampler(cfg, base_of: dict, weights_of: Callable, device, run_dir) -> Callable:
     """velocity(name, x_t, t, c) of a finished student's roles and of the exact teacher."""
     nets = {}
     for name in base_of:
