@@ -473,7 +473,8 @@ def run_training(run: Run, began: float, stop: common.Stop) -> float:
             save_preview(run, log)
         if signal or is_due(run, cfg.save_every):
             save_state(run, log.sync(), time.time() - began)
-        stop.check()
+        if signal:  # not a later one, which would find no checkpoint of this iteration
+            raise common.Interrupted(signal, stop.advice)
         if last:
             bar.close()
             print(module.phase_summary(cfg, run.phases, run.k, phase_rows), end="")

@@ -274,7 +274,8 @@ def assign_by_metadata(metadata: dict[Path, dict]) -> tuple[list, tuple, dict, d
         print(f"{file.name}: {role}, by its metadata")
     students = {(entry["times"], entry["base"]) for entry in metadata.values()}
     times = json.loads(entry["times"])
-    if len(students) > 1 or len(steps) < len(times) - 1:
+    is_whole = len(steps) == len(times) - 1 and len(file_of) == len(metadata)
+    if len(students) > 1 or not is_whole:
         names = ", ".join(file.name for file in metadata)
         raise UserError(f"--lora: expected the files of all phases of one student, got {names}")
     return [steps[i] for i in range(len(steps))], tuple(times), base_of, file_of

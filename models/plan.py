@@ -46,22 +46,24 @@ class Cost(NamedTuple):
 @lru_cache(maxsize=64)
 def cost(
     teacher: str, shape: tuple, full: bool, rank: int, dtype: torch.dtype, checkpointing: bool,
-    sharded: bool = False,
+    sharded: bool = False, flops_only: bool = False,
 ) -> Cost:  # fmt: skip
     """Cost of a sample of this shape (C, ...) through a role: a LoRA, or all parameters (full).
 
     sharded: FSDP gathers full parameters in dtype, so no layer casts them from float32.
+    flops_only: leave the bytes at 0; following every allocation takes seconds.
     """
     layers = teacher_spec(teacher).settings["num_layers"]
     with parallel.pretend_topology("1", 1):  # the caller may have several processes
-        options = shape, full, rank, dtype, checkpointing, sharded
+        options = shape, full, rank, dtype, checkpointing, sharded, flops_only
         two, three = (measure(teacher_network(teacher, dtype, n), *options) for n in (2, 3))
     return Cost(*(a + (b - a) * (layers - 2) for a, b in zip(two, three)))
 
 
 def measure(
-    net: nn.Module, shape: tuple, full: bool, rank: int, dtype, checkpointing: bool, sharded: bool
-) -> Cost:
+    net: nn.Module, shape: tuple, full: bool, rank: int, dtype, checkpointing: bool, sharded: bool,
+    flops_only: bool,
+) -> Cost:  # fmt: skip
     """Cost of a network on the meta device, by running it."""
     net.checkpointing, adapter = checkpointing, None if full else "role"
     if full:
@@ -75,6 +77,8 @@ def measure(
 
     forward, total = count_flops(lambda: net(x, t, c, adapter))
     recomputed = forward if checkpointing else 0
+    if flops_only:
+        return Cost(forward, total - recomputed, recomputed, 0, 0, 0)
     known = [x, t, *c.values(), *net.parameters()]
     with MemoryTracker(known) as tracker, torch.no_grad():
         net(x, t, c, adapter)
@@ -199,12 +203,12 @@ def role_kind(cfg, name: str) -> str:
     return cfg.generator if name.startswith("student") else cfg.fake
 
 
-def role_cost(cfg, name: str, shape: tuple) -> Cost:
+def role_cost(cfg, name: str, shape: tuple, flops_only: bool = False) -> Cost:
     """Cost of a sample of this shape through a trained role."""
     full, checkpointing = role_kind(cfg, name) == "full", cfg.checkpointing == "on"
     sharded = full and parallel.topology.processes > 1
     dtype = dtype_named(cfg.dtype)
-    return cost(cfg.teacher, shape, full, cfg.rank, dtype, checkpointing, sharded)
+    return cost(cfg.teacher, shape, full, cfg.rank, dtype, checkpointing, sharded, flops_only)
 
 
 class Memory(NamedTuple):
@@ -273,7 +277,7 @@ def step_flops(cfg, phase, buckets: dict[tuple, float]) -> tuple[float, float]:
     step_recomputed = truncated and cfg.checkpointing == "on"  # see rollout
     useful = recomputed = 0.0
     for shape, probability in buckets.items():
-        student, fake = (role_cost(cfg, name, shape) for name in ("student1", "fake1"))
+        student, fake = (role_cost(cfg, name, shape, True) for name in ("student1", "fake1"))
         n = cfg.batch * probability
         useful += n * (student_forwards * student.forward + trained * student.training)
         useful += n * (teacher_forwards * student.forward + fake.forward)

@@ -536,7 +536,7 @@ def throughput(cfg, phase: Phase, seconds: float, device: torch.device) -> dict:
 
 
 def phase_summary(cfg, phases: list[Phase], k: int, rows: list[dict]) -> str:
-    """Time per micro-batch, memory beside the plan's, and MFU of phase k, from its log rows."""
+    """Time per micro-batch, peak memory and MFU of phase k, from its log rows."""
     rows = [row for row in rows if row["role"].startswith("student")]
     rows = rows[len(rows) // 2 :]  # the first iterations allocate memory and choose kernels
     seconds, memory, mfu, hfu = (
@@ -544,12 +544,9 @@ def phase_summary(cfg, phases: list[Phase], k: int, rows: list[dict]) -> str:
         for key in ("seconds_iteration", "memory_gb", "mfu", "hfu")
     )
     forwards = (cfg.fake_updates + 1) * num_micro_batches(cfg) / parallel.topology.data_parallel
-    cfg = replace(cfg, micro_batch=cfg.micro_batch or cfg.batch)
-    largest = max(buckets(cfg), key=math.prod)
-    planned = plan.phase_memory(cfg, active_roles(cfg, phases, k), largest).peak
     return (
         f"phase {k}: {seconds / forwards:.3g} s per micro-batch of an update, peak memory "
-        f"{memory:.4g} GB (plan: {planned / 1e9:.4g}), MFU {mfu:.1%}, HFU {hfu:.1%}\n"
+        f"{memory:.4g} GB, MFU {mfu:.1%}, HFU {hfu:.1%}\n"
     )
 
 

@@ -14,7 +14,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from students import make_student, train_student, write_embeddings, write_lora
 
-import moe
 import sample
 from models import encoders, export, lora, qwen_image, teachers, weights
 from models.common import UserError, normal
@@ -307,7 +306,7 @@ def our_latents(student, z, c):
     weights_of = partial(weights.student_weights, student.cfg, student.file)
     cfg, device = replace(student.cfg, guidance=(1.0,)), torch.device("cpu")
     velocity = teachers.make_sampler(cfg, student.base_of, weights_of, device, None)
-    nets = [partial(velocity, name) for name in moe.student_of_step(student.phases)]
+    nets = [partial(velocity, f"student{p.k}") for p in student.phases for _ in p.t[:-1]]
     with torch.no_grad():
         xs = list(trajectory(nets, student.times, z, c))[1:]
     return xs if z.ndim == 5 else [pack(x) for x in xs]
