@@ -18,10 +18,14 @@ ROOT = Path(__file__).parent.parent
 QUICK = "--iters 2 --warmup 1 --batch 8 --fake-updates 1 --eval-samples 50".split()
 
 
+DRAW_PICTURE = toy2d.draw_picture
+
+
 @pytest.fixture(autouse=True)
-def fitted(monkeypatch, start):
-    """The short fit of conftest: commands are what is tested here."""
+def quick(monkeypatch, start):
+    """The short fit of conftest and no picture: commands are what is tested here."""
     monkeypatch.setattr(toy2d, "fit_start", lambda cfg, progress: start(cfg))
+    monkeypatch.setattr(toy2d, "draw_picture", lambda *_: b"a picture")
 
 
 @pytest.fixture
@@ -44,7 +48,10 @@ def refusal(capsys, argv, main=train.main) -> str:
     return printed.err
 
 
-def test_a_run_leaves_everything_that_is_promised(finished):
+def test_a_run_leaves_everything_that_is_promised(tmp_path, monkeypatch):
+    monkeypatch.setattr(toy2d, "draw_picture", DRAW_PICTURE)
+    finished = tmp_path / "run"
+    assert train.main([*QUICK, "--out", str(finished)]) == 0
     promised = (
         "config.json log.jsonl metrics.json samples.png start.safetensors student.safetensors"
     )

@@ -35,7 +35,7 @@ COMMANDS = {
 def quick(monkeypatch, start):
     """A start that costs nothing and pictures of nothing: files are what is tested here."""
     monkeypatch.setattr(toy2d, "fit_start", lambda cfg, progress: start(cfg))
-    monkeypatch.setattr(toy2d, "picture", lambda *_: b"a picture")
+    monkeypatch.setattr(toy2d, "draw_picture", lambda *_: b"a picture")
     monkeypatch.setattr(media, "sheet", lambda *_: b"a picture")
     monkeypatch.setattr(media, "curves", lambda log: b"curves of " + log.name.encode())
 

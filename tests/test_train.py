@@ -299,15 +299,15 @@ def end_of_phase_1(new_run, **settings):
     for row, *_ in train.train(run):
         if row["phase"] == 1 and run.i == run.cfg.iters:
             break
-    *_, x = trajectory(run.nets[:2], run.times[:3], normal((10_000, 2), "z"))
-    exact = toy2d.load_mixture(run.cfg).sample_at(0.5, 10_000, stream("exact"))
+    *_, x = trajectory(run.nets[:2], run.times[:3], normal((4000, 2), "z"))
+    exact = toy2d.load_mixture(run.cfg).sample_at(0.5, 4000, stream("exact"))
     return energy(x.detach(), exact)
 
 
 def test_the_naive_target_harms_the_end_of_phase_1(new_run):
     """Energy of x_{t_1} to exact x_{t_1}: at least 3 times worse. The last phase would hide it."""
     good, bad = (
-        end_of_phase_1(new_run, iters=250, warmup=100, target=target)
+        end_of_phase_1(new_run, iters=120, warmup=60, target=target)
         for target in ("unbiased", "biased")
     )
-    assert good < 0.006 and bad > 3 * good
+    assert good < 0.01 and bad > 3 * good
