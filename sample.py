@@ -88,8 +88,10 @@ def check_base(digests: dict[str, str], base: list[Path], moved: bool) -> None:
     if then == list(common.digest_files(base).values()):
         return
     if not moved:
-        raise UserError(f"{base[0]} or another file of the teacher has changed since the run; "
-                        "restore it or name the old files with --weights")  # fmt: skip
+        raise UserError(
+            f"{base[0]} or another file of the teacher has changed since the run; "
+            "restore it or name the old files with --weights"
+        )
     print("note: the student was trained on other files than --weights: another layout, or values")
 
 
@@ -278,8 +280,13 @@ def make_parser() -> common.Parser:
     add("--steps", type=positive, help="number of steps (default: as published; with --lora 4)")
     add("--shift", type=float, help="of the times (default: as published; with --lora 5, Qwen 3)")
     add("--guidance", type=float, nargs="+", help="CFG scale, or two: high noise, low noise")
-    add("--lora", type=Path, nargs="+", metavar="FILE",
-        help="one per transformer (or per phase, if exported here), or their folder")  # fmt: skip
+    add(
+        "--lora",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="one per transformer (or per phase, if exported here), or their folder",
+    )
     return parser
 
 

@@ -35,11 +35,14 @@ def diffusers_network(net: nn.Module, shape: tuple, t: Tensor, c: dict[str, Tens
     else:
         with torch.device("meta"):
             model = diffusers.WanTransformer3DModel(
-                num_attention_heads=net.settings["num_heads"], attention_head_dim=net.head_dim,
-                num_layers=net.settings["num_layers"], ffn_dim=net.settings["ffn_dim"],
-                in_channels=net.patch_embedding.in_channels, out_channels=shape[0],
+                num_attention_heads=net.settings["num_heads"],
+                attention_head_dim=net.head_dim,
+                num_layers=net.settings["num_layers"],
+                ffn_dim=net.settings["ffn_dim"],
+                in_channels=net.patch_embedding.in_channels,
+                out_channels=shape[0],
                 text_dim=c["text"].shape[2],
-            )  # fmt: skip
+            )
         model.rope = type(model.rope)(net.head_dim, (1, 2, 2), 1024).to(device)
         options = 1000 * t, cast(c["text"])
         image = [c["image"]] if "image" in c else []

@@ -153,9 +153,15 @@ def embed_shard(encoder: Encoder, prompts: list[str], size: int, bar: tqdm) -> d
 
 
 def embed_prompts(
-    teacher: str, folder: Path | None, prompts: list[str], out: Path, device: str,
-    negative: str | None = None, batch_size: int = 16, overwrite: bool = False,
-) -> None:  # fmt: skip
+    teacher: str,
+    folder: Path | None,
+    prompts: list[str],
+    out: Path,
+    device: str,
+    negative: str | None = None,
+    batch_size: int = 16,
+    overwrite: bool = False,
+) -> None:
     """Write the embeddings of prompts into the folder out, SHARD prompts per file.
 
     Existing shards of the same prompts are kept, and the encoder is loaded only if one is missing.

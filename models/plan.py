@@ -45,9 +45,15 @@ class Cost(NamedTuple):
 
 @lru_cache(maxsize=64)
 def cost(
-    teacher: str, shape: tuple, full: bool, rank: int, dtype: torch.dtype, checkpointing: bool,
-    sharded: bool = False, flops_only: bool = False,
-) -> Cost:  # fmt: skip
+    teacher: str,
+    shape: tuple,
+    full: bool,
+    rank: int,
+    dtype: torch.dtype,
+    checkpointing: bool,
+    sharded: bool = False,
+    flops_only: bool = False,
+) -> Cost:
     """Cost of a sample of this shape (C, ...) through a role: a LoRA, or all parameters (full).
 
     sharded: FSDP gathers full parameters in dtype, so no layer casts them from float32.
@@ -61,9 +67,15 @@ def cost(
 
 
 def measure(
-    net: nn.Module, shape: tuple, full: bool, rank: int, dtype, checkpointing: bool, sharded: bool,
+    net: nn.Module,
+    shape: tuple,
+    full: bool,
+    rank: int,
+    dtype,
+    checkpointing: bool,
+    sharded: bool,
     flops_only: bool,
-) -> Cost:  # fmt: skip
+) -> Cost:
     """Cost of a network on the meta device, by running it."""
     net.checkpointing, adapter = checkpointing, None if full else "role"
     if full:

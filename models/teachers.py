@@ -158,8 +158,10 @@ def input_files(cfg) -> list[Path]:
     files, path, spec = base_files(cfg), prompts_path(cfg), teacher_spec(cfg.teacher)
     if cfg.images or (spec.is_i2v and not is_random(cfg)):
         if not (cfg.images and cfg.prompts and not is_text(path)):
-            raise UserError("image to video needs --images and --prompts, the embeddings of their "
-                            "captions; make both with python -m models.encoders")  # fmt: skip
+            raise UserError(
+                "image to video needs --images and --prompts, the embeddings of their "
+                "captions; make both with python -m models.encoders"
+            )
         captions = {text for texts in open_images(cfg).captions.values() for text in texts}
         absent = captions - set(open_prompts(cfg, path).prompts)
         if absent:
@@ -575,8 +577,10 @@ def check_inputs(cfg, args) -> None:
     elif is_i2v and has_prompt and not is_random(cfg):
         raise UserError(f"{cfg.teacher} makes a video from an image; give --image")
     if teacher_spec(cfg.teacher).repository and not is_random(cfg) and not has_vae(cfg):
-        raise UserError("decoding needs the folder vae of the published weights, and "
-                        "pip install -r models/requirements.txt")  # fmt: skip
+        raise UserError(
+            "decoding needs the folder vae of the published weights, and "
+            "pip install -r models/requirements.txt"
+        )
 
 
 def num_frames(cfg) -> int:

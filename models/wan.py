@@ -189,9 +189,15 @@ class Wan(nn.Module):
             z = call_block(block, self.checkpointing, z, e6, text, rope, adapter, (count,))
         p, q, r = PATCH
         return rearrange(  # channels last within a patch, unlike in `patches`
-            gather_tokens(self.head(z, e), count), "b (f h w) (p q r c) -> b c (f p) (h q) (w r)",
-            f=frames, h=rows, w=columns, p=p, q=q, r=r,
-        )  # fmt: skip
+            gather_tokens(self.head(z, e), count),
+            "b (f h w) (p q r c) -> b c (f p) (h q) (w r)",
+            f=frames,
+            h=rows,
+            w=columns,
+            p=p,
+            q=q,
+            r=r,
+        )
 
     def patches(self, x: Tensor) -> Tensor:
         """Embed patches: (B, C, F, H, W) -> (B, L, D). A convolution with stride = kernel size."""

@@ -13,8 +13,22 @@ from models import lora, weights
 from models.common import normal, open_tensors, write_tensors
 from models.export import Student
 
-QUICK = ["--iters", "1", "--batch", "1", "--micro-batch", "1", "--fake-updates", "1",
-         "--sample-every", "0", "--save-every", "9", "--eval-samples", "2"]  # fmt: skip
+QUICK = [
+    "--iters",
+    "1",
+    "--batch",
+    "1",
+    "--micro-batch",
+    "1",
+    "--fake-updates",
+    "1",
+    "--sample-every",
+    "0",
+    "--save-every",
+    "9",
+    "--eval-samples",
+    "2",
+]
 
 
 def train_student(out, teacher, *flags):
@@ -68,8 +82,9 @@ def write_embeddings(path, teacher, prompts=("a", "b"), dim=64, length=9):
 
 PREFIXES = {"bare": "", "diffusers": "transformer.", "musubi": "lora_unet_"}
 FACTORS = {  # names of down and up
-    "A B": ("lora_A.default", "lora_B.default"), "diffusers": ("lora_A", "lora_B"),
-}  # fmt: skip
+    "A B": ("lora_A.default", "lora_B.default"),
+    "diffusers": ("lora_A", "lora_B"),
+}
 FORMS = ("lightning", "A B", "diffusers", "bare", "musubi", "no alpha")  # of LoRA files
 
 

@@ -63,10 +63,15 @@ def test_the_log_is_cut_back_to_the_checkpoint(tmp_path):
 
 @pytest.mark.parametrize(
     "name, value, expected",
-    [("steps", 0, "at least 1"), ("steps", 1001, "at most 1000"), ("lr", 0.0, "more than 0"),
-     ("lr", float("nan"), "a finite"), ("mode", "maybe", "one of on, off"),
-     ("guidance", (1.0, -1), "at least 0")],
-)  # fmt: skip
+    [
+        ("steps", 0, "at least 1"),
+        ("steps", 1001, "at most 1000"),
+        ("lr", 0.0, "more than 0"),
+        ("lr", float("nan"), "a finite"),
+        ("mode", "maybe", "one of on, off"),
+        ("guidance", (1.0, -1), "at least 0"),
+    ],
+)
 def test_a_wrong_value_is_answered_with_what_is_expected(name, value, expected):
     common.check_values(Config(steps=1000, lr=1, guidance=(0, 2.0)))
     with pytest.raises(UserError, match=f"^--{name}: expected {expected}.*, got "):

@@ -62,9 +62,14 @@ def wan_folder(tmp_path_factory):
     root = tmp_path_factory.mktemp("wan")
     torch.manual_seed(0)
     config = transformers.UMT5Config(
-        vocab_size=300, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+        vocab_size=300,
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
         feed_forward_proj="gated-gelu",
-    )  # fmt: skip
+    )
     transformers.UMT5EncoderModel(config).save_pretrained(root / "text_encoder")
     tokenizer_of(root / "tokenizer", "$A </s>", ["<pad>", "</s>"])
     small_vae("AutoencoderKLWan").save_pretrained(root / "vae")
@@ -78,14 +83,25 @@ def qwen_folder(tmp_path_factory):
     torch.manual_seed(0)
     config = transformers.Qwen2_5_VLConfig(
         text_config=dict(
-            hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-            num_key_value_heads=2, vocab_size=300, bos_token_id=1, eos_token_id=1, pad_token_id=0,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            vocab_size=300,
+            bos_token_id=1,
+            eos_token_id=1,
+            pad_token_id=0,
             rope_scaling={"mrope_section": [2, 3, 3], "rope_type": "default", "type": "default"},
         ),
-        vision_config=dict(depth=1, hidden_size=16, intermediate_size=16, num_heads=2,
-                           out_hidden_size=32),
-        image_token_id=290, video_token_id=291, vision_start_token_id=292, vision_end_token_id=293,
-    )  # fmt: skip
+        vision_config=dict(
+            depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32
+        ),
+        image_token_id=290,
+        video_token_id=291,
+        vision_start_token_id=292,
+        vision_end_token_id=293,
+    )
     model = transformers.Qwen2_5_VLForConditionalGeneration(config)
     model.save_pretrained(root / "text_encoder")
     tokenizer_of(root / "tokenizer", None, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
@@ -111,9 +127,11 @@ def test_wans_embeddings_are_those_of_the_pipeline(tmp_path, wan_folder):
     embeddings = encoders.open_embeddings(out)
     encoder = encoders.load_encoder("wan22", wan_folder, "cpu")
     pipeline = diffusers.WanPipeline(
-        tokenizer=encoder.tokenizer, text_encoder=encoder.model, vae=small_vae("AutoencoderKLWan"),
+        tokenizer=encoder.tokenizer,
+        text_encoder=encoder.model,
+        vae=small_vae("AutoencoderKLWan"),
         scheduler=diffusers.UniPCMultistepScheduler(),
-    )  # fmt: skip
+    )
     rows = [embeddings.row(i) for i in range(len(PROMPTS))] + [embeddings.negative]
     for prompt, row in zip([*PROMPTS, encoders.WAN_NEGATIVE], rows):
         expected, _ = pipeline.encode_prompt(
@@ -130,10 +148,12 @@ def test_qwen_images_embeddings_are_those_of_the_pipeline(tmp_path, qwen_folder)
     embeddings = encoders.open_embeddings(embed(tmp_path, qwen_folder, "qwen-image")[1])
     encoder = encoders.load_encoder("qwen-image", qwen_folder, "cpu")
     pipeline = diffusers.QwenImagePipeline(
-        tokenizer=encoder.tokenizer, text_encoder=encoder.model, transformer=None,
+        tokenizer=encoder.tokenizer,
+        text_encoder=encoder.model,
+        transformer=None,
         vae=small_vae("AutoencoderKLQwenImage"),
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
-    )  # fmt: skip
+    )
     rows = [embeddings.row(i) for i in range(3)] + [embeddings.negative]
     for prompt, row in zip([*PROMPTS[:3], " "], rows):
         expected, _ = pipeline.encode_prompt(prompt, device="cpu", max_sequence_length=512)
@@ -189,8 +209,11 @@ def test_an_interrupted_command_continues_at_the_first_missing_shard(
 
 def test_a_single_file_is_as_good_as_a_folder(tmp_path):
     """Rows come from the right places; a file whose lengths disagree is an error."""
-    tensors = {"text": torch.arange(12.0).view(6, 2), "offsets": torch.tensor([0, 2, 6]),
-               "negative": torch.zeros(1, 2)}  # fmt: skip
+    tensors = {
+        "text": torch.arange(12.0).view(6, 2),
+        "offsets": torch.tensor([0, 2, 6]),
+        "negative": torch.zeros(1, 2),
+    }
     metadata = {"kind": "embeddings", "teacher": "mnist", "negative": "", "prompts": ["a", "b"]}
     write_tensors(tmp_path / "e.safetensors", tensors, metadata)
     embeddings = encoders.open_embeddings(tmp_path / "e.safetensors")
@@ -232,10 +255,14 @@ def test_a_batch_is_padded_with_zeros_under_a_mask():
     assert "mask" not in encoders.batch(rows[:1])
 
 
-@pytest.mark.parametrize("name,content,error", [
-    ("p.txt", b"# only\n", "no prompt"), ("p.txt", b"\xff\xfe\xff", "cannot read"),
-    ("p.csv", b"text\na fox\n", "columns caption"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name,content,error",
+    [
+        ("p.txt", b"# only\n", "no prompt"),
+        ("p.txt", b"\xff\xfe\xff", "cannot read"),
+        ("p.csv", b"text\na fox\n", "columns caption"),
+    ],
+)
 def test_a_file_without_prompts_is_one_line(tmp_path, capsys, name, content, error):
     (tmp_path / name).write_bytes(content)
     line = ["text", "--teacher", "wan22", "--prompts", tmp_path / name, "--out", tmp_path / "o"]
@@ -287,9 +314,25 @@ def write_pictures(folder):
 def encode_images(tmp_path, folder, *flags):
     """Run the command. Returns its exit status and its file."""
     out = tmp_path / "i.safetensors"
-    line = ["images", "--teacher", "wan22-i2v", "--weights", folder, "--images", tmp_path / "p",
-            "--out", out, "--device", "cpu", "--frames", "5", "--size", "32x48", "48x32",
-            *flags]  # fmt: skip
+    line = [
+        "images",
+        "--teacher",
+        "wan22-i2v",
+        "--weights",
+        folder,
+        "--images",
+        tmp_path / "p",
+        "--out",
+        out,
+        "--device",
+        "cpu",
+        "--frames",
+        "5",
+        "--size",
+        "32x48",
+        "48x32",
+        *flags,
+    ]
     return encoders.main([str(word) for word in line]), out
 
 
@@ -306,8 +349,11 @@ def test_pictures_go_to_the_nearest_size_with_their_captions(tmp_path, wan_folde
     assert is_close(stored, encoders.encode_first_frames(vae, image, 5))
     with pytest.raises(UserError, match="expected 9x32x48, it has 5x32x48, 5x48x32"):
         encoders.open_first_frames(out, [(3, 4, 6)])
-    write_tensors(tmp_path / "x", {"image.32x48": stored.expand(3, -1, -1, -1, -1)},
-                  {"kind": "first frames", "captions": frames.captions})  # fmt: skip
+    write_tensors(
+        tmp_path / "x",
+        {"image.32x48": stored.expand(3, -1, -1, -1, -1)},
+        {"kind": "first frames", "captions": frames.captions},
+    )
     with pytest.raises(UserError, match="do not match"):  # 3 pictures, 2 captions
         encoders.open_first_frames(tmp_path / "x", [(2, 4, 6)])
     assert encode_images(tmp_path, wan_folder)[0] == 2  # exists
@@ -322,10 +368,15 @@ def test_a_picture_is_turned_as_its_exif_says(tmp_path):
     assert encoders.read_rgb(tmp_path / "a.jpg").size == (40, 60)
 
 
-@pytest.mark.parametrize("name,content", [
-    ("captions.csv", None), ("captions.csv", "name,text\na.png,one\n"),
-    ("captions.csv", "file,caption\nz.png,one\n"), ("a.png", "not a picture"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name,content",
+    [
+        ("captions.csv", None),
+        ("captions.csv", "name,text\na.png,one\n"),
+        ("captions.csv", "file,caption\nz.png,one\n"),
+        ("a.png", "not a picture"),
+    ],
+)
 def test_damaged_pictures_are_one_line(tmp_path, wan_folder, capsys, name, content):
     write_pictures(tmp_path / "p")
     (tmp_path / "p" / name).unlink()
@@ -369,9 +420,31 @@ def test_a_run_embeds_its_prompts_and_decodes_its_previews(
     (tmp_path / "p.txt").write_text("A fox\nA sign\nSnow\n")
     decoded, decode = [], encoders.decode
     monkeypatch.setattr(encoders, "decode", lambda *a: decoded.append(decode(*a)) or decoded[-1])
-    flags = ["--teacher", "wan22-tiny", "--weights", folder, "--prompts", tmp_path / "p.txt",
-             "--out", out, "--iters", "1", "--batch", "2", "--fake-updates", "1", "--size", "48x64",
-             "--eval-samples", "2", "--guidance", "4", "3", "--device", "cpu"]  # fmt: skip
+    flags = [
+        "--teacher",
+        "wan22-tiny",
+        "--weights",
+        folder,
+        "--prompts",
+        tmp_path / "p.txt",
+        "--out",
+        out,
+        "--iters",
+        "1",
+        "--batch",
+        "2",
+        "--fake-updates",
+        "1",
+        "--size",
+        "48x64",
+        "--eval-samples",
+        "2",
+        "--guidance",
+        "4",
+        "3",
+        "--device",
+        "cpu",
+    ]
     assert train.main([str(flag) for flag in flags]) == 0
     assert encoders.open_embeddings(out / "prompts").prompts == ["A fox", "A sign", "Snow"]
     assert decoded and all(x.shape == (1, 3, 1, 48, 64) for x in decoded)
@@ -389,9 +462,26 @@ def test_a_prompt_becomes_a_video_by_one_command(tmp_path, wan_folder, capsys, m
     write_teacher(tmp_path / "weights", wan_folder, "wan21-tiny", "transformer")
     loads, load_encoder = [], encoders.load_encoder
     monkeypatch.setattr(encoders, "load_encoder", lambda *a: loads.append(a) or load_encoder(*a))
-    line = ["--teacher", "wan21-tiny", "--weights", tmp_path / "weights", "--n", "1",
-            "--steps", "2", "--guidance", "3", "--size", "48x64", "--frames", "5",
-            "--out", tmp_path / "out", "--device", "cpu"]  # fmt: skip
+    line = [
+        "--teacher",
+        "wan21-tiny",
+        "--weights",
+        tmp_path / "weights",
+        "--n",
+        "1",
+        "--steps",
+        "2",
+        "--guidance",
+        "3",
+        "--size",
+        "48x64",
+        "--frames",
+        "5",
+        "--out",
+        tmp_path / "out",
+        "--device",
+        "cpu",
+    ]
     latents = []
     for prompt in ("A fox.", "A fox.", "A sign."):
         assert sample.main([*map(str, line), "--prompt", prompt]) == 0

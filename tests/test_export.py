@@ -44,10 +44,13 @@ def exported(tmp_path_factory):
 # -- the files -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("teacher,layer,stems", [
-    ("wan22-tiny", "blocks.0.self_attn.q", ["high_noise_model", "low_noise_model"]),
-    ("qwen-image-tiny", "transformer_blocks.0.attn.to_q", ["phase1", "phase2"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "teacher,layer,stems",
+    [
+        ("wan22-tiny", "blocks.0.self_attn.q", ["high_noise_model", "low_noise_model"]),
+        ("qwen-image-tiny", "transformer_blocks.0.attn.to_q", ["phase1", "phase2"]),
+    ],
+)
 def test_a_lora_is_in_the_one_format_that_all_four_tools_take(exported, teacher, layer, stems):
     """float32 lora_down, lora_up, alpha of no dimensions, published names; nothing else."""
     student, out = exported(teacher)
@@ -64,10 +67,14 @@ def test_a_lora_is_in_the_one_format_that_all_four_tools_take(exported, teacher,
         assert torch.equal(tensors[f"{prefix}{layer}.lora_up.weight"], up)
 
 
-@pytest.mark.parametrize("teacher,tensors,size", [
-    ("wan22", 1200, 1_226_000_000), ("wan22-i2v", 1200, 1_226_000_000),
-    ("qwen-image", 2160, 1_698_951_104),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "teacher,tensors,size",
+    [
+        ("wan22", 1200, 1_226_000_000),
+        ("wan22-i2v", 1200, 1_226_000_000),
+        ("qwen-image", 2160, 1_698_951_104),
+    ],
+)
 def test_full_size_files_have_the_number_of_tensors_and_bytes_of_lightning_files(
     teacher, tensors, size
 ):
@@ -82,16 +89,25 @@ def test_metadata_says_what_a_student_needs_to_be_run(exported):
     metadata = lora.read_metadata(exported("wan22-tiny")[1] / "low_noise_model.safetensors")
     assert json.loads(metadata["times"]) == list(step_times(4, 5.0))
     assert json.loads(metadata["steps"]) == [2, 3]
-    expected = {"noise": "low", "phase": "2", "boundary": "0.875",
-                "shift": "5.0", "branch": "2", "base": "wan22-tiny"}  # fmt: skip
+    expected = {
+        "noise": "low",
+        "phase": "2",
+        "boundary": "0.875",
+        "shift": "5.0",
+        "branch": "2",
+        "base": "wan22-tiny",
+    }
     assert expected.items() <= metadata.items()
 
 
-@pytest.mark.parametrize("settings,expected", [
-    (dict(shift=7.0), "takes the step at t x 1000 = 875 with the low-noise transformer"),
-    (dict(phases=4), "phases 1 and 2 are both on the high-noise transformer"),
-    (dict(phases=1), "phase 1 takes the step at t x 1000 = 1000 with the low-noise"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings,expected",
+    [
+        (dict(shift=7.0), "takes the step at t x 1000 = 875 with the low-noise transformer"),
+        (dict(phases=4), "phases 1 and 2 are both on the high-noise transformer"),
+        (dict(phases=1), "phase 1 takes the step at t x 1000 = 1000 with the low-noise"),
+    ],
+)
 def test_students_that_routing_by_t_would_break_are_not_exported(tmp_path, settings, expected):
     """At shift 7 other tools take 3 + 1 steps where we take 2 + 2; shift 5 is exported above."""
     with pytest.raises(UserError, match=re.escape(expected)):
@@ -125,15 +141,20 @@ def test_a_student_on_a_base_with_a_lora_leaves_as_merged_bf16_weights(tmp_path)
     net, base = weights.random_network("wan21-tiny", torch.float32), tmp_path / "base.safetensors"
     save_file(dict(net.named_parameters()), base)
     write_lora(tmp_path / "teacher.safetensors", "lightning", net)
-    student = make_student(tmp_path, "wan21-tiny", weights=(str(base),),
-                       teacher_lora=(str(tmp_path / "teacher.safetensors"),))  # fmt: skip
+    student = make_student(
+        tmp_path,
+        "wan21-tiny",
+        weights=(str(base),),
+        teacher_lora=(str(tmp_path / "teacher.safetensors"),),
+    )
     export.export_student(student, tmp_path / "out")
     file = tmp_path / "out" / "phase2.safetensors"
     assert {x.dtype for x in load_file(file).values()} == {torch.bfloat16, torch.float32}
     assert "base.safetensors with teacher.safetensors" in (tmp_path / "out/README.md").read_text()
     factors = weights.student_weights(student.cfg, student.file, "student2").factors
-    merged = weights.load(base, torch.float32, teacher="wan21-tiny",
-                          teacher_lora=tmp_path / "teacher.safetensors")  # fmt: skip
+    merged = weights.load(
+        base, torch.float32, teacher="wan21-tiny", teacher_lora=tmp_path / "teacher.safetensors"
+    )
     exported = weights.load(file, torch.float32, teacher="wan21-tiny")
     x, c, t = normal((2, 16, 1, 6, 8), "x"), {"text": normal((2, 9, 64), "c")}, torch.rand(2)
     lora.attach(net, "a", factors), lora.attach(merged, "a", factors)
@@ -181,12 +202,16 @@ def test_other_files_are_assigned_by_t(tmp_path, exported):
     assert torch.equal(factors.up, load_file(files[1])[key])
 
 
-@pytest.mark.parametrize("names,changes,expected", [
-    (["low"], {}, "all phases of one student, got low"), (["absent"], {}, "does not exist"),
-    (["high", "low"], {"times": "[1.0, 0.9, 0.75, 0.5, 0.0]"}, "all phases of one student"),
-    (["high", "low"], {"teacher": "wan22-i2v-tiny"}, "is for wan22-i2v-tiny"),
-    (["high", "low"], {"times": None}, "both for high noise"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "names,changes,expected",
+    [
+        (["low"], {}, "all phases of one student, got low"),
+        (["absent"], {}, "does not exist"),
+        (["high", "low"], {"times": "[1.0, 0.9, 0.75, 0.5, 0.0]"}, "all phases of one student"),
+        (["high", "low"], {"teacher": "wan22-i2v-tiny"}, "is for wan22-i2v-tiny"),
+        (["high", "low"], {"times": None}, "both for high noise"),
+    ],
+)
 def test_files_that_do_not_belong_together_are_refused(
     exported, tmp_path, names, changes, expected
 ):
@@ -208,9 +233,10 @@ def test_train_export_and_sample_go_through_the_commands(tmp_path, capsys):
     assert "high_noise_model.safetensors" in capsys.readouterr().out
     prompts = write_embeddings(tmp_path / "p.safetensors", "wan22-tiny", ["a fox"])
     line = ["--prompts", prompts, "--n", 1, "--size", "9x48x64", "--out"]
-    for name, source in (("a", ["--student", run]),
-                         ("b", ["--teacher", "wan22-tiny", "--dtype", "float32", "--lora",
-                                tmp_path / "out"])):  # fmt: skip
+    for name, source in (
+        ("a", ["--student", run]),
+        ("b", ["--teacher", "wan22-tiny", "--dtype", "float32", "--lora", tmp_path / "out"]),
+    ):
         assert sample.main([*map(str, [*source, *line, tmp_path / name])]) == 0
     a, b = (load_file(tmp_path / name / "latents.safetensors")["x"] for name in "ab")
     assert torch.equal(a, b)
@@ -232,9 +258,13 @@ def diffusers_network(teacher, dtype, seed):
         model = diffusers.QwenImageTransformer2DModel(**net.settings)
     else:
         model = diffusers.WanTransformer3DModel(
-            num_attention_heads=4, attention_head_dim=32, ffn_dim=256, num_layers=2, text_dim=64,
+            num_attention_heads=4,
+            attention_head_dim=32,
+            ffn_dim=256,
+            num_layers=2,
+            text_dim=64,
             in_channels=net.patch_embedding.in_channels,
-        )  # fmt: skip
+        )
     model.load_state_dict({net.diffusers_name(name): p for name, p in net.named_parameters()})
     return model.to(dtype).eval()
 
@@ -253,8 +283,13 @@ def bases(tmp_path_factory):
             torch.manual_seed(0)
             nets = [diffusers_network(teacher, dtype, branch) for branch in (1, 2)]
             vae = diffusers.AutoencoderKLQwenImage if qwen else diffusers.AutoencoderKLWan
-            vae = vae(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
-                      temperal_downsample=[False, True, True])  # fmt: skip
+            vae = vae(
+                base_dim=4,
+                z_dim=16,
+                dim_mult=[1, 1, 1, 1],
+                num_res_blocks=1,
+                temperal_downsample=[False, True, True],
+            )
             parts = dict(tokenizer=None, text_encoder=None, transformer=nets[0], vae=vae)
             parts["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
             if spec.boundary:
@@ -290,8 +325,11 @@ def run_pipeline(pipe, settings, z, text, image=None):
         latents.append(kwargs["latents"].float())
         return switch(pipe, i, t, {}) if switch else {}
 
-    settings = settings | dict(prompt_embeds=text.to(pipe.transformer.dtype), output_type="latent",
-                               latents=z if z.ndim == 5 else pack(z))  # fmt: skip
+    settings = settings | dict(
+        prompt_embeds=text.to(pipe.transformer.dtype),
+        output_type="latent",
+        latents=z if z.ndim == 5 else pack(z),
+    )
     if z.ndim == 4:
         settings["prompt_embeds_mask"] = torch.ones(text.shape[:2], dtype=torch.long)
     if image is not None:
@@ -331,11 +369,14 @@ def compare(folder, base, teacher, dtype="float32", **settings):
 
 
 @needs_diffusers
-@pytest.mark.parametrize("teacher,dtype,generator,bound", [
-    *[(teacher, "float32", "lora", 1e-5) for teacher in TINY],
-    *[(teacher, "float32", "full", 1e-5) for teacher in TINY if "i2v" not in teacher],
-    ("qwen-image-tiny", "bf16", "lora", 3e-2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "teacher,dtype,generator,bound",
+    [
+        *[(teacher, "float32", "lora", 1e-5) for teacher in TINY],
+        *[(teacher, "float32", "full", 1e-5) for teacher in TINY if "i2v" not in teacher],
+        ("qwen-image-tiny", "bf16", "lora", 3e-2),
+    ],
+)
 def test_the_pipeline_set_as_the_card_says_makes_our_latents_step_by_step(
     bases, tmp_path, caplog, teacher, dtype, generator, bound
 ):
@@ -367,8 +408,19 @@ def test_a_prompt_becomes_a_video_or_a_picture(bases, tmp_path):
 
     base = bases("wan22-tiny", torch.float32)
     prompts = write_embeddings(tmp_path / "p.safetensors", "wan22-tiny", ["a fox"])
-    line = ["--teacher", "wan22-tiny", "--weights", base, "--prompts", prompts, "--n", 1,
-            "--steps", 1, "--size"]  # fmt: skip
+    line = [
+        "--teacher",
+        "wan22-tiny",
+        "--weights",
+        base,
+        "--prompts",
+        prompts,
+        "--n",
+        1,
+        "--steps",
+        1,
+        "--size",
+    ]
     for size, name in (("9x48x64", "000-00.mp4"), ("1x48x64", "000-00.png")):
         out = tmp_path / size
         assert sample.main([*map(str, [*line, size, "--out", out])]) == 0

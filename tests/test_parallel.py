@@ -66,8 +66,11 @@ def difference_of_rows(rows: list[dict], others: list[dict]) -> dict[str, float]
     result = {}
     for name in ("loss", "grad_norm", "distance"):
         for role in ("fake", "student"):
-            pairs = [(a[name], b[name]) for a, b in zip(rows, others, strict=True)
-                     if name in a and a["role"].startswith(role)]  # fmt: skip
+            pairs = [
+                (a[name], b[name])
+                for a, b in zip(rows, others, strict=True)
+                if name in a and a["role"].startswith(role)
+            ]
             size = (sum(a**2 for a, _ in pairs) / max(1, len(pairs))) ** 0.5
             result |= {f"{role} {name}": max(abs(a - b) / size for a, b in pairs)} if pairs else {}
     return result

@@ -70,8 +70,9 @@ class Products(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("name,shape", [("wan21-tiny", (16, 1, 8, 12)),
-                                        ("qwen-image-tiny", (16, 8, 12))])  # fmt: skip
+@pytest.mark.parametrize(
+    "name,shape", [("wan21-tiny", (16, 1, 8, 12)), ("qwen-image-tiny", (16, 8, 12))]
+)
 def test_flops_are_those_of_the_products_that_are_called(name, shape):
     """On the CPU, while the plan runs on the meta device."""
     net = weights.random_network(name, torch.float32)
@@ -86,8 +87,9 @@ def test_flops_are_those_of_the_products_that_are_called(name, shape):
     assert adapter.training < full.training  # the base has no gradient
 
 
-@pytest.mark.parametrize("name,shape", [("wan22-i2v-tiny", (16, 3, 8, 12)),
-                                        ("qwen-image-tiny", (16, 8, 12))])  # fmt: skip
+@pytest.mark.parametrize(
+    "name,shape", [("wan22-i2v-tiny", (16, 3, 8, 12)), ("qwen-image-tiny", (16, 8, 12))]
+)
 @torch.no_grad()
 def test_bench_times_the_same_function_twice(name, shape):
     pytest.importorskip("diffusers", reason="needs models/requirements.txt")

@@ -204,7 +204,9 @@ WAN_MISTAKES = {
     "rope with other channels per axis": (Wan, "rope", wan_rope_of_other_axes),
     "sine before cosine": (wan, "sinusoid", sine_first),
     "time rounded to bf16": (
-        wan, "sinusoid", sinusoid_of(lambda t: (1000 * t).bfloat16().double() / 1000),
+        wan,
+        "sinusoid",
+        sinusoid_of(lambda t: (1000 * t).bfloat16().double() / 1000),
     ),
     "time not scaled by 1000": (wan, "sinusoid", sinusoid_of(lambda t: t / 1000)),
     "channels first in the output": (wan, "rearrange", channels_first),
@@ -212,7 +214,7 @@ WAN_MISTAKES = {
     "scale and shift swapped": (wan, "modulate", swapped_modulate),
     "text not padded": (wan.F, "pad", lambda x, sides: x),
     "silu of the embedding in the head": (wan.Head, "forward", head_of_silu),
-}  # fmt: skip
+}
 QWEN_MISTAKES = {
     "norms over all heads": (qwen_image, "rms", rms_over_all_heads),
     "rope of half-split pairs": (qwen_image, "rotate", rotate_halves),
@@ -399,9 +401,14 @@ def make_wan(folder: Path, in_channels: int = 16, out_channels: int = 16):
     """A tiny network of diffusers and ours, loaded from its folder."""
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
     theirs = diffusers.WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=32, text_dim=48, ffn_dim=160, num_layers=2,
-        in_channels=in_channels, out_channels=out_channels,
-    )  # fmt: skip
+        num_attention_heads=2,
+        attention_head_dim=32,
+        text_dim=48,
+        ffn_dim=160,
+        num_layers=2,
+        in_channels=in_channels,
+        out_channels=out_channels,
+    )
     return theirs, save_random(theirs, folder, "200KB")
 
 
@@ -440,9 +447,12 @@ def test_qwen_image_agrees_with_diffusers(tmp_path, masked, rows, columns):
     """Control: without the mask."""
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
     theirs = diffusers.QwenImageTransformer2DModel(
-        num_layers=2, attention_head_dim=32, num_attention_heads=2, joint_attention_dim=48,
+        num_layers=2,
+        attention_head_dim=32,
+        num_attention_heads=2,
+        joint_attention_dim=48,
         axes_dims_rope=(8, 12, 12),
-    )  # fmt: skip
+    )
     ours = save_random(theirs, tmp_path, "300KB")
     x, text = normal((2, 16, 2 * rows, 2 * columns), (2, 9, 48))
     t, grid = torch.tensor([0.9, 0.5]), [[(1, rows, columns)]] * 2
@@ -466,17 +476,28 @@ def test_two_branches_make_the_steps_of_diffusers_pipeline(tmp_path, boundary):
     scheduler.set_shift(5.0)
     vae = diffusers.AutoencoderKLWan(base_dim=3, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
     pipeline = diffusers.WanPipeline(
-        tokenizer=None, text_encoder=None, vae=vae, scheduler=scheduler,
-        transformer=theirs[0], transformer_2=theirs[1], boundary_ratio=boundary,
-    )  # fmt: skip
+        tokenizer=None,
+        text_encoder=None,
+        vae=vae,
+        scheduler=scheduler,
+        transformer=theirs[0],
+        transformer_2=theirs[1],
+        boundary_ratio=boundary,
+    )
     pipeline.set_progress_bar_config(disable=True)
     z, text = normal((1, 16, 2, 4, 6), (1, 512, 48))
     expected = []
     pipeline(
-        prompt_embeds=text, latents=z, height=32, width=48, num_frames=5, num_inference_steps=4,
-        guidance_scale=1.0, output_type="latent",
+        prompt_embeds=text,
+        latents=z,
+        height=32,
+        width=48,
+        num_frames=5,
+        num_inference_steps=4,
+        guidance_scale=1.0,
+        output_type="latent",
         callback_on_step_end=lambda p, i, t, values: expected.append(values["latents"]) or {},
-    )  # fmt: skip
+    )
     (tmp_path / "model_index.json").write_text(json.dumps({"boundary_ratio": boundary}))
     branches, boundary_t = weights.load_teacher("wan22-tiny", tmp_path, dtype=torch.float32)
     times = step_times(4, 5.0)

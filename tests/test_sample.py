@@ -224,8 +224,20 @@ def test_what_no_adapter_can_say_is_merged(tmp_path, capsys):
     tensors["diffusion_model.head.head.diff_b"] = torch.ones(64)
     save_file(tensors, tmp_path / "y.safetensors")
     prompts = write_embeddings(tmp_path / "p.safetensors", "wan21-tiny", ["a"])
-    line = ["--weights", base, "--prompts", prompts, "--n", 1, "--steps", 1, "--dtype", "float32",
-            "--teacher", "wan21-tiny"]  # fmt: skip
+    line = [
+        "--weights",
+        base,
+        "--prompts",
+        prompts,
+        "--n",
+        1,
+        "--steps",
+        1,
+        "--dtype",
+        "float32",
+        "--teacher",
+        "wan21-tiny",
+    ]
     for name in "xy":
         file, out = tmp_path / f"{name}.safetensors", tmp_path / name
         run_sample(capsys, *line, "--lora", file, "--out", out)
@@ -236,16 +248,26 @@ def test_what_no_adapter_can_say_is_merged(tmp_path, capsys):
 # -- wrong commands and folders ------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("flags,expected", [
-    ("--size 50x64", "nearest: 48x64"), ("--size 48", "HEIGHTxWIDTH"),
-    ("--frames 8", "nearest: 9"), ("--frames 0", "nearest: 1"), ("--frames -3", "nearest: 1"),
-    ("--teacher wan22-tiny", "not allowed with"), ("--steps 4", "--steps is for --teacher"),
-    ("--guidance 4", "--guidance is for --teacher"), ("--n 0", "--n"),
-    ("--lora a.safetensors", "--lora is for --teacher"),
-    ("--image a.png", "is for image to video"), ("--prompt fox", "no text encoder"),
-    ("--prompts none.safetensors", "cannot read"), ("--merge", "unrecognized"),
-    ("--prompt a --prompts b", "not allowed with"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags,expected",
+    [
+        ("--size 50x64", "nearest: 48x64"),
+        ("--size 48", "HEIGHTxWIDTH"),
+        ("--frames 8", "nearest: 9"),
+        ("--frames 0", "nearest: 1"),
+        ("--frames -3", "nearest: 1"),
+        ("--teacher wan22-tiny", "not allowed with"),
+        ("--steps 4", "--steps is for --teacher"),
+        ("--guidance 4", "--guidance is for --teacher"),
+        ("--n 0", "--n"),
+        ("--lora a.safetensors", "--lora is for --teacher"),
+        ("--image a.png", "is for image to video"),
+        ("--prompt fox", "no text encoder"),
+        ("--prompts none.safetensors", "cannot read"),
+        ("--merge", "unrecognized"),
+        ("--prompt a --prompts b", "not allowed with"),
+    ],
+)
 def test_flags_that_do_not_fit_are_one_line_and_write_nothing(
     runs, tmp_path, capsys, flags, expected
 ):
@@ -276,8 +298,9 @@ def test_samples_go_to_a_folder_of_samples_only(runs, tmp_path, capsys):
     (tmp_path / "old" / "001-03.mp4").write_bytes(b"old")
     run_sample(capsys, *line, tmp_path / "old")
     assert sorted(path.name for path in (tmp_path / "old").iterdir()) == [
-        "latents.safetensors", "samples.png"
-    ]  # fmt: skip
+        "latents.safetensors",
+        "samples.png",
+    ]
     assert list(latents(tmp_path / "old")) == ["x"]
 
 
@@ -306,8 +329,11 @@ def test_toy_tiny_and_full_size_go_through_the_same_lines(runs, tmp_path, monkey
     net = weights.build(*weights.TEACHERS["wan21-1.3b"][:2], torch.bfloat16)
     write_lora(tmp_path / "lora.safetensors", "lightning", net, rank=64)
     full = "--teacher wan21-1.3b --weights random --size 1x32x32 --steps 1 --lora".split()
-    for line in (["--teacher", "toy2d"], ["--student", runs("wan22-tiny")],
-                 [*full, tmp_path / "lora.safetensors"]):  # fmt: skip
+    for line in (
+        ["--teacher", "toy2d"],
+        ["--student", runs("wan22-tiny")],
+        [*full, tmp_path / "lora.safetensors"],
+    ):
         run_sample(capsys, *line, "--n", 2, "--out", tmp_path / f"out{len(seen)}")
     assert seen == ["toy2d", "wan22-tiny", "wan21-1.3b"]
     assert latents(tmp_path / "out2")["x"].shape == (2, 16, 1, 4, 4)

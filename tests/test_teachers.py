@@ -130,8 +130,9 @@ def test_nothing_is_in_memory_twice(generator, fake):
 
 
 @pytest.mark.parametrize("generator,fake", MIX)
-@pytest.mark.parametrize("teacher,k", [("wan22-tiny", 2), ("wan22-i2v-tiny", 1),
-                                       ("qwen-image-tiny", 2)])  # fmt: skip
+@pytest.mark.parametrize(
+    "teacher,k", [("wan22-tiny", 2), ("wan22-i2v-tiny", 1), ("qwen-image-tiny", 2)]
+)
 def test_gradients_do_not_depend_on_checkpointing(teacher, k, generator, fake):
     """Of every role and parameter, to 1e-5: nothing depends on when a forward was recorded."""
     settings = dict(generator=generator, fake=fake, fake_updates=4, batch=2)
@@ -260,9 +261,10 @@ def test_offload_changes_no_number(k, generator, fake):
     for call in (lambda: report(offloaded), lambda: train.run_iteration(offloaded)):
         call()
         copied = [
-            branch for branch, pairs in bases.host.items()
+            branch
+            for branch, pairs in bases.host.items()
             if any(p.data_ptr() != host.data_ptr() for p, host in pairs)
-        ]  # fmt: skip
+        ]
         assert copied == [bases.on_device] and len(bases.networks) == k
 
 
@@ -276,12 +278,22 @@ def test_an_update_of_a_bucket_is_the_update_of_a_run_with_that_size_alone():
     assert (numbers[0] - other).abs() > 1e-3
 
 
-@pytest.mark.parametrize("name,expected", [
-    ("wan22", {(16, 21, 60, 104): 0.4, (16, 21, 104, 60): 0.4,
-               (16, 21, 90, 160): 0.1, (16, 21, 160, 90): 0.1}),
-    ("wan21", {(16, 1, 90, 160): 1.0}),
-    ("wan22-5b", {(48, 21, 44, 80): 1.0}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name,expected",
+    [
+        (
+            "wan22",
+            {
+                (16, 21, 60, 104): 0.4,
+                (16, 21, 104, 60): 0.4,
+                (16, 21, 90, 160): 0.1,
+                (16, 21, 160, 90): 0.1,
+            },
+        ),
+        ("wan21", {(16, 1, 90, 160): 1.0}),
+        ("wan22-5b", {(48, 21, 44, 80): 1.0}),
+    ],
+)
 def test_the_buckets_are_the_papers(name, expected):
     """Drawn with their probabilities; 7 of Qwen-Image; frames may be part of a size."""
     assert teachers.buckets(train.make_config(name)) == pytest.approx(expected)
@@ -293,11 +305,20 @@ def test_the_buckets_are_the_papers(name, expected):
     assert shapes.count((16, 3, 6, 8)) == pytest.approx(150, abs=25)
 
 
-@pytest.mark.parametrize("settings", [
-    dict(phases=1), dict(phases=4), dict(phases=1, truncate="off"), dict(fake_per_depth=True),
-    dict(interval="disjoint", shift=3.0), dict(depths="mixed", fake_per_depth=True),
-    dict(reuse_rollouts=True, depths="mixed"), dict(target="biased"), dict(weight="normalised"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(phases=1),
+        dict(phases=4),
+        dict(phases=1, truncate="off"),
+        dict(fake_per_depth=True),
+        dict(interval="disjoint", shift=3.0),
+        dict(depths="mixed", fake_per_depth=True),
+        dict(reuse_rollouts=True, depths="mixed"),
+        dict(target="biased"),
+        dict(weight="normalised"),
+    ],
+)
 def test_every_way_of_figure_1_distils_a_teacher_of_two_branches(settings):
     """All phases to their end; a preview has more samples than a micro-batch."""
     quick = dict(iters=1, batch=2, micro_batch=1, fake_updates=2, eval_samples=3, lr=1e-3)
@@ -410,8 +431,19 @@ def test_published_weights_are_distilled_and_watched_for_changes(tmp_path, capsy
         files.append(tmp_path / f"{name}.safetensors")
         save_file(tensors, files[-1])
     out, samples = tmp_path / "run", ["--n", "2", "--out", str(tmp_path / "samples")]
-    flags = [*QUICK, "--teacher", "wan22-tiny", "--weights", folder, "--prompts", prompts,
-             "--out", out, "--teacher-lora", *files]  # fmt: skip
+    flags = [
+        *QUICK,
+        "--teacher",
+        "wan22-tiny",
+        "--weights",
+        folder,
+        "--prompts",
+        prompts,
+        "--out",
+        out,
+        "--teacher-lora",
+        *files,
+    ]
     assert train.main([*map(str, flags)]) == 0
     digests = json.loads((out / "config.json").read_text())["files"]
     assert len(digests) == 5 and str(prompts) in digests
@@ -442,11 +474,9 @@ WRONG = {
     "--prompts of-qwen.safetensors": "of 64 channels for wan22-tiny",
     "--prompts wide.safetensors": "found 32",
     "--prompts long.safetensors": "at most 16 tokens",
-    "--teacher wan22-i2v-tiny --images frames.safetensors --prompts p.safetensors --size 64x48":
-        "expected 9x64x48",
+    "--teacher wan22-i2v-tiny --images frames.safetensors --prompts p.safetensors --size 64x48": "expected 9x64x48",
     "--teacher wan22-i2v-tiny --images frames.safetensors": "needs --images and --prompts",
-    "--teacher wan22-i2v-tiny --size 48x64 --images frames.safetensors --prompts z.safetensors":
-        "no embedding of the caption 'a'",
+    "--teacher wan22-i2v-tiny --size 48x64 --images frames.safetensors --prompts z.safetensors": "no embedding of the caption 'a'",
     "--teacher wan22": "hf download",
     "--teacher wan22 --weights nowhere": "does not exist",
     "--weights weights --prompts p.safetensors --teacher-lora p.safetensors": "one per transformer",
@@ -454,7 +484,7 @@ WRONG = {
     "--weights cut --prompts p.safetensors": "cut/transformer_2",
     "--teacher-lora x.safetensors": "needs published weights",
     "--teacher toy2d --offload expert": "for large teachers",
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")

@@ -25,14 +25,32 @@ SIZES = {  # parameters and tensors of what is published
     "qwen-image": (20_430_401_088, 1933),
 }
 ORIGINAL = {  # as published: without text_dim
-    "_class_name": "WanModel", "dim": 64, "ffn_dim": 96, "num_heads": 2, "num_layers": 2,
-    "in_dim": 16, "out_dim": 16, "freq_dim": 256, "text_len": 16, "eps": 1e-6, "model_type": "t2v",
-}  # fmt: skip
+    "_class_name": "WanModel",
+    "dim": 64,
+    "ffn_dim": 96,
+    "num_heads": 2,
+    "num_layers": 2,
+    "in_dim": 16,
+    "out_dim": 16,
+    "freq_dim": 256,
+    "text_len": 16,
+    "eps": 1e-6,
+    "model_type": "t2v",
+}
 DIFFUSERS = {
-    "_class_name": "WanTransformer3DModel", "num_attention_heads": 2, "attention_head_dim": 32,
-    "in_channels": 16, "out_channels": 16, "text_dim": 48, "freq_dim": 256, "ffn_dim": 96,
-    "num_layers": 2, "eps": 1e-6, "patch_size": [1, 2, 2], "image_dim": None,
-}  # fmt: skip
+    "_class_name": "WanTransformer3DModel",
+    "num_attention_heads": 2,
+    "attention_head_dim": 32,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 48,
+    "freq_dim": 256,
+    "ffn_dim": 96,
+    "num_layers": 2,
+    "eps": 1e-6,
+    "patch_size": [1, 2, 2],
+    "image_dim": None,
+}
 LAYOUTS = {"original": ORIGINAL, "diffusers": DIFFUSERS}
 
 
@@ -175,8 +193,12 @@ def test_every_form_of_lora_is_read_with_its_alpha(tmp_path, teacher, form):
     factors, rest = lora.split_deltas(weights.read_lora(net, tmp_path / "x.safetensors"), net)
     assert not rest and {f.scale for f in factors.values()} == {scale}
     lora.attach(net, "a", factors)
-    merged = weights.load(tmp_path / "base.safetensors", torch.float32, teacher=teacher,
-                          teacher_lora=tmp_path / "x.safetensors")  # fmt: skip
+    merged = weights.load(
+        tmp_path / "base.safetensors",
+        torch.float32,
+        teacher=teacher,
+        teacher_lora=tmp_path / "x.safetensors",
+    )
     shape = (2, 16, 1, 6, 8) if "wan" in teacher else (2, 16, 6, 8)
     x, c, t = normal(shape, "x"), {"text": normal((2, 9, 64), "c")}, torch.tensor([0.9, 0.3])
     with torch.no_grad():
@@ -185,12 +207,21 @@ def test_every_form_of_lora_is_read_with_its_alpha(tmp_path, teacher, form):
     assert not torch.allclose(adapted, plain, atol=1e-2)
 
 
-@pytest.mark.parametrize("names,order", [
-    (("low_noise_model", "high_noise_model"), [1, 0]), (("High", "Low"), [0, 1]),
-    (("flow-low", "flow-high"), [1, 0]), (("a", "b"), [0, 1]), (("model", "HIGH"), [1, 0]),
-    (("mineLowNoise", "HighNoise"), [1, 0]), (("low_rank_high_noise", "b"), [0, 1]),
-    (("FLOW", "slow_motion"), [0, 1]), (("lower", "higher"), [0, 1]), (("high_low", "x"), [0, 1]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "names,order",
+    [
+        (("low_noise_model", "high_noise_model"), [1, 0]),
+        (("High", "Low"), [0, 1]),
+        (("flow-low", "flow-high"), [1, 0]),
+        (("a", "b"), [0, 1]),
+        (("model", "HIGH"), [1, 0]),
+        (("mineLowNoise", "HighNoise"), [1, 0]),
+        (("low_rank_high_noise", "b"), [0, 1]),
+        (("FLOW", "slow_motion"), [0, 1]),
+        (("lower", "higher"), [0, 1]),
+        (("high_low", "x"), [0, 1]),
+    ],
+)
 def test_loras_are_told_apart_by_whole_words_only(names, order):
     files = [Path(name + ".safetensors") for name in names]
     assert lora.sort_high_low(files) == [files[i] for i in order]
@@ -207,12 +238,15 @@ def test_a_lora_may_change_whole_weights_and_biases(tmp_path):
     assert torch.equal(net.blocks[0].ffn[0].bias, tiny()[f"{key}.bias"] + 1)
 
 
-@pytest.mark.parametrize("layer,parts,expected", [
-    ("blocks.1.self_attn.q", {"lora_up.weight": (64, 4)}, "needs lora_up and lora_down"),
-    ("blocks.9.self_attn.q", {"lora_up.weight": (64, 4)}, "not a LoRA of a layer"),
-    ("blocks.0.ffn.0", {"lokr_w1": (64, 4)}, "not a LoRA of a layer"),
-    ("blocks.0.ffn.0", {"diff": (64, 96)}, r"expected the shape \(96, 64\)"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "layer,parts,expected",
+    [
+        ("blocks.1.self_attn.q", {"lora_up.weight": (64, 4)}, "needs lora_up and lora_down"),
+        ("blocks.9.self_attn.q", {"lora_up.weight": (64, 4)}, "not a LoRA of a layer"),
+        ("blocks.0.ffn.0", {"lokr_w1": (64, 4)}, "not a LoRA of a layer"),
+        ("blocks.0.ffn.0", {"diff": (64, 96)}, r"expected the shape \(96, 64\)"),
+    ],
+)
 def test_a_file_that_is_not_a_lora_of_this_network_is_refused(tmp_path, layer, parts, expected):
     tensors = {f"{layer}.{part}": torch.ones(shape) for part, shape in parts.items()}
     save_file(tensors, tmp_path / "lora.safetensors")
@@ -286,10 +320,15 @@ def test_a_folder_that_is_not_there_says_how_to_get_it(tmp_path):
         weights.load_teacher("wan22", tmp_path / "nowhere")
 
 
-@pytest.mark.parametrize("name,expected", [
-    ("wan22", "two transformers"), ("qwen-image", "is a QwenImage"),
-    ("wan21", "has dim 5120"), ("wan23", "expected one of wan21-1.3b"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name,expected",
+    [
+        ("wan22", "two transformers"),
+        ("qwen-image", "is a QwenImage"),
+        ("wan21", "has dim 5120"),
+        ("wan23", "expected one of wan21-1.3b"),
+    ],
+)
 def test_the_folder_of_another_model_is_refused(tmp_path, name, expected):
     with pytest.raises(UserError, match=expected):
         weights.load_teacher(name, save(tmp_path, tiny()))
@@ -335,6 +374,8 @@ def test_loading_2_gb_of_float32_takes_the_bf16_network_one_shard_and_little_mor
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True)
     growth, network = map(int, done.stdout.split())
     bf16 = network if fits else network // 2
-    print(f"{sum(files) / 1e9:.2f} GB on disk, growth {growth / 1e6:.0f} MB, "
-          f"bf16 network {bf16 / 1e6:.0f} MB")  # fmt: skip
+    print(
+        f"{sum(files) / 1e9:.2f} GB on disk, growth {growth / 1e6:.0f} MB, "
+        f"bf16 network {bf16 / 1e6:.0f} MB"
+    )
     assert sum(files) > 2e9 and (growth < bf16 + max(files) + 200e6) == fits

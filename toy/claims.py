@@ -69,9 +69,26 @@ TEACHERS = {"teacher, 40 steps": 40, "teacher, 4 steps": 4}  # of digits
 # -- from differences over seeds to one word -------------------------------------------------------
 
 T_975 = (  # 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160,
-    2.145, 2.131, 2.120, 2.110, 2.101, 2.093,
-)  # fmt: skip
+    12.706,
+    4.303,
+    3.182,
+    2.776,
+    2.571,
+    2.447,
+    2.365,
+    2.306,
+    2.262,
+    2.228,
+    2.201,
+    2.179,
+    2.160,
+    2.145,
+    2.131,
+    2.120,
+    2.110,
+    2.101,
+    2.093,
+)
 
 
 class Part(NamedTuple):
@@ -194,9 +211,13 @@ def new_run(job: Job, **settings) -> train.Run:
     settings = TABLES[job.table][0] | METHODS.get(job.name, {}) | settings
     warmup = 100 if job.table == "digits" else 400  # fake updates, over all phases
     cfg = train.make_config(
-        **settings, iters=800 // job.scale // settings["phases"], seed=job.seed, lr=job.lr,
-        warmup=warmup // job.scale // settings["phases"], eval_samples=10_000 // job.scale,
-    )  # fmt: skip
+        **settings,
+        iters=800 // job.scale // settings["phases"],
+        seed=job.seed,
+        lr=job.lr,
+        warmup=warmup // job.scale // settings["phases"],
+        eval_samples=10_000 // job.scale,
+    )
     train.validate(cfg)
     if job.table == "digits":
         return train.make_run(cfg, CPU, Path())

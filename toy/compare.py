@@ -70,8 +70,9 @@ def figure(rows: dict[str, tuple[list, set]], mixture) -> bytes:
         line[0].set_ylabel(name, fontsize=11)
     fig.suptitle(
         "Green frame: the method matches the samples to the data at this noise level.  "
-        "Same noise in every row, 800 updates per student.", fontsize=10,
-    )  # fmt: skip
+        "Same noise in every row, 800 updates per student.",
+        fontsize=10,
+    )
     return to_png(fig)
 
 
