@@ -2,12 +2,14 @@
 
 The example of the paper: 4 steps, 2 phases, shift 5. Phase k ends at s = t_k.
 
-    noise                                                    data
-    t       1 ---- 0.9375 ---- 0.8333 ------ 0.625 ------------ 0
-    step      1st         2nd         3rd             4th
-    expert    [ phase 1, s = 0.8333 ][       phase 2, s = 0      ]
-    phase 1 re-noises in (0.8333, 1)    x_s -> x_t, t in (s, 1)
-    phase 2 re-noises in (0, 1)         nested; disjoint would be (0, 0.8333)
+               noise                                            data
+    t          1          0.9375       0.8333       0.625          0
+    steps      |--- 1st ----|--- 2nd ----|--- 3rd ----|--- 4th ----|
+    experts    |-------- expert 1 -------|-------- expert 2 -------|
+    phase 1    |<- re-noises in (s, 1) ->|  s = 0.8333
+    phase 2    |<------- s = 0, re-noises in (s, 1): nested ------>|
+                                         |<- disjoint: (s, 0.833) >|
+    Wan2.2     |-- high-noise net --|-- low-noise net, t < 0.875 --|
 
 Here t_k is the end of phase k. Expert k turns samples of p(x_{t_{k-1}}) into samples of
 p(x_{t_k}): its target is the data diffused to t_k, not clean data. Nested intervals all reach up to
