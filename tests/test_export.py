@@ -6,7 +6,7 @@ The tests with diffusers run its pipelines on tiny networks; they need models/re
 import json
 import re
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from importlib.util import find_spec
 
 import pytest
@@ -26,17 +26,14 @@ needs_diffusers = pytest.mark.skipif(not find_spec("diffusers"), reason="models/
 
 @pytest.fixture(scope="module")
 def exported(tmp_path_factory):
-    """exported(teacher, **settings): a student, made once, and the folder of its export."""
-    made = {}
+    """exported(teacher): a student, made once, and the folder of its export."""
 
-    def make(teacher, **settings):
-        key = teacher, *settings.items()
-        if key not in made:
-            folder = tmp_path_factory.mktemp(teacher)
-            student = make_student(folder, teacher, **settings)
-            export.export_student(student, folder / "out")
-            made[key] = student, folder / "out"
-        return made[key]
+    @cache
+    def make(teacher):
+        folder = tmp_path_factory.mktemp(teacher)
+        student = make_student(folder, teacher)
+        export.export_student(student, folder / "out")
+        return student, folder / "out"
 
     return make
 
@@ -44,13 +41,11 @@ def exported(tmp_path_factory):
 # -- the files -----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "teacher,layer,stems",
-    [
-        ("wan22-tiny", "blocks.0.self_attn.q", ["high_noise_model", "low_noise_model"]),
-        ("qwen-image-tiny", "transformer_blocks.0.attn.to_q", ["phase1", "phase2"]),
-    ],
-)
+WAN_FILES = ("wan22-tiny", "blocks.0.self_attn.q", ["high_noise_model", "low_noise_model"])
+QWEN_FILES = ("qwen-image-tiny", "transformer_blocks.0.attn.to_q", ["phase1", "phase2"])
+
+
+@pytest.mark.parametrize("teacher,layer,stems", [WAN_FILES, QWEN_FILES])
 def test_a_lora_is_in_the_one_format_that_all_four_tools_take(exported, teacher, layer, stems):
     """float32 lora_down, lora_up, alpha of no dimensions, published names; nothing else."""
     student, out = exported(teacher)
@@ -65,39 +60,9 @@ def test_a_lora_is_in_the_one_format_that_all_four_tools_take(exported, teacher,
         assert {(x.shape, x.item()) for x in alphas} == {(torch.Size([]), 8.0)}
         up = student.file.get_tensor(f"student{k}/{layer}.up")
         assert torch.equal(tensors[f"{prefix}{layer}.lora_up.weight"], up)
-
-
-@pytest.mark.parametrize(
-    "teacher,tensors,size",
-    [
-        ("wan22", 1200, 1_226_000_000),
-        ("wan22-i2v", 1200, 1_226_000_000),
-        ("qwen-image", 2160, 1_698_951_104),
-    ],
-)
-def test_full_size_files_have_the_number_of_tensors_and_bytes_of_lightning_files(
-    teacher, tensors, size
-):
-    """At rank 64 in float32. The header, which is not counted here, has a few hundred kB."""
-    spec = weights.teacher_spec(teacher)
-    layers = lora.adapted_layers(weights.build(spec.network, spec.settings, torch.bfloat16))
-    count = sum(64 * (layer.in_features + layer.out_features) for layer in layers.values())
-    assert 3 * len(layers) == tensors and abs(4 * count - size) < 3e6
-
-
-def test_metadata_says_what_a_student_needs_to_be_run(exported):
-    metadata = lora.read_metadata(exported("wan22-tiny")[1] / "low_noise_model.safetensors")
-    assert json.loads(metadata["times"]) == list(step_times(4, 5.0))
-    assert json.loads(metadata["steps"]) == [2, 3]
-    expected = {
-        "noise": "low",
-        "phase": "2",
-        "boundary": "0.875",
-        "shift": "5.0",
-        "branch": "2",
-        "base": "wan22-tiny",
-    }
-    assert expected.items() <= metadata.items()
+        metadata = lora.read_metadata(out / f"{stem}.safetensors")
+        assert json.loads(metadata["steps"]) == [2 * k - 2, 2 * k - 1]
+        assert json.loads(metadata["times"]) == student.times
 
 
 @pytest.mark.parametrize(
@@ -105,7 +70,6 @@ def test_metadata_says_what_a_student_needs_to_be_run(exported):
     [
         (dict(shift=7.0), "takes the step at t x 1000 = 875 with the low-noise transformer"),
         (dict(phases=4), "phases 1 and 2 are both on the high-noise transformer"),
-        (dict(phases=1), "phase 1 takes the step at t x 1000 = 1000 with the low-noise"),
     ],
 )
 def test_students_that_routing_by_t_would_break_are_not_exported(tmp_path, settings, expected):
@@ -115,25 +79,22 @@ def test_students_that_routing_by_t_would_break_are_not_exported(tmp_path, setti
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left"), KeyboardInterrupt()])
-def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch, error):
-    """In the second expert's file. Files of others are never overwritten."""
+def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch):
+    """The second expert's file is interrupted. A folder that is not empty is never written."""
     student, calls = make_student(tmp_path, "wan22-tiny"), []
 
     def fail(*args):
         calls.append(args)
         if len(calls) == 2:
-            raise error
+            raise KeyboardInterrupt
         save_file(*args)
 
     monkeypatch.setattr(export, "save_file", fail)
-    with pytest.raises(UserError if isinstance(error, OSError) else KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt):
         export.export_student(student, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["student.safetensors"]
-    monkeypatch.undo()
-    assert len(export.export_student(student, tmp_path / "out")) == 3
     with pytest.raises(UserError, match="not empty"):
-        export.export_student(student, tmp_path / "out")
+        export.export_student(student, tmp_path)
 
 
 def test_a_student_on_a_base_with_a_lora_leaves_as_merged_bf16_weights(tmp_path):
@@ -141,21 +102,14 @@ def test_a_student_on_a_base_with_a_lora_leaves_as_merged_bf16_weights(tmp_path)
     net, base = weights.random_network("wan21-tiny", torch.float32), tmp_path / "base.safetensors"
     save_file(dict(net.named_parameters()), base)
     write_lora(tmp_path / "teacher.safetensors", "lightning", net)
-    student = make_student(
-        tmp_path,
-        "wan21-tiny",
-        weights=(str(base),),
-        teacher_lora=(str(tmp_path / "teacher.safetensors"),),
-    )
+    files = dict(weights=(str(base),), teacher_lora=(str(tmp_path / "teacher.safetensors"),))
+    student = make_student(tmp_path, "wan21-tiny", **files)
     export.export_student(student, tmp_path / "out")
     file = tmp_path / "out" / "phase2.safetensors"
     assert {x.dtype for x in load_file(file).values()} == {torch.bfloat16, torch.float32}
-    assert "base.safetensors with teacher.safetensors" in (tmp_path / "out/README.md").read_text()
     factors = weights.student_weights(student.cfg, student.file, "student2").factors
-    merged = weights.load(
-        base, torch.float32, teacher="wan21-tiny", teacher_lora=tmp_path / "teacher.safetensors"
-    )
-    exported = weights.load(file, torch.float32, teacher="wan21-tiny")
+    load = partial(weights.load, dtype=torch.float32, teacher="wan21-tiny")
+    exported, merged = load(file), load(base, teacher_lora=tmp_path / "teacher.safetensors")
     x, c, t = normal((2, 16, 1, 6, 8), "x"), {"text": normal((2, 9, 64), "c")}, torch.rand(2)
     lora.attach(net, "a", factors), lora.attach(merged, "a", factors)
     with torch.no_grad():
@@ -167,9 +121,10 @@ def test_a_student_on_a_base_with_a_lora_leaves_as_merged_bf16_weights(tmp_path)
 # -- LoRA files on a base ------------------------------------------------------------------------
 
 
-def assign(cfg, files, steps_given=False):
+def assign(cfg, files):
+    """Assign LoRA files to the steps of a sampler with 8 steps at shift 5."""
     boundary_t = weights.teacher_spec(cfg.teacher).boundary
-    return export.assign_loras(cfg, files, steps_given, step_times(8, 5.0), boundary_t)
+    return export.assign_loras(cfg, files, False, step_times(8, 5.0), boundary_t)
 
 
 @pytest.mark.parametrize("teacher", ["wan22-tiny", "qwen-image-tiny"])
@@ -183,47 +138,21 @@ def test_exported_files_are_assigned_as_the_student_was_trained(exported, teache
         for role in student.base_of:
             ours = weights.student_weights(student.cfg, student.file, role).factors
             theirs = plan.weights_of(role).factors
-            assert {name: x.scale for name, x in ours.items()} == {
-                name: x.scale for name, x in theirs.items()
-            }
-            assert all(torch.equal(x.up, theirs[name].up) for name, x in ours.items())
-            assert all(torch.equal(x.down, theirs[name].down) for name, x in ours.items())
+            assert ours.keys() == theirs.keys()
+            for name, x in ours.items():
+                y = theirs[name]
+                assert x.scale == y.scale
+                assert torch.equal(x.up, y.up) and torch.equal(x.down, y.down)
 
 
-def test_other_files_are_assigned_by_t(tmp_path, exported):
-    cfg, net = exported("wan22-tiny")[0].cfg, weights.random_network("wan22-tiny", torch.float32)
-    files = [tmp_path / "my_low.safetensors", tmp_path / "my_high.safetensors"]
-    for seed, file in enumerate(files):
-        write_lora(file, "A B", net, seed)
-    plan, high = assign(cfg, files), sum(t >= 0.875 for t in step_times(8, 5.0)[:-1])
-    assert plan.roles == ["student1"] * high + ["student2"] * (8 - high) and 0 < high < 8
-    name, factors = next(iter(plan.weights_of("student1").factors.items()))
-    key = f"diffusion_model.{name}.lora_B.default.weight"
-    assert torch.equal(factors.up, load_file(files[1])[key])
-
-
-@pytest.mark.parametrize(
-    "names,changes,expected",
-    [
-        (["low"], {}, "all phases of one student, got low"),
-        (["absent"], {}, "does not exist"),
-        (["high", "low"], {"times": "[1.0, 0.9, 0.75, 0.5, 0.0]"}, "all phases of one student"),
-        (["high", "low"], {"teacher": "wan22-i2v-tiny"}, "is for wan22-i2v-tiny"),
-        (["high", "low"], {"times": None}, "both for high noise"),
-    ],
-)
-def test_files_that_do_not_belong_together_are_refused(
-    exported, tmp_path, names, changes, expected
-):
+def test_files_of_two_students_are_not_mixed(exported, tmp_path):
     student, out = exported("wan22-tiny")
     high, low = sorted(out.glob("*.safetensors"))
-    for name, source in (("high", high), ("low", low)):
-        metadata = lora.read_metadata(source) | (changes if name == "low" else {})
-        if metadata["times"] is None:  # not one of our files
-            metadata = {"noise": "high"}
-        save_file(load_file(source), tmp_path / name, metadata)
-    with pytest.raises(UserError, match=expected):
-        assign(student.cfg, [tmp_path / name for name in names])
+    other = lora.read_metadata(low) | {"times": "[1.0, 0.9, 0.75, 0.5, 0.0]"}
+    save_file(load_file(low), tmp_path / "low", other)
+    for files in ([low], [high, tmp_path / "low"]):
+        with pytest.raises(UserError, match="all phases of one student"):
+            assign(student.cfg, files)
 
 
 def test_train_export_and_sample_go_through_the_commands(tmp_path, capsys):
@@ -246,6 +175,7 @@ def test_train_export_and_sample_go_through_the_commands(tmp_path, capsys):
 
 
 def error(a, b):
+    """Relative error of a."""
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
@@ -257,14 +187,10 @@ def diffusers_network(teacher, dtype, seed):
     if isinstance(net, QwenImage):
         model = diffusers.QwenImageTransformer2DModel(**net.settings)
     else:
-        model = diffusers.WanTransformer3DModel(
-            num_attention_heads=4,
-            attention_head_dim=32,
-            ffn_dim=256,
-            num_layers=2,
-            text_dim=64,
-            in_channels=net.patch_embedding.in_channels,
-        )
+        heads = dict(num_attention_heads=4, attention_head_dim=32)
+        sizes = dict(ffn_dim=256, num_layers=2, text_dim=64)
+        channels = net.patch_embedding.in_channels
+        model = diffusers.WanTransformer3DModel(**heads, **sizes, in_channels=channels)
     model.load_state_dict({net.diffusers_name(name): p for name, p in net.named_parameters()})
     return model.to(dtype).eval()
 
@@ -274,37 +200,30 @@ def bases(tmp_path_factory):
     """bases(teacher, dtype): the folder of a pipeline of diffusers with a small VAE."""
     import diffusers
 
-    saved = {}
-
+    @cache
     def save(teacher, dtype):
-        if (teacher, dtype) not in saved:
-            saved[teacher, dtype] = folder = tmp_path_factory.mktemp(teacher) / "base"
-            spec, qwen = weights.TEACHERS[teacher], "qwen" in teacher
-            torch.manual_seed(0)
-            nets = [diffusers_network(teacher, dtype, branch) for branch in (1, 2)]
-            vae = diffusers.AutoencoderKLQwenImage if qwen else diffusers.AutoencoderKLWan
-            vae = vae(
-                base_dim=4,
-                z_dim=16,
-                dim_mult=[1, 1, 1, 1],
-                num_res_blocks=1,
-                temperal_downsample=[False, True, True],
-            )
-            parts = dict(tokenizer=None, text_encoder=None, transformer=nets[0], vae=vae)
-            parts["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-            if spec.boundary:
-                parts |= dict(transformer_2=nets[1], boundary_ratio=spec.boundary)
-            if spec.is_i2v:
-                parts |= dict(image_encoder=None, image_processor=None)
-            kind = "WanImageToVideo" if spec.is_i2v else "QwenImage" if qwen else "Wan"
-            getattr(diffusers, f"{kind}Pipeline")(**parts).save_pretrained(folder)
-        return saved[teacher, dtype]
+        folder = tmp_path_factory.mktemp(teacher) / "base"
+        spec, is_qwen = weights.TEACHERS[teacher], "qwen" in teacher
+        torch.manual_seed(0)
+        nets = [diffusers_network(teacher, dtype, branch) for branch in (1, 2)]
+        make_vae = diffusers.AutoencoderKLQwenImage if is_qwen else diffusers.AutoencoderKLWan
+        down = dict(dim_mult=[1, 1, 1, 1], temperal_downsample=[False, True, True])
+        vae = make_vae(base_dim=4, z_dim=16, num_res_blocks=1, **down)
+        parts = dict(tokenizer=None, text_encoder=None, transformer=nets[0], vae=vae)
+        parts["scheduler"] = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
+        if spec.boundary:
+            parts |= dict(transformer_2=nets[1], boundary_ratio=spec.boundary)
+        if spec.is_i2v:
+            parts |= dict(image_encoder=None, image_processor=None)
+        kind = "WanImageToVideo" if spec.is_i2v else "QwenImage" if is_qwen else "Wan"
+        getattr(diffusers, f"{kind}Pipeline")(**parts).save_pretrained(folder)
+        return folder
 
     return save
 
 
 def run_card(out, base, dtype):
-    """The pipeline and the settings that the card's own snippet makes, on the CPU."""
+    """Run the card's own snippet on the CPU and return its pipeline and settings."""
     code = re.search(r"```python\n(.*?settings = .*?\n)", (out / "README.md").read_text(), re.S)[1]
     code = re.sub(r"base, here = .*", f"base, here = {str(base)!r}, {str(out)!r}", code)
     code = code.replace("(base, ", "(base, text_encoder=None, tokenizer=None, ")
@@ -318,7 +237,7 @@ def run_card(out, base, dtype):
 
 
 def run_pipeline(pipe, settings, z, text, image=None):
-    """The latents of diffusers after every step."""
+    """Run a pipeline of diffusers and return its latents after every step."""
     latents, switch = [], settings.get("callback_on_step_end")
 
     def record(pipe, i, t, kwargs):
@@ -394,7 +313,6 @@ def test_the_pipeline_set_as_the_card_says_makes_our_latents_step_by_step(
         assert written == 3 * len(factors) // 2  # two factors, and an alpha, per layer
     ours, theirs = run()
     worst = max(error(a, b) for a, b in zip(ours, theirs, strict=True))
-    print(f"{teacher} {dtype} {generator}: worst of {len(ours)} steps {worst:.1e}")
     assert worst < bound
     assert torch.equal(run()[1][-1], theirs[-1])  # a second prompt begins with the first expert
     pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0)
@@ -402,38 +320,23 @@ def test_the_pipeline_set_as_the_card_says_makes_our_latents_step_by_step(
 
 
 @needs_diffusers
-def test_a_prompt_becomes_a_video_or_a_picture(bases, tmp_path):
-    """Of the right length, size and rate; the latents are kept."""
+def test_a_prompt_becomes_a_video(bases, tmp_path):
+    """With the right length, size and frame rate."""
     import imageio_ffmpeg
 
     base = bases("wan22-tiny", torch.float32)
     prompts = write_embeddings(tmp_path / "p.safetensors", "wan22-tiny", ["a fox"])
-    line = [
-        "--teacher",
-        "wan22-tiny",
-        "--weights",
-        base,
-        "--prompts",
-        prompts,
-        "--n",
-        1,
-        "--steps",
-        1,
-        "--size",
-    ]
-    for size, name in (("9x48x64", "000-00.mp4"), ("1x48x64", "000-00.png")):
-        out = tmp_path / size
-        assert sample.main([*map(str, [*line, size, "--out", out])]) == 0
-        names = {path.name for path in out.iterdir()}
-        assert {name, "latents.safetensors", "samples.png"} <= names
-    reader = imageio_ffmpeg.read_frames(str(tmp_path / "9x48x64" / "000-00.mp4"))
+    line = ["--teacher", "wan22-tiny", "--weights", base, "--prompts", prompts]
+    line += ["--n", 1, "--steps", 1, "--size"]
+    assert sample.main([*map(str, [*line, "9x48x64", "--out", tmp_path / "out"])]) == 0
+    reader = imageio_ffmpeg.read_frames(str(tmp_path / "out" / "000-00.mp4"))
     metadata = next(reader)
     assert metadata["fps"] == 16 and tuple(metadata["size"]) == (64, 48) and len([*reader]) == 9
 
 
 @needs_diffusers
 def test_rounding_of_times_is_what_qwen_image_in_bf16_needs(bases, tmp_path, monkeypatch):
-    """Negative control of the line above: with times in float32 the latents are others."""
+    """Negative control of the bf16 case above: with times in float32 the latents differ."""
     base = bases("qwen-image-tiny", torch.bfloat16)
     monkeypatch.setattr(qwen_image, "round_time", lambda t: t)
     ours, theirs = compare(tmp_path, base, "qwen-image-tiny", "bf16")[0]()

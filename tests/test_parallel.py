@@ -1,4 +1,4 @@
-"""Claims about several processes: the numbers of one, less memory in each, no half checkpoints."""
+"""Claims about several processes: they are one, in numbers, checkpoints, errors and signals."""
 
 import json
 import os
@@ -15,7 +15,6 @@ from safetensors.torch import load_file
 import sample
 import train
 from models import parallel
-from models.common import UserError
 
 ROOT = Path(__file__).parent.parent
 HELPER = ROOT / "tests" / "two_processes.py"
@@ -43,87 +42,42 @@ def run_all(folder: Path, jobs: list[dict]) -> None:
 SHORT = dict(iters=5, size=["48x80"], frames=1, dtype="float32", batch=4, micro_batch=2)
 WAYS = {"two": dict(processes=2), "context": dict(processes=2, context=2)}
 MORE_WAYS = {"two": dict(processes=2), "nodes": dict(processes=4, nodes=2, context=2)}
+BOUNDS = {"log": 1e-5, "v": 1e-4, "moved": 1e-2}  # relative L2 that rounding may cost
 
 
-def differences(folder: Path, mix: tuple, ways: dict, **settings) -> dict[str, dict]:
-    """For each way of running: how far its numbers are from those of one process."""
-    teacher, generator, fake = mix
-    job = dict(job="numbers", teacher=teacher, generator=generator, fake=fake) | SHORT | settings
-    ways = {"one": {}} | ways
+def assert_equal_to_one(folder: Path, mix: tuple, ways: dict, **settings) -> None:
+    """Compare the log, how far the parameters moved, and v with those of one process."""
+    job = dict(zip(("teacher", "generator", "fake"), mix), job="numbers") | SHORT | settings
     run_all(folder, [job | how | dict(out=str(folder / way)) for way, how in ways.items()])
-    rows = {way: json.loads((folder / way / "rows.json").read_text()) for way in ways}
-    tensors = {way: load_file(folder / way / "tensors.safetensors") for way in ways}
-    return {
-        way: difference_of_rows(rows["one"], rows[way])
-        | difference_of_tensors(tensors["one"], tensors[way])
-        for way in ways
-        if way != "one"
-    }
+    run_all(folder, [job | dict(out=str(folder / "one"))])
+    one = load_file(folder / "one")
+    for way in ways:
+        other = load_file(folder / way)
+        assert set(one) == set(other)
+        for name, x in one.items():
+            error = (x - other[name]).norm() / (x.norm() or 1)  # a frozen expert moves by 0
+            assert error < BOUNDS[name.split("/")[0]], f"{way}: {name}: {error:.1e}"
 
 
-def difference_of_rows(rows: list[dict], others: list[dict]) -> dict[str, float]:
-    """Largest difference of logged numbers, relative to their size in the run."""
-    result = {}
-    for name in ("loss", "grad_norm", "distance"):
-        for role in ("fake", "student"):
-            pairs = [
-                (a[name], b[name])
-                for a, b in zip(rows, others, strict=True)
-                if name in a and a["role"].startswith(role)
-            ]
-            size = (sum(a**2 for a, _ in pairs) / max(1, len(pairs))) ** 0.5
-            result |= {f"{role} {name}": max(abs(a - b) / size for a, b in pairs)} if pairs else {}
-    return result
-
-
-def difference_of_tensors(a: dict, b: dict) -> dict[str, float]:
-    """Largest difference of v (relative L2), and of parameters relative to the way they went."""
-    assert set(a) == set(b)
-    norm = lambda xs: float(sum(x.square().sum() for x in xs)) ** 0.5
-    v = max(norm([a[name] - b[name]]) / norm([a[name]]) for name in a if name.startswith("v/"))
-    ends = [name.split("/") for name in a if name.startswith("end/")]
-    result = {"v": v, "parameters": 0.0}
-    for k, role in {(k, role) for _, k, role, _ in ends}:
-        keys = [f"{k}/{role}/{key}" for _, phase, r, key in ends if (phase, r) == (k, role)]
-        way = norm([a[f"end/{key}"] - a.get(f"start/{key}", a[f"end/{key}"]) for key in keys])
-        off = norm([a[f"end/{key}"] - b[f"end/{key}"] for key in keys])
-        if way:  # a frozen expert does not move
-            result["parameters"] = max(result["parameters"], off / way)
-    return result
-
-
-def assert_equal_to_one(ways: dict[str, dict]) -> None:
-    """Only rounding may differ."""
-    for way, result in ways.items():
-        print(way, {name: f"{x:.1e}" for name, x in result.items()})
-        bounds = {"v": 1e-4, "parameters": 1e-2}
-        assert all(x < bounds.get(name, 1e-5) for name, x in result.items()), way
+SLOW = pytest.mark.slow
+OTHER_STEPS = dict(truncate="off", reuse_rollouts=True, warmup=1)
 
 
 @pytest.mark.parametrize(
-    "mix", [("wan22-tiny", "lora", "full"), ("qwen-image-tiny", "full", "lora")], ids="-".join
-)
-def test_two_processes_have_the_numbers_of_one(tmp_path, mix):
-    """Ten iterations in two phases, with LoRA and full roles, with and without context parallel."""
-    assert_equal_to_one(differences(tmp_path, mix, WAYS))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "mix,ways,settings",
+    "teacher,generator,fake,ways,settings",
     [
-        (("wan22-tiny", "full", "lora"), MORE_WAYS, dict(checkpointing="off")),
-        (
-            ("qwen-image-tiny", "lora", "full"),
-            MORE_WAYS,
-            dict(truncate="off", reuse_rollouts=True, warmup=1),
+        ("wan22-tiny", "lora", "full", WAYS, {}),
+        ("qwen-image-tiny", "full", "lora", WAYS, {}),
+        pytest.param(
+            "wan22-tiny", "full", "lora", MORE_WAYS, dict(checkpointing="off"), marks=SLOW
         ),
-        (("wan22-i2v-tiny", "lora", "lora"), WAYS, dict(fake_per_depth=True)),
+        pytest.param("qwen-image-tiny", "lora", "full", MORE_WAYS, OTHER_STEPS, marks=SLOW),
+        pytest.param("wan22-i2v-tiny", "lora", "lora", WAYS, dict(fake_per_depth=True), marks=SLOW),
     ],
 )
-def test_other_settings_have_the_numbers_of_one(tmp_path, mix, ways, settings):
-    """Also four processes as two nodes with context parallelism in each."""
-    assert_equal_to_one(differences(tmp_path, mix, ways, iters=2, **settings))
+def test_two_processes_have_the_numbers_of_one(tmp_path, teacher, generator, fake, ways, settings):
+    """In two phases, with context parallelism, and as two nodes of two processes."""
+    assert_equal_to_one(tmp_path, (teacher, generator, fake), ways, **settings)
 
 
 @pytest.mark.parametrize(
@@ -140,36 +94,19 @@ def test_a_mistake_is_caught(tmp_path, mistake, context):
     """Negative controls of the comparison with one process."""
     ways = {"wrong": dict(processes=2, context=context, mistake=mistake)}
     mix = ("wan22-tiny", "lora", "full")
-    result = differences(tmp_path, mix, ways, iters=1, fake_updates=1)
-    with pytest.raises(AssertionError, match="wrong"):
-        assert_equal_to_one(result)
+    with pytest.raises(AssertionError, match="^wrong: "):
+        assert_equal_to_one(tmp_path, mix, ways, iters=1, fake_updates=1)
 
 
 @pytest.mark.parametrize("teacher", ["wan22-tiny", "qwen-image-tiny"])
 def test_small_steps_of_norms_reach_a_bf16_student(tmp_path, teacher):
     """Norms are replicated and used in float32: a step that bf16 would lose changes v."""
-    ways = [(n, by) for n in (1, 2) for by in (0.0, 1.5e-3)]
-    out = {(n, by): str(tmp_path / f"{n}-{by}") for n, by in ways}
+    out = {n: str(tmp_path / str(n)) for n in (1, 2)}
     job = dict(job="small_step", teacher=teacher)
-    run_all(tmp_path, [dict(job, processes=n, by=by, out=out[n, by]) for n, by in ways])
-    v = {way: load_file(file)["v"] for way, file in out.items()}
-    change = (v[1, 1.5e-3] - v[1, 0.0]).norm()
-    for by in (0.0, 1.5e-3):
-        assert (v[1, by] - v[2, by]).norm() < 0.01 * change
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measured as Linux can")
-def test_peak_memory_falls_with_the_number_of_processes_as_planned(tmp_path):
-    """Phase 2 with bases of 150 MB on 1, 2 and 4 processes: the peak is the plan's to 10 %."""
-    job = dict(job="memory", generator="lora", fake="full", rank=64, micro_batch=1, guidance=[1.0])
-    out = {n: tmp_path / str(n) for n in (1, 2, 4)}
-    run_all(tmp_path, [dict(job, processes=n, batch=n, out=str(out[n])) for n in out])
-    peaks = {n: json.loads(file.read_text()) for n, file in out.items()}
-    print({n: [f"{a / 1e6:.0f} MB (plan {b / 1e6:.0f})" for a, b in p] for n, p in peaks.items()})
-    for ranks in peaks.values():
-        assert all(peak == pytest.approx(planned, rel=0.1) for peak, planned in ranks)
-    assert max(peaks[4])[0] < max(peaks[2])[0] < 0.7 * peaks[1][0][0]
+    run_all(tmp_path, [dict(job, processes=n, out=out[n]) for n in out])
+    one, two = (load_file(file) for file in out.values())
+    change = (one["after"] - one["before"]).norm()
+    assert change and all((one[name] - two[name]).norm() < 0.01 * change for name in one)
 
 
 # -- checkpoints ---------------------------------------------------------------------------------
@@ -214,8 +151,7 @@ def test_a_checkpoint_resumes_on_another_number_of_processes(tmp_path):
     state = json.loads((tmp_path / "22" / "state" / "state.json").read_text())
     files = {path.name for path in (tmp_path / "22" / "state").iterdir()}
     assert files == {"state.json", *state["files"]} and len(files) == 3  # older ones are gone
-    # one process can sample the student
-    assert sample.main(["--student", str(tmp_path / "22"), "--n", "2"]) == 0
+    assert sample.main(["--student", str(tmp_path / "22"), "--n", "2"]) == 0  # in one process
 
 
 def test_half_a_checkpoint_is_an_error(tmp_path, capsys):
@@ -224,19 +160,18 @@ def test_half_a_checkpoint_is_an_error(tmp_path, capsys):
     [[(status, _), _]] = run_jobs(tmp_path, [train_job(out, processes=2, stop_in=(2, 0))])
     one, two = sorted(out.glob("state/*.safetensors"))
     assert status == 143 and (one.name[-16:-12], two.name[-16:-12]) == ("1of2", "2of2")
-    contents = {file: file.read_bytes() for file in (one, two)}
+    content, other = two.read_bytes(), one.read_bytes()
     for damage in (
-        lambda: two.unlink(),
-        lambda: two.write_bytes(contents[one]),
-        lambda: one.write_bytes(contents[one][: len(contents[one]) // 2]),
+        two.unlink,
+        lambda: two.write_bytes(other),
+        lambda: two.write_bytes(content[:999]),
     ):
         damage()
         capsys.readouterr()
         assert train.main(["--out", str(out), "--resume"]) == 2
         error = capsys.readouterr().err
         assert error.count("\n") == 1 and str(out / "state") in error
-        for file, content in contents.items():
-            file.write_bytes(content)
+    two.write_bytes(content)
     assert train.main(["--out", str(out), "--resume"]) == 0
 
 
@@ -297,10 +232,8 @@ def test_a_rank_that_is_killed_ends_the_others_and_the_checkpoint_stays(tmp_path
     process = torchrun(out, *LONG)
     wait_for_log(process, out, 20)
     ranks = rank_pids(process.pid)
-    began = time.time()
     os.kill(ranks[rank], signal.SIGKILL)
     _, stderr = process.communicate(timeout=60)
-    print(f"ended after {time.time() - began:.1f} s: {our_lines(stderr)}")
     assert process.returncode and not any(map(is_alive, ranks))
     [line] = our_lines(stderr)
     assert "another process ended" in line and "train.py --resume" in line
@@ -356,11 +289,7 @@ def test_a_wrong_command_is_one_line_of_one_rank_and_writes_nothing(tmp_path):
     [
         ("3", "--batch 4", "2 micro-batches"),
         ("8", "--context-parallel 8 --batch 8", "4 heads, got 8"),
-        ("2", "--context-parallel 2 --compile", "--compile does not work"),
-        ("2", "--offload expert", "--offload does not work"),
-        ("2", "--depths mixed", "--depths mixed does not work"),
         ("2", "--context-parallel 3", "--context-parallel: expected a divisor"),
-        ("2x", "", "--processes: expected a number such as 8, or NODESxN, got 2x"),
     ],
 )
 def test_settings_that_ranks_cannot_share_are_an_error(capsys, processes, flags, words):
@@ -369,14 +298,6 @@ def test_settings_that_ranks_cannot_share_are_an_error(capsys, processes, flags,
     assert train.main(argv) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and words in error
-
-
-def test_toys_run_in_one_process(capsys, monkeypatch):
-    assert train.main(["--dry-run", "--processes", "2"]) == 2
-    assert "without torchrun" in capsys.readouterr().err
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="python sample.py, without torchrun"):
-        parallel.require_single_process("sample.py")
 
 
 @pytest.mark.parametrize("ranks,context", [(8, 1), (8, 2), (6, 3), (4, 4)])

@@ -24,30 +24,23 @@ SIZES = {  # parameters and tensors of what is published
     "wan22-5b": (4_999_787_712, 825),
     "qwen-image": (20_430_401_088, 1933),
 }
-ORIGINAL = {  # as published: without text_dim
+SHARED = {"ffn_dim": 96, "num_layers": 2, "freq_dim": 256, "eps": 1e-6}
+ORIGINAL = SHARED | {  # as published: without text_dim
     "_class_name": "WanModel",
     "dim": 64,
-    "ffn_dim": 96,
     "num_heads": 2,
-    "num_layers": 2,
     "in_dim": 16,
     "out_dim": 16,
-    "freq_dim": 256,
     "text_len": 16,
-    "eps": 1e-6,
     "model_type": "t2v",
 }
-DIFFUSERS = {
+DIFFUSERS = SHARED | {
     "_class_name": "WanTransformer3DModel",
     "num_attention_heads": 2,
     "attention_head_dim": 32,
     "in_channels": 16,
     "out_channels": 16,
     "text_dim": 48,
-    "freq_dim": 256,
-    "ffn_dim": 96,
-    "num_layers": 2,
-    "eps": 1e-6,
     "patch_size": [1, 2, 2],
     "image_dim": None,
 }
@@ -62,7 +55,7 @@ def tiny(seed=0) -> dict[str, torch.Tensor]:
 
 
 def save(folder: Path, tensors, layout="original", files=1) -> Path:
-    """A folder of published weights, in this number of shards."""
+    """Write a folder of published weights in this number of shards."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(LAYOUTS[layout]))
     if layout == "diffusers":
@@ -76,12 +69,6 @@ def save(folder: Path, tensors, layout="original", files=1) -> Path:
         index = {"metadata": {}, "weight_map": weight_map}
         (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
     return folder
-
-
-def save_branches(root: Path, names) -> Path:
-    for seed, name in enumerate(names):
-        save(root / name, tiny(seed), "diffusers" if "transformer" in name else "original")
-    return root
 
 
 def is_same(net, tensors) -> bool:
@@ -135,11 +122,11 @@ def test_both_layouts_give_the_same_network_whole_or_in_shards(tmp_path, layout,
     assert not any(p.requires_grad for p in net.parameters())
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model.", "diffusion_model."])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-def test_a_single_file_of_comfyui_needs_no_config(tmp_path, prefix, dtype):
+@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
+def test_a_single_file_of_comfyui_needs_no_config(tmp_path, prefix):
+    """In float16, which is converted."""
     net = weights.random_network("wan22-tiny", torch.float32)
-    tensors = {key: p.to(dtype) for key, p in net.named_parameters()}
+    tensors = {key: p.half() for key, p in net.named_parameters()}
     save_file({prefix + key: value for key, value in tensors.items()}, tmp_path / "a.safetensors")
     net = weights.load(tmp_path / "a.safetensors", torch.float32, teacher="wan22-tiny")
     assert is_same(net, tensors)
@@ -156,28 +143,15 @@ def test_a_bf16_wan_keeps_its_modulation_norms_times_and_head_in_float32(tmp_pat
 @pytest.mark.parametrize("names", weights.PAIRS)
 def test_two_branches_come_high_noise_first_with_their_boundary(tmp_path, names):
     """From the published folder, or from a path for each; a fine-tune may have another boundary."""
-    save_branches(tmp_path, names)
+    for seed, name in enumerate(names):
+        layout = "diffusers" if "transformer" in name else "original"
+        save(tmp_path / name, tiny(seed), layout)
     for paths in ([tmp_path], [tmp_path / name for name in names]):
         nets, boundary_t = weights.load_teacher("wan22-tiny", *paths, dtype=torch.float32)
         assert boundary_t == 0.875
         assert [is_same(net, tiny(seed)) for seed, net in enumerate(nets)] == [True, True]
     (tmp_path / "model_index.json").write_text('{"boundary_ratio": 0.8}')
     assert weights.branch_paths("wan22-tiny", tmp_path)[1] == 0.8
-
-
-def test_one_transformer_is_found_in_its_folder_and_at_the_root(tmp_path):
-    save(tmp_path / "a" / "transformer", tiny(), "diffusers")
-    save(tmp_path / "b", tiny())
-    for root in (tmp_path / "a", tmp_path / "b"):
-        [net], boundary_t = weights.load_teacher("wan21-tiny", root, dtype=torch.float32)
-        assert boundary_t is None and is_same(net, tiny())
-
-
-@pytest.mark.parametrize("name", ["wan22-tiny", "qwen-image-tiny"])
-def test_random_weights_repeat_and_differ_by_seed(name):
-    first, again, other = (weights.random_network(name, seed=seed) for seed in (0, 0, 1))
-    assert is_same(first, dict(again.named_parameters()))
-    assert not is_same(first, dict(other.named_parameters()))
 
 
 # -- LoRA ----------------------------------------------------------------------------------------
@@ -211,22 +185,16 @@ def test_every_form_of_lora_is_read_with_its_alpha(tmp_path, teacher, form):
     "names,order",
     [
         (("low_noise_model", "high_noise_model"), [1, 0]),
-        (("High", "Low"), [0, 1]),
-        (("flow-low", "flow-high"), [1, 0]),
         (("a", "b"), [0, 1]),
         (("model", "HIGH"), [1, 0]),
         (("mineLowNoise", "HighNoise"), [1, 0]),
         (("low_rank_high_noise", "b"), [0, 1]),
         (("FLOW", "slow_motion"), [0, 1]),
-        (("lower", "higher"), [0, 1]),
-        (("high_low", "x"), [0, 1]),
     ],
 )
 def test_loras_are_told_apart_by_whole_words_only(names, order):
     files = [Path(name + ".safetensors") for name in names]
     assert lora.sort_high_low(files) == [files[i] for i in order]
-    with pytest.raises(UserError, match="both for high noise"):
-        lora.sort_high_low([Path("a_high"), Path("b_high")])
 
 
 def test_a_lora_may_change_whole_weights_and_biases(tmp_path):
@@ -238,73 +206,31 @@ def test_a_lora_may_change_whole_weights_and_biases(tmp_path):
     assert torch.equal(net.blocks[0].ffn[0].bias, tiny()[f"{key}.bias"] + 1)
 
 
-@pytest.mark.parametrize(
-    "layer,parts,expected",
-    [
-        ("blocks.1.self_attn.q", {"lora_up.weight": (64, 4)}, "needs lora_up and lora_down"),
-        ("blocks.9.self_attn.q", {"lora_up.weight": (64, 4)}, "not a LoRA of a layer"),
-        ("blocks.0.ffn.0", {"lokr_w1": (64, 4)}, "not a LoRA of a layer"),
-        ("blocks.0.ffn.0", {"diff": (64, 96)}, r"expected the shape \(96, 64\)"),
-    ],
-)
-def test_a_file_that_is_not_a_lora_of_this_network_is_refused(tmp_path, layer, parts, expected):
-    tensors = {f"{layer}.{part}": torch.ones(shape) for part, shape in parts.items()}
-    save_file(tensors, tmp_path / "lora.safetensors")
-    base = save(tmp_path / "base", tiny())
-    with pytest.raises(UserError, match=expected):
-        weights.load(base, teacher_lora=tmp_path / "lora.safetensors")
-
-
-def test_metadata_of_a_lora_that_changes_its_scale_is_refused(tmp_path):
-    metadata = {"lora_adapter_metadata": json.dumps({"transformer.alpha_pattern": {"a": 1}})}
-    save_file({"blocks.0.ffn.0.diff_b": torch.ones(96)}, tmp_path / "l.safetensors", metadata)
-    with pytest.raises(UserError, match="alpha_pattern"):
-        weights.load(save(tmp_path / "base", tiny()), teacher_lora=tmp_path / "l.safetensors")
-
-
 # -- what can be wrong ---------------------------------------------------------------------------
 
-
-def change(**changes):
-    """Change, add, or remove (None) tensors of the first shard."""
-
-    def damage(folder):
-        file = sorted(folder.glob("*.safetensors"))[0]
-        tensors = load_file(file) | {key.replace("__", "."): x for key, x in changes.items()}
-        save_file({key: x for key, x in tensors.items() if x is not None}, file)
-
-    return damage
+SHARD = "diffusion_pytorch_model-00002-of-00003.safetensors"
 
 
 def truncate(folder):
-    file = folder / SHARD
-    file.write_bytes(file.read_bytes()[:-1000])
+    """Cut the end off a shard."""
+    (folder / SHARD).write_bytes((folder / SHARD).read_bytes()[:-1000])
 
 
-def pickled(folder):
-    for file in folder.glob("*.safetensors*"):
-        file.unlink()
-    torch.save(tiny(), folder / "diffusion_pytorch_model.pth")
+def remove_tensor(folder):
+    """Remove the first tensor from the first shard."""
+    file = folder / SHARD.replace("00002", "00001")
+    save_file({k: x for k, x in load_file(file).items() if "patch_embedding.w" not in k}, file)
 
 
-PATCH = "patch_embedding__weight"  # the first tensor of the first shard
-SHARD = "diffusion_pytorch_model-00002-of-00003.safetensors"
-DAMAGE = {
-    "a truncated shard": (truncate, "cannot read"),
-    "a shard that is missing": (lambda folder: (folder / SHARD).unlink(), "cannot read"),
-    "pickles only": (pickled, ".pth and .bin are not read"),
-    "a garbled config": (lambda folder: (folder / "config.json").write_text("{"), "cannot read"),
-    "another model": (lambda folder: (folder / "config.json").write_text("{}"), "expected one of"),
-    "a tensor missing": (change(**{PATCH: None}), "lacks patch_embedding.weight (64, 16, 1, 2, 2)"),
-    "a branch that is not ported": (change(img_emb=torch.ones(3)), "does not belong"),
-    "another size": (change(**{PATCH: torch.ones(32, 16, 1, 2, 2)}), "got F32 (32, 16, 1, 2, 2)"),
-    "float8": (change(**{PATCH: torch.ones(64, 16, 1, 2, 2).to(torch.float8_e4m3fn)}), "F8_E4M3"),
-}
-
-
-@pytest.mark.parametrize("name", DAMAGE)
-def test_a_damaged_folder_is_refused_in_one_line_that_names_it(tmp_path, name):
-    damage, expected = DAMAGE[name]
+@pytest.mark.parametrize(
+    "damage,expected",
+    [
+        (truncate, "cannot read"),
+        (remove_tensor, "lacks patch_embedding.weight (64, 16, 1, 2, 2)"),
+        (lambda folder: (folder / "config.json").write_text("{}"), "expected one of"),
+    ],
+)
+def test_a_damaged_folder_is_refused_in_one_line_that_names_it(tmp_path, damage, expected):
     folder = save(tmp_path / "weights", tiny(), files=3)
     weights.load(folder)
     damage(folder)
@@ -314,24 +240,17 @@ def test_a_damaged_folder_is_refused_in_one_line_that_names_it(tmp_path, name):
     assert expected in line and str(folder) in line and "\n" not in line
 
 
+def test_a_lora_of_another_network_is_refused(tmp_path):
+    """A tensor that fits no layer is not silently skipped."""
+    save_file({"blocks.9.ffn.0.diff": torch.ones(96, 64)}, tmp_path / "lora.safetensors")
+    with pytest.raises(UserError, match="not a LoRA of a layer"):
+        weights.load(save(tmp_path / "w", tiny()), teacher_lora=tmp_path / "lora.safetensors")
+
+
 def test_a_folder_that_is_not_there_says_how_to_get_it(tmp_path):
     hint = "get it: hf download Wan-AI/Wan2.2-T2V-A14B-Diffusers --local-dir"
     with pytest.raises(UserError, match=hint):
         weights.load_teacher("wan22", tmp_path / "nowhere")
-
-
-@pytest.mark.parametrize(
-    "name,expected",
-    [
-        ("wan22", "two transformers"),
-        ("qwen-image", "is a QwenImage"),
-        ("wan21", "has dim 5120"),
-        ("wan23", "expected one of wan21-1.3b"),
-    ],
-)
-def test_the_folder_of_another_model_is_refused(tmp_path, name, expected):
-    with pytest.raises(UserError, match=expected):
-        weights.load_teacher(name, save(tmp_path, tiny()))
 
 
 def test_the_command_counts_a_whole_download_and_refuses_another(tmp_path, capsys):
@@ -359,10 +278,8 @@ print(peak() - before, sum(p.nbytes for p in net.parameters()))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype,fits", [("bfloat16", True), ("float32", False)])
-def test_loading_2_gb_of_float32_takes_the_bf16_network_one_shard_and_little_more(
-    tmp_path, dtype, fits
-):
-    """At most 200 MB more. Negative control: kept in float32 it does not fit into that."""
+def test_loading_2_gb_takes_the_bf16_network_one_shard_and_little_more(tmp_path, dtype, fits):
+    """At most 200 MB more than that. Negative control: kept in float32 it does not fit."""
     sizes = dict(dim=1536, ffn_dim=8960, num_heads=12, num_layers=11)
     net = weights.build(Wan, sizes, torch.float32)
     tensors = {key: torch.ones(p.shape) for key, p in net.named_parameters()}
@@ -374,8 +291,4 @@ def test_loading_2_gb_of_float32_takes_the_bf16_network_one_shard_and_little_mor
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True)
     growth, network = map(int, done.stdout.split())
     bf16 = network if fits else network // 2
-    print(
-        f"{sum(files) / 1e9:.2f} GB on disk, growth {growth / 1e6:.0f} MB, "
-        f"bf16 network {bf16 / 1e6:.0f} MB"
-    )
     assert sum(files) > 2e9 and (growth < bf16 + max(files) + 200e6) == fits

@@ -5,7 +5,6 @@ python tests/two_processes.py JOBS.json     a list of {"job": function below, "p
 torchrun tests/two_processes.py FLAGS       train.py, without what takes long and is not tested
 """
 
-import ctypes
 import errno
 import json
 import os
@@ -13,8 +12,9 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from itertools import count
+from collections import defaultdict
+from collections.abc import Callable
+from itertools import count, product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -24,7 +24,7 @@ import torch._dynamo  # what FSDP loads at its first call
 from safetensors.torch import save_file
 
 import train
-from models import media, parallel, plan, teachers, weights
+from models import media, parallel, teachers
 from models.common import from_json, normal, stream
 from models.parallel import full_tensor, local
 
@@ -32,33 +32,33 @@ from models.parallel import full_tensor, local
 
 
 def numbers(out: str, context: int = 1, mistake: str = "", **settings) -> None:
-    """Train. Save the log, all parameters at the start and end of a phase, and the student's v."""
+    """Train. Save the log, how far each role moved in each phase, and the student's v."""
     make_mistake(mistake)
     with parallel.distributed("cpu", context, "test"):
-        run = train.make_run(
-            train.make_config(**from_json(settings)), torch.device("cpu"), Path(out)
-        )
-        rows, tensors, begin_phase = [], {}, train.begin_phase
-
-        def save(name: str) -> None:
-            for key, x in train.state_tensors(run).items():
-                tensors[f"{name}/{run.k}/{key}"] = full_tensor(x).clone()
-
-        def begin_and_save(run, k):
-            begin_phase(run, k)
-            save("start")
-
-        train.begin_phase = begin_and_save
-        begin_and_save(run, 1)
-        for row in train.train(run):
-            rows += row
-            if run.i == run.cfg.iters:
-                save("end")
-                tensors |= {f"v/{run.k}/{i}": v for i, v in enumerate(student_v(run))}
+        cfg = train.make_config(**from_json(settings))
+        run, rows, tensors = train.make_run(cfg, torch.device("cpu"), Path(out)), [], {}
+        for phase in run.phases:
+            train.begin_phase(run, phase.k)
+            start = values_of_roles(run)
+            while run.i < cfg.iters:
+                rows += train.run_iteration(run)
+                run.i += 1
+            for role, x in values_of_roles(run).items():
+                tensors[f"moved/{run.k}/{role}"] = x - start.get(role, 0)
+            tensors |= {f"v/{run.k}/{i}": v for i, v in enumerate(student_v(run))}
+        for role, name in product(("fake", "student"), ("loss", "grad_norm", "distance")):
+            values = [row[name] for row in rows if name in row and row["role"].startswith(role)]
+            tensors[f"log/{role} {name}"] = torch.tensor(values)
         if parallel.topology.rank == 0:
-            Path(out).mkdir()
-            save_file(tensors, Path(out) / "tensors.safetensors")
-            (Path(out) / "rows.json").write_text(json.dumps(rows))
+            save_file(tensors, out)
+
+
+def values_of_roles(run) -> dict[str, torch.Tensor]:
+    """All that was trained of each role, as one vector."""
+    values = defaultdict(list)
+    for name, x in train.state_tensors(run).items():
+        values[name.split("/")[0]].append(full_tensor(x).flatten())
+    return {role: torch.cat(tensors) for role, tensors in values.items()}
 
 
 @torch.no_grad()
@@ -69,48 +69,19 @@ def student_v(run) -> list:
     return [net(x_t, torch.full((2,), 0.9), c) for net in run.nets]
 
 
-def small_step(out: str, teacher: str, by: float) -> None:
-    """Save v of a bf16 student after its norms moved by less than bf16 resolves."""
+def small_step(out: str, teacher: str) -> None:
+    """Save v of a bf16 student before and after its norms move by less than bf16 resolves."""
     with parallel.distributed("cpu", 1, "test"):
         cfg = train.make_config(teacher, generator="full", dtype="bf16", size=("48x80",), frames=1)
         run = train.make_run(cfg, torch.device("cpu"), Path(out))
         train.begin_phase(run, 1)
+        before = student_v(run)[0]
         for name, p in run.roles.student[1].parameters.items():
             if "norm" in name and "blocks" in name:
-                local(p.detach()).add_(by)
-        v = student_v(run)[0]
+                local(p.detach()).add_(1.5e-3)
+        after = student_v(run)[0]
         if parallel.topology.rank == 0:
-            save_file({"v": v}, out)
-
-
-def memory(out: str, **settings) -> None:
-    """Save the peak memory of an iteration of phase 2 on each rank, and the plan's."""
-    for option in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD: free memory at once
-        ctypes.CDLL(None).mallopt(option, 2**20)
-    spec = weights.TEACHERS["wan22-tiny"]
-    size = dict(dim=768, ffn_dim=3072, num_heads=8, num_layers=8, text_dim=64, text_len=16)
-    weights.TEACHERS["wan22-tiny"] = spec._replace(settings=size)
-    settings = from_json(settings) | dict(steps=2, fake_updates=1, size=("64x64",), frames=1)
-    cfg = train.make_config("wan22-tiny", **settings)
-    with parallel.distributed("cpu", 1, "test"):
-        phases, [shape] = train.phases_of(cfg), teachers.buckets(cfg)
-        active = train.moe.active_roles(phases, 2, False, train.module_of(cfg).boundary_of(cfg))
-        planned, before = plan.phase_memory(cfg, active, shape).peak, process_peak()
-        run = train.make_run(cfg, torch.device("cpu"), Path("nowhere"))
-        run.roles.student[1].start()  # phase 1 would have
-        train.begin_phase(run, 2)
-        Path("/proc/self/clear_refs").write_text("5")  # measure the peak from now on
-        run.i = 0
-        train.run_iteration(run)
-        peaks = parallel.gather([process_peak() - before, planned])
-        if parallel.topology.rank == 0:
-            Path(out).write_text(json.dumps(peaks))
-
-
-def process_peak() -> int:
-    """Peak memory of this process in bytes, as Linux counts it."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(next(line for line in status.splitlines() if "VmHWM" in line).split()[1])
+            save_file({"before": before, "after": after}, out)
 
 
 def command(
@@ -130,30 +101,24 @@ def command(
             os.kill(os.getpid(), signal.SIGTERM)
         return run_iteration(run)
 
-    train.run_iteration = run_and_stop
-    fails = fail_at and fail_rank == int(os.environ.get("RANK", 0))
-    calls = fail_call(fail_at if fails else 0)
-    status = train.main(argv)
-    sys.exit(NO_SUCH_CALL if fails and next(calls) <= fail_at else status)
-
-
-NO_SUCH_CALL = 99
-
-
-def fail_call(n: int) -> Iterator[int]:
-    """Let call n of fsync or rename fail. Returns the counter of calls."""
-    calls = count(1)
+    train.run_iteration, calls = run_and_stop, count(1)
 
     def failing(usual: Callable) -> Callable:
         def call(*args):
-            if next(calls) == n:
+            if next(calls) == fail_at:
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return usual(*args)
 
         return call
 
-    os.fsync, os.replace = failing(os.fsync), failing(os.replace)
-    return calls
+    fails = fail_at and fail_rank == int(os.environ.get("RANK", 0))
+    if fails:
+        os.fsync, os.replace = failing(os.fsync), failing(os.replace)
+    status = train.main(argv)
+    sys.exit(NO_SUCH_CALL if fails and next(calls) <= fail_at else status)
+
+
+NO_SUCH_CALL = 99
 
 
 # -- mistakes ------------------------------------------------------------------------------------
@@ -192,16 +157,16 @@ def launch(job: str, processes: int = 1, nodes: int = 1, **arguments) -> list:
     """Fork the ranks of a job. Returns [exit status, stderr] of each."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+        port = free.getsockname()[1]
     per_node, children = processes // nodes, []
     for rank in range(processes):
         stderr = tempfile.TemporaryFile("w+")
         child = os.fork()
         if not child:
             if processes > 1:
-                os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, RANK=str(rank))
-                os.environ.update(WORLD_SIZE=str(processes), LOCAL_WORLD_SIZE=str(per_node))
-                os.environ["LOCAL_RANK"] = str(rank % per_node)
+                names = "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
+                values = port, rank, processes, rank % per_node, per_node
+                os.environ.update(zip(names, map(str, values)), MASTER_ADDR="127.0.0.1")
             os.dup2(stderr.fileno(), 2)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             status = 1
