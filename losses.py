@@ -79,10 +79,11 @@ def naive_matching(
 ) -> Tensor:
     """The same loss with the target eps - x_s, as if x_s were clean: Fig. 2(c). A control.
 
-    Biased for s > 0: in its minimiser the factor of x_t is too small by alpha_s (1/6 at 0.833).
+    Biased for s > 0: its minimiser multiplies x_t by alpha_s times the right coefficient (1/6 of
+    it at s = 0.833).
     """
-    _, sigma_ts = scaled_target(x_s, s, t, eps, p)
-    return mean_per_sample((1 / sigma_ts**2).clamp(0, 10) * (sigma_ts * (v - (eps - x_s))) ** 2)
+    _, sigma_ts = transition(s, t, x_s, p)
+    return mean_per_sample((10 * sigma_ts**2).clamp(max=1) * (v - (eps - x_s)) ** 2)
 
 
 # -- distribution matching: what the student learns -----------------------------------------------

@@ -50,11 +50,8 @@ class Roles(NamedTuple):
 # -- which role is on which branch ----------------------------------------------------------------
 
 
-def base_of(phase: Phase, boundary_t: float | None) -> int:
-    """The branch that the phase's expert starts from: the one of its last step.
-
-    The last step makes the samples that the phase is judged by, at the lowest noise.
-    """
+def start_branch(phase: Phase, boundary_t: float | None) -> int:
+    """The branch of the phase's last step: its expert starts from this network."""
     return branch_at(phase.t[-2], boundary_t)
 
 
@@ -73,7 +70,7 @@ def trained_names(
     phases: list[Phase], per_depth: bool, boundary_t: float | None = None
 ) -> dict[str, int]:
     """Name -> branch that it starts from, for every trained role of a run."""
-    students = {f"student{phase.k}": base_of(phase, boundary_t) for phase in phases}
+    students = {f"student{phase.k}": start_branch(phase, boundary_t) for phase in phases}
     keys = [key for phase in phases for key in fake_keys(phase, per_depth)]
     return students | {fake_name(*key): key[0] for key in keys}
 

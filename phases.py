@@ -14,9 +14,9 @@ The example of the paper: 4 steps, 2 phases, shift 5. Phase k ends at s = t_k.
 Here t_k is the end of phase k. Expert k turns samples of p(x_{t_{k-1}}) into samples of
 p(x_{t_k}): its target is the data diffused to t_k, not clean data. Nested intervals all reach up to
 t = 1: early samples are far from the teacher's data, where its score is wrong, and only high noise
-makes the two overlap. Wan2.2's teacher has two networks, for t >= 0.875 and below. Phase 1 takes
-steps of the first alone and never loads the second: times that it draws below 0.875 are clipped to
-it, as in the paper (16.7 % of (s, 1); 13.8 % with our margin). Phase 2 draws from both.
+makes the two overlap. Wan2.2's teacher has two networks, for t >= 0.875 and below. All steps of
+phase 1 belong to the first, so the second is not even loaded: times that it draws below 0.875 are
+clipped to it, as in the paper (16.7 % of (s, 1); 13.8 % with our margin). Phase 2 draws from both.
 
 `phases` selects the method:
 
@@ -109,7 +109,10 @@ def make_phases(
         elif u[0] < u[1]:
             intervals = split_at_boundary(t, u, S, boundary_t)
         else:
-            raise ValueError(f"phase {k} has no room to re-noise: use fewer --steps or --phases")
+            raise ValueError(
+                f"--interval: expected more than {2 * MARGIN} between the ends in u, phase {k} has "
+                f"{u[1] - u[0] + 2 * MARGIN:.3g}: no room; use fewer --steps or --phases"
+            )
         result.append(Phase(k, (k - 1) * n, k * n, t, intervals))
     return result
 
@@ -211,17 +214,15 @@ def rollout(
     start = phase.first + (depth - 1 if depth else 0)  # the first step with a gradient
     with torch.no_grad():
         *_, x = trajectory(nets[:start], times[: start + 1], z, c)  # the last x
-    if depth is None:
-        *_, x_s = trajectory(nets[start : phase.last], phase.t, x, c)
+    last, t = (start + 1, (times[start], phase.s)) if depth else (phase.last, phase.t)
+
+    def finish(x: Tensor) -> Tensor:
+        *_, x_s = trajectory(nets[start:last], t, x, c)
         return x_s
-    t = times[start]
 
-    def jump(x: Tensor) -> Tensor:
-        return step(x, t, phase.s, nets[start](x, full_time(t, x), c))
-
-    if checkpointing and torch.is_grad_enabled():
-        return checkpoint(jump, x, use_reentrant=False, preserve_rng_state=False)
-    return jump(x)
+    if checkpointing and depth and torch.is_grad_enabled():
+        return checkpoint(finish, x, use_reentrant=False, preserve_rng_state=False)
+    return finish(x)
 
 
 # -- for people ----------------------------------------------------------------------------------

@@ -45,9 +45,10 @@ class Job(NamedTuple):
 
 def student_job(args) -> Job:
     """The steps of a finished student, or of a preview of its last phase."""
-    given = [flag for flag in ("steps", "shift", "guidance", "lora") if getattr(args, flag)]
-    if given:
-        raise UserError(f"--{given[0]} is for --teacher: a student has its own steps and no CFG")
+    flags = ("steps", "shift", "guidance", "lora")
+    flags = [flag for flag in flags if getattr(args, flag) is not None]
+    if flags:
+        raise UserError(f"--{flags[0]} is for --teacher: a student has its own steps and no CFG")
     student, run_dir = open_student(args)
     cfg = override_config(replace(student.cfg, guidance=(1.0,)), args)
     times = step_times(cfg.steps, cfg.shift)
@@ -78,7 +79,7 @@ def open_student(args) -> tuple[export.Student, Path]:
         found = f"{metadata['phase']} of {len(phases)} phases"
         raise UserError(f"{file} contains {found}; wait for a later preview")
     boundary_t = module.boundary_of(cfg)
-    base_of = {f"student{phase.k}": moe.base_of(phase, boundary_t) for phase in phases}
+    base_of = {f"student{phase.k}": moe.start_branch(phase, boundary_t) for phase in phases}
     return export.Student(cfg, phases, boundary_t, base_of, tensors), run_dir
 
 
@@ -103,7 +104,8 @@ def teacher_job(args) -> Job:
     settings = {"steps": spec.sampling_defaults[0] if spec else 40}
     if args.lora:
         settings = {"steps": 4, "guidance": (1.0,), "generator": "lora"}
-    settings |= {name: getattr(args, name) for name in ("steps", "shift") if getattr(args, name)}
+    given = {name: getattr(args, name) for name in ("steps", "shift")}
+    settings |= {name: value for name, value in given.items() if value is not None}
     settings |= {"guidance": tuple(args.guidance)} if args.guidance else {}
     weights = common.absolute_paths(tuple(args.weights))
     cfg = train.make_config(args.teacher, **settings, weights=weights, phases=1, depths="drawn")
@@ -114,7 +116,7 @@ def teacher_job(args) -> Job:
     run_dir = args.out or Path("out") / f"{args.teacher}-{'lora' if args.lora else 'samples'}"
     boundary_t, times = module.boundary_of(cfg), step_times(cfg.steps, cfg.shift)
     if args.lora:
-        steps_given = bool(args.steps or args.shift)
+        steps_given = any(value is not None for value in given.values())
         plan = export.assign_loras(cfg, args.lora, steps_given, times, boundary_t)
         return Job(cfg, *plan, run_dir)
     times = teachers.teacher_times(cfg, args.shift) if spec else times

@@ -30,16 +30,19 @@ class Process(NamedTuple):
     sigma: Callable
 
 
-def as_float64(t: float | Tensor) -> Tensor:
-    """Convert a number to a 0-dim float64 tensor; in a product, float32 stays float32."""
+def as_tensor(t: float | Tensor) -> Tensor:
+    """Convert a number to a 0-dim float64 tensor; return a tensor unchanged.
+
+    In a product with a float32 tensor a 0-dim tensor does not change the dtype.
+    """
     return t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
 
 
 flow = Process(alpha=lambda t: 1 - t, sigma=lambda t: t)
 # alpha_t = cos(pi t / 2), written so that alpha_1 is exactly 0 and not -4e-8
 vp = Process(
-    alpha=lambda t: torch.sin(math.pi / 2 * (1 - as_float64(t))),
-    sigma=lambda t: torch.sin(math.pi / 2 * as_float64(t)),
+    alpha=lambda t: torch.sin(math.pi / 2 * (1 - as_tensor(t))),
+    sigma=lambda t: torch.sin(math.pi / 2 * as_tensor(t)),
 )
 
 
@@ -54,11 +57,6 @@ def coefficients(t: float | Tensor, x: Tensor, p: Process = flow) -> tuple:
     return p.alpha(t), p.sigma(t)
 
 
-def snr(t: Tensor, p: Process = flow) -> Tensor:
-    """Signal-to-noise ratio alpha_t^2 / sigma_t^2: infinite at t = 0, 0 at t = 1."""
-    return (p.alpha(t) / p.sigma(t)) ** 2
-
-
 # -- from s to t ---------------------------------------------------------------------------------
 
 
@@ -67,7 +65,7 @@ def transition(s: float, t: float | Tensor, x: Tensor, p: Process = flow) -> tup
 
     alpha_ts = alpha_t / alpha_s,  sigma_ts^2 = sigma_t^2 - alpha_ts^2 sigma_s^2,  s <= t, s < 1
     """
-    t = as_float64(expand_like(t, x))
+    t = as_tensor(expand_like(t, x))
     alpha_ts, sigma_t = p.alpha(t) / p.alpha(s), p.sigma(t)
     # the difference of squares as a product: a plain difference would cancel where t is near s
     carried = alpha_ts * p.sigma(s)

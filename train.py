@@ -42,7 +42,7 @@ from phases import (
 from sde import diffuse
 from toy import digits, toy2d
 
-what, method, training, memory, output = (
+data, method, training, memory, output = (
     partial(common.option, group=group) for group in common.GROUPS
 )
 ON_OFF, KINDS, DTYPES = ("on", "off"), ("lora", "full"), ("bf16", "float32")
@@ -53,26 +53,26 @@ ON_OFF, KINDS, DTYPES = ("on", "off"), ("lora", "full"), ("bf16", "float32")
 class Config:
     """The settings of a run: one flag each. The defaults are the paper's, where it gives them."""
 
-    teacher: str        = what("toy2d", "name of a preset: toy2d, mnist, wan22, qwen-image, ...")
-    toy: str            = what("ring", "distribution of toy2d", tuple(toy2d.TOYS))
-    points: str         = what("", "your own data for toy2d: csv or npy, n x d, n <= 2000")
-    classes: str        = what("off", "toys: condition on the class", ON_OFF)
-    guidance: tuple     = what((1.0,), "CFG scale of the teacher, or two: high noise, low noise",
+    teacher: str        = data("toy2d", "name of a preset: toy2d, mnist, wan22, qwen-image, ...")
+    toy: str            = data("ring", "distribution of toy2d", tuple(toy2d.TOYS))
+    points: str         = data("", "your own data for toy2d: csv or npy, n x d, n <= 2000")
+    classes: str        = data("off", "toys: condition on the class", ON_OFF)
+    guidance: tuple     = data((1.0,), "CFG scale of the teacher, or two: high noise, low noise",
                                kind=float, low=0)
-    weights: tuple      = what((), "published weights: a folder, or a path per branch (high noise "
+    weights: tuple      = data((), "published weights: a folder, or a path per branch (high noise "
                                "first), or `random` (default weights/NAME)", kind=str)
-    teacher_lora: tuple = what((), "LoRA to merge into the teacher, one per branch", kind=str)
-    prompts: str        = what("", "text file with one prompt per line, or embeddings")
-    images: str         = what("", "image to video: first frames made by models.encoders")
-    size: tuple         = what((), "pixels, [FRAMESx]HEIGHTxWIDTH[:PROBABILITY] ...", kind=str)
-    frames: int         = what(1, "frames of a video, 4n + 1", low=1)
+    teacher_lora: tuple = data((), "LoRA to merge into the teacher, one per branch", kind=str)
+    prompts: str        = data("", "text file with one prompt per line, or embeddings")
+    images: str         = data("", "image to video: first frames made by models.encoders")
+    size: tuple         = data((), "pixels, [FRAMESx]HEIGHTxWIDTH[:PROBABILITY] ...", kind=str)
+    frames: int         = data(1, "frames of a video, 4n + 1", low=1)
 
     phases: int         = method(2, "K, a divisor of --steps; 1 is DMD2", low=1)
     steps: int          = method(4, "N, steps of the student", low=1, high=1000)
     shift: float        = method(5.0, "S in t = S u / (1 + (S - 1) u)", low=0.01, high=100)
     interval: str       = method("nested", "re-noise in (s, 1), or in (s, start of the phase)",
                                  ("nested", "disjoint"))
-    fix_t: float        = method(0.0, "re-noise at this t only (Fig. 11); 0: no", low=0, high=0.999)
+    fix_t: float        = method(0.0, "re-noise at this t alone (Fig. 11); 0: off", low=0, high=1)
     truncate: str       = method("on", "gradient through one step (SGTS), or through all", ON_OFF)
     depths: str         = method("drawn", "truncation depth: one drawn per batch, or every one in "
                                  "each batch", ("drawn", "mixed"))
@@ -114,7 +114,7 @@ TOY = dict(  # what a mixture in the plane needs in place of the paper's setting
     shift=1.0, weight="xs", depths="mixed", warmup=200, batch=256, generator="full", lr=1e-3,
     fake_lr=2e-3, lr_decay=0.5, checkpointing="off",
 )  # fmt: skip
-DIGITS = dict(  # small enough for float32, and for no need to save memory
+DIGIT_SETTINGS = dict(  # small enough for float32, and for no need to save memory
     guidance=(2.0,), size=("32x32",), shift=3.0, weight="none", depths="mixed", fake_updates=3,
     reuse_rollouts=True, warmup=50, generator="full", lr=3e-4, fake_lr=1e-3, lr_decay=0.5,
     dtype="float32", checkpointing="off",
@@ -131,7 +131,7 @@ CLIP = TINY | dict(frames=9, size=("48x64", "64x48"))
 # fmt: off
 PRESETS = {  # teacher: (module, settings); CONTRIBUTING.md lists what a module provides
     "toy2d":           (toy2d,    TOY),
-    "mnist":           (digits,   DIGITS),
+    "mnist":           (digits,   DIGIT_SETTINGS),
     "wan21-1.3b":      (teachers, VIDEO | dict(guidance=(6.0,))),
     "wan21":           (teachers, LARGE | dict(guidance=(5.0,), size=("720x1280",))),
     "wan22":           (teachers, VIDEO | dict(guidance=(4.0, 3.0))),
@@ -280,16 +280,16 @@ def update_fake(run: Run, u: int, samples: Iterable[tuple]) -> dict:
         loss = matching(v_fake, x_s, s, t, eps).mean() * batch.share
         loss.backward()
         total += loss.detach()
-    loss = parallel.all_reduce_sum(total)[0]
+    loss = parallel.all_reduce_sum(total)
     return step_optimizers(run, f"fake{interval.branch}", {"loss": loss})
 
 
 def update_student(run: Run, u: int) -> dict:
     """One step of the expert down the reverse KL at random times t: Eq. 10; at s = 0 Eq. 7."""
     s, interval, total = run.phase.s, choose_interval(run, u), 0.0
-    recompute = run.cfg.checkpointing == "on"
+    checkpointing = run.cfg.checkpointing == "on"
     for batch in micro_batches(run, u):
-        x_s = rollout(run.nets, run.times, run.phase, batch.z, batch.c, batch.depth, recompute)
+        x_s = rollout(run.nets, run.times, run.phase, batch.z, batch.c, batch.depth, checkpointing)
         with torch.no_grad():  # the gradient is a constant: no graph of teacher or fake
             t, eps = renoise(run, interval, x_s, batch.rng)
             x_t = diffuse(x_s, s, t, eps)
@@ -299,7 +299,7 @@ def update_student(run: Run, u: int) -> dict:
         loss = dmd_loss(x_s, gradient).mean() * batch.share
         loss.backward()
         total += batch.share * mean_squares(v_real - v_fake, x_s.detach())
-    distance, x_rms = parallel.all_reduce_sum(total)[0].sqrt()
+    distance, x_rms = parallel.all_reduce_sum(total).sqrt()
     return step_optimizers(run, f"student{run.k}", {"distance": distance, "x_rms": x_rms})
 
 
@@ -349,13 +349,13 @@ def fake_of(run: Run, interval: Interval, batch: MicroBatch) -> moe.Role:
 
 
 def step_optimizers(run: Run, name: str, values: dict[str, Tensor]) -> dict:
-    """Step the role of this name, or with --fake-per-depth those fakes that have gradients.
+    """Step every role that has gradients, under one name in the log.
 
     The update is skipped if one of `values`, or the norm of the gradients, is not finite. Returns
     the update's log row.
     """
-    optimizers = [o for role, o in run.optimizers.items() if role.split("-")[0] == name]
-    optimizers = [o for o in optimizers if any(p.grad is not None for p in o.parameters.values())]
+    has_grad = lambda o: any(p.grad is not None for p in o.parameters.values())
+    optimizers = [o for o in run.optimizers.values() if has_grad(o)]  # all others were cleared
     grads = [p.grad for o in optimizers for p in o.parameters.values() if p.grad is not None]
     values = values | {"grad_norm": parallel.grad_norm(grads)}
     numbers = torch.stack(list(values.values())).tolist()  # the update's only GPU sync
@@ -386,11 +386,20 @@ def lr_factor(cfg: Config, i: int) -> float:
     return min(1.0, (cfg.iters - i) / max(1.0, cfg.iters * cfg.lr_decay))
 
 
+def trained_experts(run: Run) -> list[moe.Role]:
+    """The experts of the phases up to the current one."""
+    return [role for k, role in run.roles.student.items() if k <= run.k]
+
+
+def role_tensors(roles: list[moe.Role]) -> dict[str, Tensor]:
+    """The parameters of roles, as role/parameter -> tensor."""
+    return {f"{role.name}/{key}": p for role in roles for key, p in role.parameters.items()}
+
+
 def state_tensors(run: Run) -> dict[str, Tensor]:
     """All that was trained: parameters of experts and of this phase's fakes, second moments."""
-    roles = [role for k, role in run.roles.student.items() if k <= run.k]
-    roles += [role for role in run.roles.fakes.values() if role.name in run.optimizers]
-    tensors = {f"{role.name}/{key}": p for role in roles for key, p in role.parameters.items()}
+    fakes = [role for role in run.roles.fakes.values() if role.name in run.optimizers]
+    tensors = role_tensors(trained_experts(run) + fakes)
     for name, optimizer in run.optimizers.items():
         tensors |= {f"{name}.second/{key}": v for key, v in optimizer.second.items()}
     return {key: tensor.detach() for key, tensor in tensors.items()}
@@ -427,9 +436,8 @@ def load_state(run: Run) -> tuple[int, float]:
 
 def save_student(run: Run, path: Path) -> None:
     """Write the experts trained so far into one safetensors file."""
-    roles = [role for k, role in run.roles.student.items() if k <= run.k]
-    tensors = {f"{role.name}/{key}": p for role in roles for key, p in role.parameters.items()}
-    tensors = {key: parallel.full_tensor(p) for key, p in tensors.items()}
+    parameters = role_tensors(trained_experts(run))
+    tensors = {key: parallel.full_tensor(p) for key, p in parameters.items()}
     metadata = {"kind": "student", "settings": common.to_json(run.cfg), "phase": run.k}
     common.write_tensors(path, tensors, metadata)
 
@@ -437,10 +445,10 @@ def save_student(run: Run, path: Path) -> None:
 # -- a run from its first iteration to its last ----------------------------------------------------
 
 
-def make_run(cfg: Config, device: torch.device, out: Path) -> Run:
-    """A run before its first phase. The module's `prepare` must have been called for `out`."""
+def make_run(cfg: Config, device: torch.device, out: Path, roles: moe.Roles | None = None) -> Run:
+    """A run before its first phase. Without roles, `prepare` must have been called for `out`."""
     module, phases = module_of(cfg), phases_of(cfg)
-    roles = module.make_roles(cfg, phases, device, out)
+    roles = roles or module.make_roles(cfg, phases, device, out)
     return Run(cfg, phases, roles, module.make_data(cfg, out), device, out)
 
 
@@ -448,19 +456,15 @@ def run_training(run: Run, began: float, stop: common.Stop) -> float:
     """Train with progress bar, log, previews and checkpoints. Returns the seconds it took."""
     cfg, module = run.cfg, module_of(run.cfg)
     log_bytes, seconds = load_state(run)
-    log, began, clock, bar = (
-        common.Log(run.out / "log.jsonl", log_bytes),
-        began - seconds,
-        None,
-        None,
-    )
+    log = common.Log(run.out / "log.jsonl", log_bytes)
+    bar, began, clock = None, began - seconds, time.time()
     common.reset_peak_memory(run.device)
     for rows in train(run):
         if bar is None or rows[0]["iteration"] == -cfg.warmup:
             text, done = f"phase {run.k} of {len(run.phases)}", run.i + cfg.warmup - 1
             bar = tqdm(total=cfg.iters + cfg.warmup, initial=done, desc=text, disable=None)
             phase_rows = []
-        seconds = time.time() - (clock or began)
+        seconds = time.time() - clock
         memory = round(common.peak_memory(run.device) / 1e9, 3)
         rows[-1] |= {"seconds_iteration": round(seconds, 4), "memory_gb": memory}
         rows[-1] |= module.throughput(cfg, run.phase, seconds, run.device)
@@ -473,7 +477,7 @@ def run_training(run: Run, began: float, stop: common.Stop) -> float:
             save_preview(run, log)
         if signal or is_due(run, cfg.save_every):
             save_state(run, log.sync(), time.time() - began)
-        if signal:  # not a later one, which would find no checkpoint of this iteration
+        if signal:  # the one read above: for a later one there is no checkpoint yet
             raise common.Interrupted(signal, stop.advice)
         if last:
             bar.close()
@@ -483,7 +487,7 @@ def run_training(run: Run, began: float, stop: common.Stop) -> float:
 
 
 def is_due(run: Run, every: int) -> bool:
-    """Whether something that is done every so many iterations, and at the last, is due now."""
+    """Whether a task of every `every` iterations, and of the last one, is due."""
     return every > 0 and run.i > 0 and (run.i % every == 0 or run.i == run.cfg.iters)
 
 
@@ -564,15 +568,15 @@ def resolve(args: argparse.Namespace, cfg: Config) -> tuple[Config, bool]:
     """The settings to run with, and whether that run is finished. Records a new run."""
     if not args.resume:
         validate(cfg)
-    how = args.out, cfg, args.explicit, args.resume, args.overwrite, Config
-    cfg, finished = common.resolve_run(*how)
-    validate(cfg)
+    folder_args = args.out, cfg, args.explicit, args.resume, args.overwrite, Config
+    cfg, finished = common.resolve_run(*folder_args)
+    if args.resume:
+        validate(cfg)
     if not finished:
         device = common.pick_device(args.device, module_of(cfg).DEFAULT_DEVICE)
         ranks = parallel.topology.processes, parallel.topology.context_parallel
-        files = module_of(cfg).input_files(cfg)
-        now = common.environment(device, *ranks)
-        common.record_run(args.out, cfg, now, files, args.overwrite)
+        environment, files = common.environment(device, *ranks), module_of(cfg).input_files(cfg)
+        common.record_run(args.out, cfg, environment, files, args.overwrite)
     return cfg, finished
 
 
@@ -588,8 +592,8 @@ def run_command(args: argparse.Namespace, cfg: Config) -> None:
     torch.set_num_threads(module.THREADS or torch.get_num_threads())
     print(format_phases(phases_of(cfg), cfg.shift))
     flags = f" --context-parallel {args.context_parallel}" * (args.context_parallel > 1)
-    again = f"{parallel.launch_command()} train.py --resume --out {shlex.quote(str(args.out))}"
-    with common.Stop(f"continue with: {again}{flags}", parallel.max_over_ranks) as stop:
+    command = f"{parallel.launch_command()} train.py --resume --out {shlex.quote(str(args.out))}"
+    with common.Stop(f"continue with: {command}{flags}", parallel.max_over_ranks) as stop:
         progress = partial(common.with_progress, stop=stop)
         parallel.on_rank0(lambda: module.prepare(cfg, args.out, device, progress))
         stop.check()

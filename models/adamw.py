@@ -6,6 +6,8 @@ import torch
 
 from models.parallel import local
 
+BETA, EPS = 0.999, 1e-8
+
 
 class AdamW:
     """AdamW with betas (0, 0.999), no weight decay and eps 1e-8, as in the paper.
@@ -18,14 +20,14 @@ class AdamW:
         self.second = {name: torch.zeros_like(p) for name, p in parameters.items()}
 
     @torch.no_grad()
-    def step(self, factor: float, beta: float = 0.999, eps: float = 1e-8) -> None:
+    def step(self, factor: float) -> None:
         """Update every parameter that has a gradient, at the learning rate lr * factor."""
         self.steps += 1
-        correction = math.sqrt(1 - beta**self.steps)  # the second moment starts at zero
+        correction = math.sqrt(1 - BETA**self.steps)  # the second moment starts at zero
         for name, p in self.parameters.items():
             if p.grad is None:  # e.g. the last text branch of Qwen-Image, whose output is unused
                 continue
             p, grad, v = local(p), local(p.grad), local(self.second[name])  # this rank's shard
-            v.mul_(beta).addcmul_(grad, grad, value=1 - beta)
-            denominator = v.sqrt().add_(eps * correction)
+            v.mul_(BETA).addcmul_(grad, grad, value=1 - BETA)
+            denominator = v.sqrt().add_(EPS * correction)
             p.addcdiv_(grad, denominator, value=-self.lr * factor * correction)

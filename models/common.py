@@ -162,7 +162,7 @@ def digest_files(paths: Iterable[Path]) -> dict[str, str]:
 
 # -- flags ---------------------------------------------------------------------------------------
 
-GROUPS = ("what", "method", "training", "memory", "output")  # of --help, in this order
+GROUPS = ("data", "method", "training", "memory", "output")  # of --help, in this order
 LIMITS = (("low", "at least", lt), ("above", "more than", le), ("high", "at most", gt))
 
 

@@ -233,11 +233,11 @@ def my_share(micro_batches: list) -> list:
     return micro_batches[topology.rank // topology.context_parallel :: topology.data_parallel]
 
 
-def all_reduce_sum(*tensors: Tensor) -> list[Tensor]:
-    """Sum each tensor over all micro-batches, in place, given the sums over those of each rank."""
-    for x in tensors if topology.data_parallel > 1 else ():
+def all_reduce_sum(x: Tensor) -> Tensor:
+    """Sum x over all micro-batches, in place, given the sum over those of this rank."""
+    if topology.data_parallel > 1:
         dist.all_reduce(x, group=groups["data"])
-    return list(tensors)
+    return x
 
 
 # -- sharded parameters --------------------------------------------------------------------------

@@ -145,7 +145,7 @@ def check_exists(path: Path, teacher: str) -> None:
 def download_hint(teacher: str) -> str:
     """How to get a teacher's weights."""
     if TEACHERS[teacher].folder:
-        return "it comes with this repository: git checkout toy"
+        return "it comes with this repository: git checkout -- toy/mnist"
     repository = TEACHERS[teacher].repository
     if not repository:
         return f"{teacher} has no published weights; use --weights random"

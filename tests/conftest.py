@@ -32,9 +32,9 @@ def new_run(start):
 
     def make(**settings):
         cfg = train.make_config(**settings)
-        phases, device = train.phases_of(cfg), torch.device("cpu")
-        roles = toy2d.roles_from(cfg, phases, device, start(cfg))
-        run = train.Run(cfg, phases, roles, toy2d.make_data(cfg), device, Path("nowhere"))
+        device = torch.device("cpu")
+        roles = toy2d.roles_from(cfg, train.phases_of(cfg), device, start(cfg))
+        run = train.make_run(cfg, device, Path("nowhere"), roles)
         train.begin_phase(run, 1)
         return run
 

@@ -28,7 +28,7 @@ def make_student(folder, teacher, **settings) -> Student:
     """Make a finished student with random experts, without training."""
     cfg = train.make_config(teacher, **dict(dtype="float32", rank=4) | settings)
     phases, boundary_t = train.phases_of(cfg), weights.TEACHERS[teacher].boundary
-    base_of = {f"student{phase.k}": moe.base_of(phase, boundary_t) for phase in phases}
+    base_of = {f"student{phase.k}": moe.start_branch(phase, boundary_t) for phase in phases}
     tensors = {}
     for role, branch in base_of.items():
         net = weights.random_network(teacher, torch.float32, seed=branch)

@@ -16,7 +16,7 @@ from models.common import UserError, option
 
 @dataclass(frozen=True)
 class Config:
-    teacher: str = option("ring", "name of a preset", group="what")
+    teacher: str = option("ring", "name of a preset", group="data")
     steps: int = option(4, "number of steps", low=1, high=1000)
     lr: float = option(1e-3, "learning rate", group="training", above=0, high=1)
     mode: str = option("on", "a choice", choices=("on", "off"), group="memory")

@@ -180,7 +180,7 @@ def test_the_students_gradient_is_that_of_the_reverse_kl(p, s, t):
 @both
 @pytest.mark.parametrize("s,t", [(0.0, 0.1), (0.5, 0.55), (0.5, 0.9)])
 def test_a_matched_student_stays_put(p, s, t):
-    """Student equal to the data's law at s: every sample's gradient is zero to rounding."""
+    """The student's samples follow p(x_s) of the data: every gradient is zero to rounding."""
     real = Mixture(torch.tensor([[1.0]]).double(), 0.5, torch.zeros(1, dtype=torch.long), p)
     alpha_s, sigma_s = coefficients(torch.tensor(s, dtype=torch.float64), real.means, p)
     a, b = alpha_s * 1.0, (alpha_s**2 * 0.25 + sigma_s**2).sqrt()

@@ -281,25 +281,6 @@ def test_a_wrong_command_is_one_line_of_one_rank_and_writes_nothing(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-# -- without processes ---------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "processes,flags,words",
-    [
-        ("3", "--batch 4", "2 micro-batches"),
-        ("8", "--context-parallel 8 --batch 8", "4 heads, got 8"),
-        ("2", "--context-parallel 3", "--context-parallel: expected a divisor"),
-    ],
-)
-def test_settings_that_ranks_cannot_share_are_an_error(capsys, processes, flags, words):
-    """--dry-run finds them for any number of processes."""
-    argv = ["--teacher", "wan22-tiny", "--dry-run", "--processes", processes, *flags.split()]
-    assert train.main(argv) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and words in error
-
-
 @pytest.mark.parametrize("ranks,context", [(8, 1), (8, 2), (6, 3), (4, 4)])
 def test_ranks_share_every_micro_batch_and_every_token_once(monkeypatch, ranks, context):
     shares, lengths = [], []

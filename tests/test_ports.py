@@ -69,6 +69,7 @@ def test_wan_computes_what_the_official_code_computes(layout, dtype, tolerance):
     """In bf16 with a float32 residual stream. Control: with a bf16 stream the error is larger."""
     net, inputs, io = wan_reference(layout, dtype)
     v, truth = net(*inputs), io["out.fp32.official"]
+    assert v.dtype == torch.float32
     assert_close(v, truth, tolerance)
     if dtype == torch.bfloat16:
         for block in net.blocks:
@@ -240,17 +241,6 @@ def with_adapters(name: str, checkpointing: bool) -> nn.Module:
 
 
 @pytest.mark.parametrize("name", TINY)
-def test_in_bf16_inputs_and_outputs_are_float32(name):
-    net, wide = (weights.random_network(name, dtype) for dtype in (torch.bfloat16, torch.float32))
-    x, t, c = random_inputs(net)
-    v = net(x, t, c)
-    assert v.shape == x.shape and v.dtype == torch.float32
-    wide.load_state_dict(net.state_dict())
-    wide.round_t = getattr(net, "round_t", False)
-    assert_close(v, wide(x, t, c), TOLERANCE[torch.bfloat16])
-
-
-@pytest.mark.parametrize("name", TINY)
 @pytest.mark.parametrize("adapter", [None, "student"])
 def test_checkpointing_recomputes_the_role_that_was_passed(name, adapter):
     """The gradients are the same bits, although other roles are called before backward."""
@@ -374,9 +364,8 @@ def test_qwen_image_agrees_with_diffusers(tmp_path, masked, rows, columns):
 @pytest.mark.parametrize("boundary", [0.875, 0.95])  # two steps and two; one and three
 def test_two_branches_make_the_steps_of_diffusers_pipeline(tmp_path, boundary):
     """Four Euler steps at shift 5, every x. Control: the high-noise network alone."""
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
     theirs = [make_wan(tmp_path / name)[0] for name in ("transformer", "transformer_2")]
-    import diffusers
-
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)
     scheduler.sigma_min = 1 / 4
     scheduler.set_shift(5.0)

@@ -59,7 +59,7 @@ def test_both_ends_are_finite(p):
 
 
 @both
-def test_going_by_way_of_s_changes_no_law(p):
+def test_going_by_way_of_s_changes_no_distribution(p):
     """0 -> s -> t has the mean and the variance of 0 -> t, Eq. 3; adding sigmas would not."""
     for s in (0.1, 0.5, 0.9):
         t = torch.linspace(s, 1, 20, dtype=torch.float64)
@@ -69,11 +69,6 @@ def test_going_by_way_of_s_changes_no_law(p):
         torch.testing.assert_close(alpha_ts**2 * sigma_s**2 + sigma_ts**2, p.sigma(t) ** 2)
         naive = p.sigma(t) - alpha_ts * sigma_s
         assert ((alpha_ts * sigma_s) ** 2 + naive**2 - p.sigma(t) ** 2).abs().max() > 0.01
-
-
-@both
-def test_snr_falls_from_data_to_noise(p):
-    assert (sde.snr(T, p).diff() < 0).all()
 
 
 @both

@@ -221,9 +221,9 @@ def new_run(job: Job, **settings) -> train.Run:
     train.validate(cfg)
     if job.table == "digits":
         return train.make_run(cfg, CPU, Path())
-    phases, start = train.phases_of(cfg), start_tensors(cfg.toy, cfg.classes)
-    roles = toy2d.roles_from(cfg, phases, CPU, start)
-    return train.Run(cfg, phases, roles, toy2d.make_data(cfg), CPU, Path())
+    start = start_tensors(cfg.toy, cfg.classes)
+    roles = toy2d.roles_from(cfg, train.phases_of(cfg), CPU, start)
+    return train.make_run(cfg, CPU, Path(), roles)
 
 
 def train_method(job: Job) -> Iterator[train.Run]:
@@ -323,7 +323,7 @@ def run_matching(job: Job) -> dict:
 
     error  of a network that was trained with a target; bias: of the mean of this target
     """
-    mixture, key, s, n = TOYS[job.table.split()[1]](), ("matching", job.seed), figure2.S, 10_000
+    mixture, key, s, n = TOYS[job.table.split()[1]](), ("matching", job.seed), figure2.END, 10_000
     name = {"Eq. 11": "b", "naive": "c"}[job.name]
     options = dict(width=64, key=key, lr=job.lr, progress=lambda steps, text: steps)
     net = figure2.fit(name, 2000 // job.scale, mixture, **options)

@@ -25,7 +25,6 @@ from toy.toy2d import (
     exact_teacher,
     fit_start,
     load_mixture,
-    make_data,
     nearest_mode,
     plot_points,
     roles_from,
@@ -39,8 +38,7 @@ def train_student(phases: int, seed: int, start: dict, out: Path) -> train.Run:
     """A student of four steps, trained in this many phases."""
     iters, warmup = UPDATES // phases, WARMUP // phases
     cfg = train.make_config(phases=phases, iters=iters, warmup=warmup, seed=seed)
-    parts = train.phases_of(cfg)
-    run = train.Run(cfg, parts, roles_from(cfg, parts, CPU, start), make_data(cfg), CPU, out)
+    run = train.make_run(cfg, CPU, out, roles_from(cfg, train.phases_of(cfg), CPU, start))
     train.begin_phase(run, 1)
     text = f"training, {phases} phase{'s' * (phases > 1)}"
     for _ in tqdm(train.train(run), text, UPDATES + WARMUP, disable=None):
@@ -62,9 +60,9 @@ def figure(rows: dict[str, tuple[list, set]], mixture) -> bytes:
             if t == 0:
                 text += f"\n{modes:.1f} of 8 modes, {100 * precision:.0f} % in a mode"
             ax.set_xlabel(text, fontsize=9)
-            matched_here = t in matched
-            color = "tab:green" if matched_here else "0.7"
-            plt.setp(ax.spines.values(), linewidth=3 if matched_here else 0.8, color=color)
+            is_match = t in matched
+            color = "tab:green" if is_match else "0.7"
+            plt.setp(ax.spines.values(), linewidth=3 if is_match else 0.8, color=color)
             if line is axes[0]:
                 ax.set_title(f"t = {t:g}", fontsize=10)
         line[0].set_ylabel(name, fontsize=11)

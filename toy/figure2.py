@@ -26,7 +26,7 @@ from toy.mixtures import Mixture
 from toy.toy2d import MLP
 
 POINTS = Mixture(torch.tensor([[-1.0], [0.0], [1.0], [2.0]]), 0.0, torch.zeros(4, dtype=torch.long))
-S = 0.5  # end of the subinterval
+END = 0.5  # s, the end of the subinterval
 SOLVER_STEPS, NUM_PATHS = 100, 200
 
 
@@ -36,7 +36,7 @@ def naive(v: Tensor, x_s: Tensor, s: float, t: Tensor, eps: Tensor) -> Tensor:
 
 
 # name: (s of the samples, loss)
-OBJECTIVES = {"a": (0.0, naive), "b": (S, subinterval_matching), "c": (S, naive)}
+OBJECTIVES = {"a": (0.0, naive), "b": (END, subinterval_matching), "c": (END, naive)}
 
 
 def fit(
@@ -75,14 +75,14 @@ def draw_figure(paths: dict[str, Tensor]):
     axes[0].plot(torch.linspace(1, 0, len(paths["a"])), paths["a"], color="0.3", lw=0.4)
     axes[0].set(title="(a) Eq. 4, clean samples", xlim=(1, 0), xlabel="t")
     a = paths["a"][: len(paths["b"])]
-    t = torch.linspace(1, S, len(a))
+    t = torch.linspace(1, END, len(a))
     titles = {"b": "(b) Eq. 13, samples at s = 0.5", "c": "(c) naive target"}
     for ax, name, color in zip(axes[1:], "bc", ("tab:blue", "tab:red")):
         ax.plot(t, a[:, ::6], color="0.8", lw=3)
         ax.plot(t, paths[name][:, ::6], color=color, lw=0.8)
-        ax.set(title=f"{titles[name]}; (a) grey", xlim=(1, S), xlabel="t")
+        ax.set(title=f"{titles[name]}; (a) grey", xlim=(1, END), xlabel="t")
         axes[3].plot(t, (paths[name] - a).abs().mean(1), color=color, label=f"({name})")
-    axes[3].set(title="mean distance from (a)", xlim=(1, S), xlabel="t")
+    axes[3].set(title="mean distance from (a)", xlim=(1, END), xlabel="t")
     axes[3].legend()
     return figure
 
@@ -99,7 +99,7 @@ def main() -> None:
     make_folder(args.out)  # fails before the training, not after it
     paths = {name: solve(fit(name, args.steps), OBJECTIVES[name][0]) for name in OBJECTIVES}
     write_file(args.out / "figure2.png", to_png(draw_figure(paths)))
-    a, exact = paths["a"][: len(paths["b"])], solve(POINTS.velocity, S)
+    a, exact = paths["a"][: len(paths["b"])], solve(POINTS.velocity, END)
     b, c = ((paths[name] - a).abs().mean().item() for name in "bc")
     print(f"distance of (a) from exact paths {(a - exact).abs().mean():.4f}")
     print(f"distance b {b:.4f} c {c:.4f}\nfolder: {args.out}")

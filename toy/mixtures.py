@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from models.common import UserError
-from sde import Process, as_float64, coefficients, flow
+from sde import Process, as_tensor, coefficients, flow
 
 MAX_POINTS = 2000  # rows of --points: the exact teacher evaluates every component for every sample
 
@@ -38,7 +38,7 @@ class Mixture:
     def _posterior(self, x_t: Tensor, t, c) -> tuple[Tensor, Tensor]:
         """log p(component | x_t) up to a constant (B, M), and the variance of x_t given it."""
         alpha_t, sigma_t = coefficients(t, x_t, self.p)
-        means, var = self.means.to(x_t), as_float64(alpha_t**2 * self.sd**2 + sigma_t**2)
+        means, var = self.means.to(x_t), as_tensor(alpha_t**2 * self.sd**2 + sigma_t**2)
         # |x - alpha mu|^2 without its |x|^2, which is the same for all components: no cancellation
         logits = (alpha_t * (x_t @ means.T) - 0.5 * alpha_t**2 * means.square().sum(1)) / var
         if c is not None:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import parallel
-from models.common import UserError, normal, read_tensors, stream, to_json, write_tensors
+from models.common import UserError, flag_name, normal, read_tensors, stream, to_json, write_tensors
 from models.media import plt, to_png
 from moe import Roles, cond_to, separate_roles, student_nets, trained_names
 from phases import Phase, step_times, trajectory
@@ -79,11 +79,11 @@ def exact_teacher(cfg, device="cpu") -> Callable:
 
 def check_config(cfg) -> None:
     """Raise UserError for settings that do not go together."""
-    large = ("weights", "teacher_lora", "prompts", "images", "size")
-    given = [f"--{name.replace('_', '-')}" for name in large if getattr(cfg, name)]
-    if given or (cfg.generator, cfg.fake, cfg.offload, cfg.compile) != ("full", "full", "none", 0):
-        flags = given or ["LoRA, --offload and --compile"]
-        raise UserError(f"{flags[0]}: expected the default for toy2d; it is for large teachers")
+    expected = dict(generator="full", fake="full", offload="none", compile=False, weights=())
+    expected |= dict(teacher_lora=(), prompts="", images="", size=())
+    for name, value in expected.items():
+        if getattr(cfg, name) != value:
+            raise UserError(f"{flag_name(name)} is for large teachers, not for toy2d; drop it")
     if parallel.topology.processes > 1:
         raise UserError("toy2d runs in one process: use python train.py without torchrun")
     if len(cfg.guidance) != 1:
