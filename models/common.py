@@ -335,11 +335,13 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def print_metrics(metrics: dict, out: Path) -> None:
-    """Print the metrics, one per line, and where the files are."""
+    """Print the metrics, one per line, and where the picture and the other files are."""
+    width = max(map(len, metrics), default=0)
     for name, value in metrics.items():
         values = value if isinstance(value, list) else [value]
-        print(f"{name:28}" + " ".join("         -" if v is None else f"{v:10.4g}" for v in values))
-    print(f"folder: {out}")
+        texts = ("         -" if v is None else f"{v:10.4g}" for v in values)
+        print(f"{name:{width}}  " + " ".join(texts))
+    print(f"picture: {out / 'samples.png'}")
 
 
 # -- the folder of a run -------------------------------------------------------------------------
