@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import train
+from models import media, plan
 from toy import toy2d
 
 torch.set_num_threads(1)  # tests of small networks: a second thread only waits
@@ -24,6 +25,15 @@ def start():
         return tensors[key]
 
     return fit
+
+
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """Runs of small teachers draw nothing and count no FLOPs: it takes longer than training."""
+    if request.module.__name__ in ("test_teachers", "test_sample", "test_export"):
+        monkeypatch.setattr(media, "sheet", lambda *_: b"\x89PNG")
+        monkeypatch.setattr(media, "curves", lambda log: b"curves")
+        monkeypatch.setattr(plan, "step_flops", lambda *_: (1.0, 1.0))
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ TINY = (
     "--sample-every 1 --eval-samples 2"
 ).split()
 COMMANDS = {
-    "toy2d": "--iters 60 --warmup 20 --batch 32 --save-every 7 --eval-samples 200".split(),
+    "toy2d": "--iters 40 --warmup 10 --batch 32 --save-every 7 --eval-samples 200".split(),
     "wan22-tiny": "--teacher wan22-tiny --iters 16 --batch 2 --save-every 3".split(),
 }
 
@@ -194,7 +194,10 @@ def test_killed_at_random_moments_a_run_resumes_bit_identical(tmp_path, undistur
     assert results(out) == whole
 
 
-@pytest.mark.parametrize("number,status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "number,status",
+    [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)],
+)
 def test_a_signal_saves_and_says_how_to_continue(tmp_path, undisturbed, number, status):
     """SIGTERM and Ctrl-C: exit 143 and 130; the printed command ends bit-identical."""
     whole, first = undisturbed("toy2d")

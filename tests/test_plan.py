@@ -71,7 +71,11 @@ class Products(TorchFunctionMode):
 
 
 @pytest.mark.parametrize(
-    "name,shape", [("wan21-tiny", (16, 1, 8, 12)), ("qwen-image-tiny", (16, 8, 12))]
+    "name,shape",
+    [
+        ("wan21-tiny", (16, 1, 8, 12)),
+        pytest.param("qwen-image-tiny", (16, 8, 12), marks=pytest.mark.slow),
+    ],
 )
 def test_flops_are_those_of_the_products_that_are_called(name, shape):
     """On the CPU, while the plan runs on the meta device."""
@@ -101,6 +105,7 @@ def test_bench_times_the_same_function_twice(name, shape):
     assert (v - theirs).norm() < 1e-4 * v.norm()
 
 
+@pytest.mark.slow
 def test_a_checkpointed_step_keeps_its_input_and_costs_one_more_forward():
     """The two levels of checkpointing, of the step and of blocks, peak as blocks alone do."""
     shape, peaks, flops = (16, 3, 32, 32), {}, {}
