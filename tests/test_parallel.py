@@ -83,11 +83,11 @@ def test_two_processes_have_the_numbers_of_one(tmp_path, teacher, generator, fak
 @pytest.mark.parametrize(
     "mistake,context",
     [
-        ("no sum of replicated gradients", 1),
-        ("one micro-batch twice", 1),
+        pytest.param("no sum of replicated gradients", 1, marks=pytest.mark.slow),
+        pytest.param("one micro-batch twice", 1, marks=pytest.mark.slow),
         ("means instead of sums", 1),
         ("attention to own tokens", 2),
-        ("rope of the first tokens", 2),
+        pytest.param("rope of the first tokens", 2, marks=pytest.mark.slow),
     ],
 )
 def test_a_mistake_is_caught(tmp_path, mistake, context):
@@ -135,6 +135,7 @@ def assert_identical(a: dict, b: dict) -> None:
     assert set(a) == set(b) and all(torch.equal(x, b[name]) for name, x in a.items())
 
 
+@pytest.mark.slow
 def test_a_checkpoint_resumes_on_another_number_of_processes(tmp_path):
     """After a signal to one rank in phase 2. As many processes give the bits of a whole run."""
     jobs = [train_job(tmp_path / f"whole{n}", processes=n) for n in (1, 2)]
