@@ -78,6 +78,16 @@ def test_a_finished_run_prints_its_metrics_again(finished, capsys):
     assert tree(finished) == before
 
 
+def test_previews_of_the_last_phase_have_an_energy(tmp_path):
+    """Those of earlier phases end in noisy samples and have energy_phases alone."""
+    assert train.main([*QUICK, "--sample-every", "1", "--out", str(tmp_path / "run")]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    previews = [row for row in rows if row["role"] == "preview"]
+    assert [(row["phase"], "energy" in row) for row in previews] == 2 * [(1, False)] + 2 * [
+        (2, True)
+    ]
+
+
 def test_a_resumed_run_says_what_differs_in_its_environment(finished, capsys):
     """Nothing in the same environment; the version of torch where it was another."""
     for version in ("same", "1.0"):

@@ -276,13 +276,14 @@ def metrics(mixture: Mixture, x: Tensor, c: dict | None) -> dict:
 def report(
     cfg, phases: list[Phase], roles: Roles, k: int, device, out: Path, finished: bool
 ) -> tuple[dict, bytes]:
-    """Metrics and a png of the student of phases[:k]. Before the end only energy_phases.
+    """Metrics and a png of the student of phases[:k]. Before the end only energies.
 
     energy         energy distance to exact samples. With CFG the student's aim is not this
                    distribution, and its energy does not fall to 0.
     energy_phases  the same at the end of each phase: later phases can hide errors of earlier ones
     energy_floor   [mean, sd] for exact samples against other exact samples
     """
+    is_last = k == len(phases)
     mixture, n, phases = load_mixture(cfg), cfg.eval_samples, phases[:k]
     times, nets = step_times(cfg.steps, cfg.shift), student_nets(roles, phases)
     xs, c = draw(cfg, nets, times, n, device)
@@ -296,9 +297,11 @@ def report(
         pairs["floor 3"] = y1, y2
     distance = energy_distances(pairs)
     values = {"energy_phases": [distance[f"phase {p.k}"] for p in phases]}
+    if is_last:  # x at its end is a sample
+        values = {"energy": distance[f"phase {k}"]} | values
     if finished:
         floor = torch.tensor([distance[f"floor {i}"] for i in (1, 2, 3)])
-        values = {"energy": distance[f"phase {k}"]} | metrics(mixture, xs[-1], c) | values
+        values = {"energy": values["energy"]} | metrics(mixture, xs[-1], c) | values
         values["energy_floor"] = [floor.mean().item(), floor.std().item()]
         teacher = {"energy": distance["teacher"]} | metrics(mixture, x_teacher, c)
         values |= {f"{name}_teacher_same_steps": value for name, value in teacher.items()}
