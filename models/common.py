@@ -60,6 +60,21 @@ def writing(path: Path):
         raise UserError(line) from error
 
 
+@contextlib.contextmanager
+def reading(path: Path | str, advice: str):
+    """Turn whatever goes wrong while a file is read into a UserError that ends with the advice.
+
+    Any kind of exception: a broken file makes parsers and libraries raise nearly all of them.
+    """
+    try:
+        yield
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or first_line(error)
+        raise UserError(f"cannot read {path} ({reason}); {advice}") from error
+
+
 def replace_file(path: Path, save: Callable[[Path], object]) -> None:
     """Let save(temporary path) write a file, then move it to path in one step."""
     temporary = path.with_name(path.name + ".tmp")
@@ -112,13 +127,11 @@ def write_tensors(path: Path, tensors: dict, metadata: dict, all_ranks: bool = F
 
 def read_json(path: Path, advice: str) -> dict:
     """Read a JSON object. If that fails, the error ends with the advice."""
-    try:
+    with reading(path, advice):
         value = json.loads(path.read_bytes())
         if not isinstance(value, dict):
             raise ValueError("expected a JSON object")
         return value
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path} ({first_line(error)}); {advice}") from error
 
 
 def open_tensors(path: Path, kind: str, advice: str):
@@ -126,12 +139,11 @@ def open_tensors(path: Path, kind: str, advice: str):
 
     safe_open compares the header with the file's size, so a truncated file is an error.
     """
-    try:
+    with reading(path, advice):
         file = safe_open(path, framework="pt")
         header = file.metadata() or {}
         metadata = json.loads(header.get("metadata") or header.get("about") or "{}")  # old: about
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"cannot read {path} ({first_line(error)}); {advice}") from error
+        metadata.keys()  # fails unless it is a JSON object
     if metadata.get("kind") != kind:
         raise UserError(f"{path} is not a {kind} file; {advice}")
     return file, metadata
