@@ -481,6 +481,7 @@ def run_training(run: Run, began: float, stop: common.Stop) -> float:
             raise common.Interrupted(signal, stop.advice)
         if last:
             bar.close()
+            print(f"{text}: {cfg.iters} iterations, {time.time() - began:.0f} s so far")
             print(module.phase_summary(cfg, run.phases, run.k, phase_rows), end="")
         clock = time.time()  # previews and checkpoints belong to no iteration
     return time.time() - began

@@ -346,13 +346,32 @@ def reset_peak_memory(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
+MEANINGS = {  # of a metric, for print_metrics
+    "energy": "energy distance to exact samples; 0: the same distribution",
+    "energy_phases": "the same at the end of each phase",
+    "energy_floor": "mean and sd of exact samples against other exact samples",
+    "modes": "effective number of modes that the samples hit",
+    "precision": "fraction of samples within 3 standard deviations of a mode",
+    "class_accuracy": "fraction whose nearest mode is of their class",
+    "accuracy": "fraction that the classifier recognises as their class",
+    "frechet": "Frechet distance to the teacher's 40 steps; 0: the same",
+    "frechet_floor": "the teacher's 40 steps against themselves, other noise",
+    "diversity": "mean distance of two samples of a class; teacher: 1",
+    "latent_distance": "mean RMS distance of two samples, as latents",
+    "seconds": "s of training",
+    "seconds_metrics": "s of measuring",
+}
+BASELINES = {"_teacher_same_steps": "the teacher in as many steps", "_exact": "exact samples"}
+
+
 def print_metrics(metrics: dict, out: Path) -> None:
-    """Print the metrics, one per line, and where the picture and the other files are."""
+    """Print each metric with its meaning, and where the picture is."""
     width = max(map(len, metrics), default=0)
     for name, value in metrics.items():
         values = value if isinstance(value, list) else [value]
-        texts = ("         -" if v is None else f"{v:10.4g}" for v in values)
-        print(f"{name:{width}}  " + " ".join(texts))
+        text = " ".join("-" if v is None else f"{v:.4g}" for v in values)
+        meanings = [words for end, words in BASELINES.items() if name.endswith(end)]
+        print(f"{name:{width}}  {text:20} {MEANINGS.get(name, ''.join(meanings))}".rstrip())
     print(f"picture: {out / 'samples.png'}")
 
 
@@ -525,6 +544,8 @@ class Log:
 
 def with_progress(steps: Iterable, text: str, stop: Stop) -> Iterator:
     """Iterate over steps with a progress bar, on one rank. Raises Interrupted after a signal."""
+    if not sys.stderr.isatty():  # where no bar is drawn
+        print(text, flush=True)
     for item in tqdm(steps, text, disable=None):
         if stop.signal:
             raise Interrupted(stop.signal, stop.advice)
