@@ -68,7 +68,7 @@ def open_student(args) -> tuple[export.Student, Path]:
     config = common.read_json(run_dir / "config.json", advice)
     cfg = common.config_from_json(train.Config, config, run_dir)
     tensors, metadata = common.open_tensors(file, "student", advice)
-    if metadata["settings"] != config["settings"]:
+    if not common.is_same_run(metadata["settings"], config["settings"]):
         raise UserError(f"{file} belongs to a run with other settings; {advice}")
     if args.weights:
         cfg = replace(cfg, weights=common.absolute_paths(tuple(args.weights)))

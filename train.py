@@ -421,17 +421,22 @@ def load_state(run: Run) -> tuple[int, float]:
         begin_phase(run, 1)
         return 0, 0.0
     tensors, metadata = parallel.read_state(folder, common.to_json(run.cfg), common.START_OVER)
-    for k in range(1, metadata["phase"]):
-        run.roles.student[k].start()  # allocate the parameters of frozen experts
-    begin_phase(run, metadata["phase"])
-    run.i, run.skips = metadata["iteration"], metadata["skips"]
-    for name, steps in metadata["optimizer_steps"].items():
-        run.optimizers[name].steps = steps
+    with common.reading(folder / "state.json", common.START_OVER):  # a wrong type fails here
+        k, i = run.phases[metadata["phase"] - 1].k, int(metadata["iteration"])
+        steps = {name: int(n) for name, n in metadata["optimizer_steps"].items()}
+        skips = {name: int(n) for name, n in metadata["skips"].items()}
+        log_bytes, seconds = int(metadata["log_bytes"]), float(metadata["seconds"])
+    for earlier in range(1, k):
+        run.roles.student[earlier].start()  # allocate the parameters of frozen experts
+    begin_phase(run, k)
+    run.i, run.skips = i, skips
+    for name, optimizer in run.optimizers.items():
+        optimizer.steps = steps.get(name, 0)
     for name, tensor in state_tensors(run).items():
         if name not in tensors or tensors[name].shape != tensor.shape:
             raise UserError(f"{folder}: expected a tensor {name}; {common.START_OVER}")
         parallel.copy_to_local(tensor, tensors[name])
-    return metadata["log_bytes"], metadata["seconds"]
+    return log_bytes, seconds
 
 
 def save_student(run: Run, path: Path) -> None:
@@ -501,7 +506,7 @@ def report(run: Run) -> tuple[dict, bytes]:
 def save_preview(run: Run, log: common.Log) -> None:
     """Write metrics, picture and curves, and of large teachers the student so far."""
     metrics, picture = report(run)
-    log.write([{"phase": run.k, "iteration": run.i, "role": "preview"} | metrics])
+    log.write([{"phase": run.k, "iteration": run.i, "role": "preview"} | common.finite(metrics)])
     file = run.out / "previews" / f"phase{run.k}-{run.i:06}.png"
     common.write_file(file, picture)
     if module_of(run.cfg) is teachers:
@@ -521,6 +526,7 @@ def save_results(run: Run, seconds: float, stop: common.Stop) -> dict:
     metrics |= {"seconds": round(seconds, 1), "seconds_metrics": round(time.time() - began, 1)}
     stop.check()
     common.write_file(run.out / "samples.png", picture)
+    metrics = common.finite(metrics)
     common.write_json(run.out / "metrics.json", metrics)
     return metrics
 
@@ -566,18 +572,18 @@ def validate(cfg: Config, files: bool = True) -> None:
 
 
 def resolve(args: argparse.Namespace, cfg: Config) -> tuple[Config, bool]:
-    """The settings to run with, and whether that run is finished. Records a new run."""
+    """The settings to run with, and whether that run is finished. Writes or checks config.json."""
     if not args.resume:
         validate(cfg)
     folder_args = args.out, cfg, args.explicit, args.resume, args.overwrite, Config
     cfg, finished = common.resolve_run(*folder_args)
     if args.resume:
         validate(cfg)
-    if not finished:
-        device = common.pick_device(args.device, module_of(cfg).DEFAULT_DEVICE)
-        ranks = parallel.topology.processes, parallel.topology.context_parallel
-        environment, files = common.environment(device, *ranks), module_of(cfg).input_files(cfg)
-        common.record_run(args.out, cfg, environment, files, args.overwrite)
+    device = common.pick_device(args.device, module_of(cfg).DEFAULT_DEVICE)
+    ranks = parallel.topology.processes, parallel.topology.context_parallel
+    environment = {} if finished else common.environment(device, *ranks)
+    files = module_of(cfg).input_files(cfg)
+    common.record_run(args.out, cfg, environment, files, args.overwrite)
     return cfg, finished
 
 
@@ -586,8 +592,9 @@ def run_command(args: argparse.Namespace, cfg: Config) -> None:
     cfg, finished = parallel.on_rank0(lambda: resolve(args, cfg))
     if finished:
         print("This run is already finished. Use --overwrite to train it again.")
-        metrics = common.read_json(args.out / "metrics.json", common.START_OVER)
-        return common.print_metrics(metrics, args.out)
+        file = args.out / "metrics.json"
+        with common.reading(file, common.START_OVER):
+            return common.print_metrics(common.read_json(file, common.START_OVER), args.out)
     module, began = module_of(cfg), time.time()
     device = torch.device(common.pick_device(args.device, module.DEFAULT_DEVICE))
     torch.set_num_threads(module.THREADS or torch.get_num_threads())

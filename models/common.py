@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import Field, asdict, field, fields
+from dataclasses import Field, asdict, field, fields, replace
 from operator import gt, le, lt
 from pathlib import Path
 
@@ -114,6 +114,15 @@ def write_json(path: Path, value) -> None:
     write_file(path, (json.dumps(value, indent=1) + "\n").encode())
 
 
+def finite(value):
+    """The same number, list or dict with None in place of NaN and infinity, which JSON lacks."""
+    if isinstance(value, dict):
+        return {name: finite(x) for name, x in value.items()}
+    if isinstance(value, list):
+        return [finite(x) for x in value]
+    return value if not isinstance(value, float) or math.isfinite(value) else None
+
+
 def write_tensors(path: Path, tensors: dict, metadata: dict, all_ranks: bool = False) -> None:
     """Write safetensors, with metadata as JSON in the header.
 
@@ -152,9 +161,10 @@ def open_tensors(path: Path, kind: str, advice: str):
 def read_tensors(path: Path, kind: str, settings: dict, advice: str) -> tuple[dict, dict]:
     """Read the tensors and metadata of a file that belongs to a run with these settings."""
     file, metadata = open_tensors(path, kind, advice)
-    if metadata.get("settings") != settings:
-        raise UserError(f"{path} belongs to a run with other settings; {advice}")
-    return {name: file.get_tensor(name) for name in file.keys()}, metadata
+    with reading(path, advice):
+        if not is_same_run(metadata["settings"], settings):
+            raise UserError(f"{path} belongs to a run with other settings; {advice}")
+        return {name: file.get_tensor(name) for name in file.keys()}, metadata
 
 
 def file_digest(path: Path, piece: int = 2**20) -> str:
@@ -184,6 +194,7 @@ def option(default, help, choices=None, low=None, above=None, high=None, kind=No
     A tuple as default makes a flag of one or more values of this kind.
     """
     kind = kind or type(default)
+    high = 2**31 - 1 if kind is int and high is None else high
     limits = dict(choices=choices, low=low, above=above, high=high)
     return field(default=default, metadata=dict(help=help, group=group, kind=kind) | limits)
 
@@ -195,11 +206,19 @@ class Parser(argparse.ArgumentParser):
         formatter = argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
 
+    def parse_args(self, args=None, namespace=None):
+        for text in sys.argv[1:] if args is None else args:
+            if not text.isascii() and text != text.encode(errors="ignore").decode():
+                raise UserError(
+                    f"expected arguments in UTF-8, got {text!r}; rename it or retype it"
+                )
+        return super().parse_args(args, namespace)
+
     def error(self, message: str):
         message = re.sub(r"invalid (\w+) value: ", r"expected \1, got ", message)
         choice = r"invalid choice: (.*) \(choose from (.*)\)"
         message = re.sub(choice, r"expected one of \2, got \1", message)
-        raise UserError(f"{message.removeprefix('argument ')}; see --help")
+        raise UserError(f"{message.removeprefix('argument ')[:400]}; see --help")
 
 
 def add_flags(parser: Parser, Config: type, presets: dict[str, dict], teacher: str) -> dict:
@@ -275,17 +294,19 @@ def check_values(cfg) -> None:
     """Raise UserError for a value outside the choices or limits of its option."""
     for f in fields(cfg):
         values = getattr(cfg, f.name)
-        for value in values if isinstance(values, tuple) else (values,):
+        for value in values if isinstance(f.default, tuple) else (values,):
             if expected := expected_value(f, value):
                 raise UserError(f"{flag_name(f.name)}: expected {expected}, got {value!r}")
 
 
 def expected_value(f: Field, value) -> str:
     """Return what an option expects instead of this value, "" if the value is allowed."""
-    choices = f.metadata["choices"]
+    choices, kind = f.metadata["choices"], f.metadata["kind"]
+    if type(value) is not kind and (type(value), kind) != (int, float):  # in a config.json
+        return f"a value of type {kind.__name__}"
     if choices and value not in choices:
         return "one of " + ", ".join(map(str, choices))
-    if f.metadata["kind"] is float and not math.isfinite(value):
+    if kind is float and not math.isfinite(value):
         return "a finite number"
     for name, words, is_outside in LIMITS:
         limit = f.metadata[name]
@@ -295,6 +316,10 @@ def expected_value(f: Field, value) -> str:
 
 
 # -- commands ------------------------------------------------------------------------------------
+
+
+# as PyTorch, CUDA, cuBLAS and NCCL say it
+OUT_OF_MEMORY = re.compile("out of memory|allocate memory|ALLOC_FAILED|CUDA malloc", re.I)
 
 
 def exit_status(
@@ -308,8 +333,8 @@ def exit_status(
         return work() or 0
     except UserError as error:
         line, status = str(error), 2
-    except RuntimeError as error:  # out of memory, on the GPU or the host, has one line too
-        if not isinstance(error, torch.OutOfMemoryError) and "allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
             raise
         line, status = f"out of memory; {memory_advice}", 2
     except (KeyboardInterrupt, Interrupted) as error:
@@ -318,6 +343,10 @@ def exit_status(
     except BrokenPipeError:  # stdout was closed, e.g. by `head`: discard what is still printed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + signal.SIGPIPE
+    except OSError as error:  # of a path: too long, links in a circle, no permission, ...
+        if error.filename is None:
+            raise
+        line, status = f"cannot use {str(error.filename)[:300]}: {error.strerror}; change it", 2
     print(f"{program}: {line}", file=sys.stderr)
     return status
 
@@ -397,10 +426,21 @@ def make_folder(out: Path) -> None:
         out.mkdir(parents=True, exist_ok=True)
 
 
+# settings that may change during a run: its files may move, and --iters may grow
+MOVABLE = ("points", "weights", "teacher_lora", "prompts", "images")
+CHANGEABLE = {"iters", *MOVABLE}
+
+
+def is_same_run(a: dict, b: dict) -> bool:
+    """Whether two settings belong to one run. One may lack settings of a later version."""
+    return all(a[name] == b[name] for name in a.keys() & b.keys() - CHANGEABLE)
+
+
 def resolve_run(out: Path, cfg, explicit: dict, resume: bool, overwrite: bool, Config: type):
     """Return the Config to run with, and whether that run is already finished.
 
-    With --resume the settings are those of the folder; explicit flags must agree with them.
+    With --resume the settings are those of the folder; explicit flags must agree with them, except
+    that files may have moved and that --iters may be larger.
     """
     contents = folder_contents(out)
     if contents and "config.json" not in contents:
@@ -410,46 +450,66 @@ def resolve_run(out: Path, cfg, explicit: dict, resume: bool, overwrite: bool, C
         clear_run(out)
     if overwrite or not contents:
         return cfg, False
-    config, finished = read_json(out / "config.json", START_OVER), "metrics.json" in contents
-    saved = config_from_json(Config, config, out)
-    for name, value in (explicit if resume else vars(cfg)).items():
-        if (expected := getattr(saved, name)) != value:
+    saved = config_from_json(Config, read_json(out / "config.json", START_OVER), out)
+    finished, given = "metrics.json" in contents, explicit if resume else vars(cfg)
+    if resume and given.get("iters", 0) > saved.iters:
+        finished, saved = False, replace(saved, iters=given["iters"])
+    for name, value in given.items():
+        if name not in MOVABLE and (expected := getattr(saved, name)) != value:
+            longer = " --resume trains the last phase on;" * (name == "iters" and value > expected)
             raise UserError(
-                f"{flag_name(name)}: expected {format_value(expected)} as in the run in {out}, "
-                f"got {format_value(value)}; choose another --out or {START_OVER}"
+                f"{flag_name(name)}: expected {format_value(expected)} as in the run in {out}, got "
+                f"{format_value(value)};{longer} choose another --out or {START_OVER}"
             )
     if not resume and not finished:
         advice = f"continue it with --resume, choose another --out, or {START_OVER}"
         raise UserError(f"{out} contains an unfinished run; {advice}")
-    for name, digest in config["files"].items():
-        if not Path(name).is_file() or file_digest(Path(name)) != digest:
-            problem = f"{name} is missing or has changed since the run began"
-            raise UserError(f"{problem}; restore it or {START_OVER}")
+    saved = replace(saved, **{name: given[name] for name in MOVABLE if name in given})
+    for name in MOVABLE:
+        value = getattr(saved, name)
+        for path in value if isinstance(value, tuple) else (value,):
+            is_there = os.path.exists(path) or os.path.exists(path.rpartition(":")[0])  # strength
+            if path not in ("", "random") and not is_there:
+                flag = f"--resume {flag_name(name)} PATH"
+                raise UserError(f"{path} is missing; put it back or, if it has moved, give {flag}")
     return saved, finished
 
 
 def record_run(out: Path, cfg, environment: dict, input_files: list[Path], overwrite: bool):
-    """Write config.json for a new run; for an old one print how the environment has changed."""
-    file = out / "config.json"
+    """Write config.json. Of an old run check the input files, and print what else has changed."""
+    file, files = out / "config.json", digest_files(input_files)
     if overwrite or not file.exists():
-        files = digest_files(input_files)
         config = {"settings": to_json(cfg), "environment": environment, "files": files}
         return write_json(file, config)
-    before = read_json(file, START_OVER)["environment"]
+    config = read_json(file, START_OVER)
+    if list(config["files"].values()) != list(files.values()):
+        changed = [name for name, x in files.items() if x not in config["files"].values()]
+        problem = f"{(changed or list(files))[0]} has changed since the run began"
+        raise UserError(f"{problem}; restore it, choose another --out, or {START_OVER}")
     for name, value in environment.items():
-        if (old := before.get(name)) != value:
+        if (old := config["environment"].get(name)) != value:
             print(f"note: {name} was {old} when the run began, is {value}; numbers may differ")
+    if cfg.iters > config["settings"]["iters"]:
+        print(f"to {cfg.iters} iterations per phase; rates fall in the last {cfg.lr_decay:.0%}")
+        remove_files(out, "metrics.json")  # first: the run is no longer finished
+    if config["settings"] != to_json(cfg):
+        write_json(file, config | {"settings": to_json(cfg), "files": files})
 
 
 def config_from_json(Config: type, config: dict, out: Path):
-    """Return the Config in the contents of config.json. Its values are checked."""
+    """Return the Config in the contents of config.json. Settings that it lacks have defaults."""
     try:
         cfg = Config(**from_json(config["settings"]))
         check_values(cfg)
+        config["files"].values(), config["environment"].keys()
         return cfg
     except (AttributeError, TypeError, KeyError, UserError) as error:
-        message = f"{out}/config.json does not fit this version of the code; {START_OVER}"
-        raise UserError(message) from error
+        found = re.search(r'"commit": "([^"]*)', json.dumps(config))
+        commit = f" ({found[1]})" if found else ""
+        raise UserError(
+            f"{out}/config.json does not fit this version of the code: {first_line(error)}; "
+            f"continue with the version that wrote it{commit}, or {START_OVER}"
+        ) from error
 
 
 def remove_files(out: Path, *patterns: str) -> None:

@@ -436,14 +436,15 @@ def read_state(folder: Path, settings: dict, advice: str) -> tuple[dict[str, Sto
     Raises UserError if a file is missing or broken, or belongs to another run.
     """
     metadata = common.read_json(folder / "state.json", advice)
-    if metadata.get("kind") != "state" or metadata.get("settings") != settings:
-        raise UserError(f"{folder} belongs to another run or version; {advice}")
     counts, slices = {}, defaultdict(dict)
-    for name in metadata["files"]:
-        file, header = common.open_tensors(folder / name, "checkpoint shard", advice)
-        for key, (first, counts[key]) in header["rows"].items():
-            slices[key][first] = file.get_slice(key)
-    for key, count in counts.items():
-        if sum(rows.get_shape()[0] for rows in slices[key].values()) != count:
-            raise UserError(f"{folder} does not have all rows of {key}; {advice}")
-    return {key: StoredTensor(count, slices[key]) for key, count in counts.items()}, metadata
+    with common.reading(folder / "state.json", advice):
+        if metadata["kind"] != "state" or not common.is_same_run(metadata["settings"], settings):
+            raise UserError(f"{folder} belongs to another run or version; {advice}")
+        for name in metadata["files"]:
+            file, header = common.open_tensors(folder / name, "checkpoint shard", advice)
+            for key, (first, counts[key]) in header["rows"].items():
+                slices[key][first] = file.get_slice(key)
+        for key, count in counts.items():
+            if sum(rows.get_shape()[0] for rows in slices[key].values()) != count:
+                raise UserError(f"{folder} does not have all rows of {key}; {advice}")
+        return {key: StoredTensor(count, slices[key]) for key, count in counts.items()}, metadata

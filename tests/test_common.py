@@ -22,6 +22,13 @@ class Config:
     mode: str = option("on", "a choice", choices=("on", "off"), group="memory")
     guidance: tuple = option((1.0,), "CFG scale", kind=float, low=0)
     compile: bool = option(False, "torch.compile", group="memory")
+    iters: int = option(4, "updates per phase")
+    lr_decay: float = option(0.5, "last part of a phase")
+    points: str = option("", "a file")
+    weights: tuple = option((), "files", kind=str)
+    teacher_lora: tuple = option((), "files", kind=str)
+    prompts: str = option("", "a file")
+    images: str = option("", "a file")
 
 
 def test_only_the_writer_writes_shared_files(tmp_path, monkeypatch):
@@ -109,7 +116,7 @@ def unfinished(tmp_path):
     """The folder of a run of 8 steps that has a checkpoint and reads a file."""
     (tmp_path / "input").write_text("input")
     files = common.digest_files([tmp_path / "input"])
-    settings = common.to_json(Config(steps=8))
+    settings = common.to_json(Config(steps=8, points=str(tmp_path / "input")))
     config = {"settings": settings, "environment": {}, "files": files}
     common.write_json(tmp_path / "run" / "config.json", config)
     common.write_json(tmp_path / "run" / "state" / "state.json", {})
@@ -117,12 +124,13 @@ def unfinished(tmp_path):
 
 
 def test_a_run_is_new_resumed_finished_or_replaced(unfinished, tmp_path):
-    saved = Config(steps=8)
-    assert resolve(tmp_path / "new", steps=8) == (saved, False)
-    assert resolve(tmp_path / "new", resume=True, steps=8) == (saved, False)
+    new, saved = Config(steps=8), Config(steps=8, points=str(tmp_path / "input"))
+    assert resolve(tmp_path / "new", steps=8) == (new, False)
+    assert resolve(tmp_path / "new", resume=True, steps=8) == (new, False)
     assert resolve(unfinished, resume=True) == (saved, False)
     common.write_json(unfinished / "metrics.json", {})
-    assert resolve(unfinished, steps=8) == (saved, True) == resolve(unfinished, resume=True)
+    flags = dict(steps=8, points=str(tmp_path / "input"))
+    assert resolve(unfinished, **flags) == (saved, True) == resolve(unfinished, resume=True)
     (unfinished / "notes.txt").write_text("not a run's file")
     assert resolve(unfinished, overwrite=True, steps=2) == (Config(steps=2), False)
     files = {p.name for p in unfinished.rglob("*") if p.is_file()}
@@ -138,13 +146,76 @@ def test_a_folder_that_does_not_fit_is_refused(unfinished, tmp_path):
     for resume in (True, False):
         with pytest.raises(UserError, match="--steps: expected 8 .*, got 2; choose another --out"):
             resolve(unfinished, resume=resume, steps=2)
-    (tmp_path / "input").write_text("changed")
-    with pytest.raises(UserError, match="input is missing or has changed"):
-        resolve(unfinished, resume=True)
-    for settings in ({"steps": 0}, {"unknown": 1}, None):
-        common.write_json(unfinished / "config.json", {"settings": settings})
-        with pytest.raises(UserError, match="does not fit this version"):
+    with pytest.raises(UserError, match="--iters: expected 4 .*, got 9; --resume trains the last"):
+        resolve(unfinished, steps=8, iters=9)
+    for settings in ({"steps": 0}, {"unknown": 1}, {"iters": "4"}, {"guidance": 1.0}, None):
+        config = {"settings": settings, "files": {}, "environment": {"commit": "abc"}}
+        common.write_json(unfinished / "config.json", config)
+        with pytest.raises(UserError, match="does not fit .* the version that wrote it .abc"):
             resolve(unfinished, resume=True)
+
+
+def test_a_run_goes_on_with_moved_files_and_more_iterations(unfinished, tmp_path, capsys):
+    """Files are told by their digests. Negative control: another file."""
+    old, new = tmp_path / "input", tmp_path / "moved"
+    old.rename(new)
+    with pytest.raises(UserError, match="input is missing; .* --resume --points PATH"):
+        resolve(unfinished, resume=True)
+    common.write_json(unfinished / "metrics.json", {})
+    assert resolve(unfinished, resume=True, points=str(new))[1]
+    cfg, finished = resolve(unfinished, resume=True, points=str(new), iters=9)
+    assert not finished and cfg == Config(steps=8, points=str(new), iters=9)
+    common.record_run(unfinished, cfg, {"commit": "abc"}, [new], False)
+    printed = capsys.readouterr().out
+    assert "to 9 iterations" in printed and "commit was None when the run began" in printed
+    assert not (unfinished / "metrics.json").exists()
+    assert resolve(unfinished, resume=True) == (cfg, False)  # and stays so without flags
+    new.write_text("changed")
+    with pytest.raises(UserError, match="moved has changed since the run began; restore it"):
+        common.record_run(unfinished, cfg, {}, [new], False)
+
+
+def test_settings_of_one_run_may_differ_in_what_is_newer_or_has_moved():
+    settings = common.to_json(Config())
+    older = {name: x for name, x in settings.items() if name != "mode"}
+    assert common.is_same_run(older | {"iters": 1, "points": "elsewhere"}, settings)
+    assert not common.is_same_run(older | {"steps": 5}, settings)
+
+
+@pytest.mark.parametrize(
+    "error, line",
+    [
+        (RuntimeError("CUDA error: out of memory"), "out of memory; try"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"), "out of memory; try"),
+        (RuntimeError("NCCL error: ... Failed to CUDA malloc 6291456 bytes"), "out of memory; try"),
+        (MemoryError(), "out of memory; try"),
+        (OSError(36, "File name too long", "a" * 5000), "File name too long; change it"),
+    ],
+)
+def test_errors_of_the_machine_are_one_line(error, line, capsys):
+    """Negative control: another RuntimeError is a bug, and keeps its traceback."""
+
+    def work(error=error):
+        raise error
+
+    assert common.exit_status("train.py", work) == 2
+    printed = capsys.readouterr().err
+    assert line in printed and printed.count("\n") == 1 and len(printed) < 500
+    with pytest.raises(RuntimeError, match="shapes"):
+        common.exit_status("train.py", lambda: work(RuntimeError("shapes")))
+
+
+def test_arguments_and_numbers_that_no_file_can_hold():
+    """Bytes that are not UTF-8; NaN in JSON; any failure to read a file."""
+    with pytest.raises(UserError, match=r"UTF-8, got 'caf\\udce9'"):
+        common.Parser("a program").parse_args(["caf\udce9"])
+    values = {"a": [1.0, float("nan")], "b": {"c": float("-inf")}, "d": "nan"}
+    assert common.finite(values) == {"a": [1.0, None], "b": {"c": None}, "d": "nan"}
+    for content in ("[" * 10**5, '{"x": ' + "9" * 5000 + "}", "[1]", "\udce9"):
+        path = Path("a.json")
+        with pytest.raises(UserError, match=r"^cannot read a.json \(.*\); advice$"):
+            with common.reading(path, "advice"):
+                common.json.loads(content).keys()
 
 
 def test_a_signal_waits_for_a_safe_moment_and_a_second_one_does_not():
