@@ -323,8 +323,9 @@ def plot_points(ax, x: Tensor, colors: Tensor | None, num_colors: int, limit: fl
 
 
 def axis_limit(x: Tensor) -> float:
-    """Half the width of a plot that shows nearly all of x."""
-    return 1.2 * x.abs().max(1).values.quantile(0.99).item()
+    """Half the width of a plot that shows nearly all of x; 1 if x is not finite."""
+    limit = 1.2 * x.abs().max(1).values.quantile(0.99).item()
+    return limit if math.isfinite(limit) else 1.0
 
 
 def draw_picture(cfg, nets: list, phases: list[Phase], device, n: int = 3000) -> bytes:
