@@ -284,10 +284,10 @@ def make_parser() -> common.Parser:
     add("--guidance", type=float, nargs="+", help="CFG scale, or two: high noise, low noise")
     add(
         "--lora",
-        type=Path,
         nargs="+",
-        metavar="FILE",
-        help="one per transformer (or per phase, if exported here), or their folder",
+        metavar="FILE[:STRENGTH]",
+        help="LoRA files or their folder. Names with high or low are for that transformer, two "
+        "other files for high and low noise in this order, others for both",
     )
     return parser
 

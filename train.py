@@ -61,7 +61,8 @@ class Config:
                                kind=float, low=0)
     weights: tuple      = data((), "published weights: a folder, or a path per branch (high noise "
                                "first), or `random` (default weights/NAME)", kind=str)
-    teacher_lora: tuple = data((), "LoRA to merge into the teacher, one per branch", kind=str)
+    teacher_lora: tuple = data((), "LoRA to merge into the teacher: FILE[:STRENGTH] ..., "
+                               "see sample.py --lora", kind=str)
     prompts: str        = data("", "text file with one prompt per line, or embeddings")
     images: str         = data("", "image to video: first frames made by models.encoders")
     size: tuple         = data((), "pixels, [FRAMESx]HEIGHTxWIDTH[:PROBABILITY] ...", kind=str)

@@ -27,6 +27,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
+# as PyTorch, CUDA, cuBLAS and NCCL say it
+OUT_OF_MEMORY = re.compile("out of memory|allocate memory|ALLOC_FAILED|CUDA malloc", re.I)
+
 is_writer = True  # models/parallel.py sets it to False on ranks > 0
 
 
@@ -68,9 +71,9 @@ def reading(path: Path | str, advice: str):
     """
     try:
         yield
-    except (UserError, torch.OutOfMemoryError):
-        raise
     except Exception as error:
+        if isinstance(error, (UserError, MemoryError)) or OUT_OF_MEMORY.search(str(error)):
+            raise
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"cannot read {path} ({reason}); {advice}") from error
 
@@ -316,10 +319,6 @@ def expected_value(f: Field, value) -> str:
 
 
 # -- commands ------------------------------------------------------------------------------------
-
-
-# as PyTorch, CUDA, cuBLAS and NCCL say it
-OUT_OF_MEMORY = re.compile("out of memory|allocate memory|ALLOC_FAILED|CUDA malloc", re.I)
 
 
 def exit_status(

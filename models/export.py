@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models import lora, weights
-from models.common import UserError, format_value, writing
+from models.common import UserError, format_value, reading, writing
 from models.qwen_image import QwenImage
 from models.weights import RoleWeights, meta_network, teacher_spec
 
@@ -116,9 +116,9 @@ def full_tensors(student: Student, phase) -> dict[str, Tensor]:
         weights.load_tensors(net, own.full(), "cpu")
     else:
         path = weights.branch_paths(cfg.teacher, *cfg.weights)[0][branch - 1]
-        merged = lora.sort_high_low(cfg.teacher_lora)[branch - 1]
+        loras = weights.teacher_loras(cfg)[branch - 1]
         deltas = {f"{layer}.weight": lora.delta_of(x) for layer, x in own.factors.items()}
-        net = weights.load(path, teacher=cfg.teacher, teacher_lora=merged, deltas=deltas)
+        net = weights.load(path, teacher=cfg.teacher, loras=loras, deltas=deltas)
     return {name: p.data for name, p in net.named_parameters()}
 
 
@@ -200,7 +200,7 @@ def card_values(student: Student) -> dict[str, str]:
     frames = f"guidance_scale=1.0, num_frames={frames[0] if frames else cfg.frames}"
     settings += "true_cfg_scale=1.0" if qwen else frames
     pipeline = "QwenImage" if qwen else "WanImageToVideo" if spec.is_i2v else "Wan"
-    teacher_loras = " and ".join(Path(file).name for file in cfg.teacher_lora)
+    teacher_loras = " and ".join(str(lora.parse_file(file)) for file in cfg.teacher_lora)
     lora_kind = f"LoRA of rank {cfg.rank}, alpha {format_value(cfg.alpha)}"
     return dict(
         base=base,
@@ -235,63 +235,73 @@ class LoraPlan(NamedTuple):
 
 
 def assign_loras(
-    cfg, paths: list[Path], steps_given: bool, times: tuple[float, ...], boundary_t: float | None
+    cfg, names: list[str], steps_given: bool, times: tuple[float, ...], boundary_t: float | None
 ) -> LoraPlan:
     """Which file takes which steps: by its metadata if we exported it, else by t.
 
-    steps_given: the user asked for other steps than such metadata have.
+    names: FILE, FILE:STRENGTH or a folder. steps_given: the user asked for other steps than such
+    metadata have.
     """
     files = []
-    for path in paths:
-        files += sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    metadata = {file: lora.read_metadata(file) for file in files}
+    for name in names:
+        file = lora.parse_file(name)
+        if not file.path.exists():
+            raise UserError(f"--lora: {file.path} does not exist; name LoRA files or their folder")
+        is_folder = file.path.is_dir()
+        paths = weights.safetensors_in(file.path) if is_folder else [file.path]
+        files += [lora.LoraFile(path, file.strength) for path in paths]
+    if not files:
+        raise UserError(f"--lora: {', '.join(names)} contains no .safetensors; name LoRA files")
+    metadata = {file: lora.read_metadata(file.path) for file in files}
     for file, entry in metadata.items():
-        if not file.is_file():
-            raise UserError(f"--lora: {file} does not exist; name LoRA files or their folder")
         if entry.get("teacher", cfg.teacher) != cfg.teacher:
-            raise UserError(f"{file} is for {entry['teacher']}, not for {cfg.teacher}")
-    if files and not steps_given and all("times" in entry for entry in metadata.values()):
-        roles, times, base_of, file_of = assign_by_metadata(metadata)
+            raise UserError(f"{file.path} is for {entry['teacher']}, not for {cfg.teacher}")
+    if not steps_given and all("times" in entry for entry in metadata.values()):
+        with reading(files[0].path, "export the student again"):
+            roles, times, base_of, files_of = assign_by_metadata(metadata)
     else:
-        roles, base_of, file_of = assign_by_time(files, times, boundary_t)
+        roles, base_of, files_of = assign_by_time(files, times, boundary_t)
 
     def weights_of(role: str) -> RoleWeights:
         net = meta_network(cfg, base_of[role])
-        return RoleWeights(*lora.split_deltas(weights.read_lora(net, file_of[role]), net))
+        return RoleWeights(*lora.split_deltas(weights.read_loras(net, files_of[role]), net))
 
-    for role in file_of:
+    for role in files_of:
         weights_of(role)  # an error in any file shows before a base is loaded
     return LoraPlan(roles, times, base_of, weights_of)
 
 
-def assign_by_metadata(metadata: dict[Path, dict]) -> tuple[list, tuple, dict, dict]:
+def assign_by_metadata(metadata: dict[lora.LoraFile, dict]) -> tuple[list, tuple, dict, dict]:
     """Roles of the steps, times, branches and files by role, of a student that we exported."""
-    steps, base_of, file_of = {}, {}, {}
+    steps, base_of, files_of = {}, {}, {}
     for file, entry in metadata.items():
         role = f"student{entry['phase']}"
-        base_of[role], file_of[role] = int(entry["branch"]), file
+        base_of[role], files_of[role] = int(entry["branch"]), [file]
         steps |= dict.fromkeys(json.loads(entry["steps"]), role)
-        print(f"{file.name}: {role}, by its metadata")
+        print(f"{file}: {role}, by its metadata")
     students = {(entry["times"], entry["base"]) for entry in metadata.values()}
     times = json.loads(entry["times"])
-    is_whole = len(steps) == len(times) - 1 and len(file_of) == len(metadata)
+    is_whole = len(steps) == len(times) - 1 and len(files_of) == len(metadata)
     if len(students) > 1 or not is_whole:
-        names = ", ".join(file.name for file in metadata)
+        names = ", ".join(map(str, metadata))
         raise UserError(f"--lora: expected the files of all phases of one student, got {names}")
-    return [steps[i] for i in range(len(steps))], tuple(times), base_of, file_of
+    return [steps[i] for i in range(len(steps))], tuple(times), base_of, files_of
 
 
 def assign_by_time(
-    files: list[Path], times: tuple[float, ...], boundary_t: float | None
+    files: list[lora.LoraFile], times: tuple[float, ...], boundary_t: float | None
 ) -> tuple[list, dict, dict]:
-    """Roles of the steps, branches and files by role: one file per transformer, chosen by t."""
+    """Roles of the steps, branches and files by role: those of each transformer, chosen by t."""
     branches = 2 if boundary_t else 1
-    if len(files) != branches:
-        raise UserError(f"--lora: expected one file per transformer ({branches}), got {len(files)}")
-    file_of = {f"student{i}": file for i, file in enumerate(lora.sort_high_low(files), 1)}
+    files_of = dict(enumerate(lora.files_of_branches(files, branches), 1))
     if boundary_t:
-        reason = "by metadata or name" if any(map(lora.noise_of, files)) else "in the order given"
-        high, low = (file.name for file in file_of.values())
+        reason = (
+            "by metadata or name"
+            if any(lora.noise_of(f.path) for f in files)
+            else "in the order given"
+        )
+        high, low = (" + ".join(map(str, files)) or "none" for files in files_of.values())
         print(f"high noise: {high}, low noise: {low}, {reason}")
+    files_of = {f"student{i}": files for i, files in files_of.items()}
     roles = [f"student{1 if not boundary_t or t >= boundary_t else 2}" for t in times[:-1]]
-    return roles, {role: int(role[-1]) for role in file_of}, file_of
+    return roles, {role: int(role[-1]) for role in files_of}, files_of

@@ -8,6 +8,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,11 +18,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from models import parallel
-from models.common import UserError, first_line, stream
+from models.common import UserError, reading, stream
 
 
 class Linear(nn.Linear):
-    """y = W x + b in the dtype of x, plus alpha / rank up(down(x)) of the adapter of this name."""
+    """y = W x + b in the dtype of x, plus alpha / rank up(down(x)) of the adapter of this name.
+
+    A LoRA file need not change every layer: here, without such an adapter, y = W x + b.
+    """
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs)
@@ -29,7 +33,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor, adapter: str | None = None) -> Tensor:
         y = F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
-        return y if adapter is None else y + self.adapters[adapter](x)
+        return y + self.adapters[adapter](x) if adapter in self.adapters else y
 
 
 class Adapter(nn.Module):
@@ -90,9 +94,10 @@ def start_adapter(
 
 
 def attach(net: nn.Module, name: str, factors: dict[str, Factors], device=None) -> None:
-    """Add a frozen adapter with these factors, one for every adapted layer."""
-    for key, layer in adapted_layers(net).items():
-        up, down, scale = factors[key]
+    """Add a frozen adapter with these factors to their layers."""
+    layers = adapted_layers(net)
+    for key, (up, down, scale) in factors.items():
+        layer = layers[key]
         layer.adapters[name] = adapter = Adapter(layer, len(down), 1.0, device)
         adapter.requires_grad_(False)
         adapter.scale = scale
@@ -104,10 +109,42 @@ def attach(net: nn.Module, name: str, factors: dict[str, Factors], device=None) 
 
 # lora_down / lora_up and lora_A / lora_B are two names of the same two factors
 SUFFIX = re.compile(
-    r"\.(?:(?P<down>lora_down|lora_A)|(?P<up>lora_up|lora_B))(?:\.default)?\.weight$"
+    r"\.(?:(?P<down>lora_down|lora_A)|(?P<up>lora_up|lora_B))(?:\.[^.]+)?\.weight$"
     r"|\.(?P<alpha>alpha)$|\.(?P<diff>diff|diff_b|diff_m)$"
 )
+# what trainers and wrappers put before the name of a layer, and inside it
+PREFIX = re.compile(
+    r"^(?:(?:base_model|model|module|generator|diffusion_model|transformer|transformer_2)\.)+"
+)
+WRAPPER = re.compile(r"_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
+OTHER_KINDS = {
+    "a LoKr": "lokr_", "a LoHa": "hada_", "a DoRA": r"dora_scale|lora_magnitude_vector",
+    "a LoRA with a bias": r"lora_(?:B|up)(?:\.[^.]+)?\.bias$",
+}  # fmt: skip
+IMAGE_BRANCH = re.compile(  # of Wan2.1 I2V, in both layouts; Wan2.2 has none
+    r"k_img|v_img|img_emb|attn2\.add_[kv]_proj|attn2\.norm_added_k|image_embedder"
+)
 DIFFS = {"diff": ".weight", "diff_b": ".bias", "diff_m": ".modulation"}
+
+
+PICKLES = (".pt", ".pth", ".ckpt", ".bin")
+
+
+def open_safetensors(file: Path, advice: str = "download it again"):
+    """Open a safetensors file, memory-mapped. Raises UserError for broken and for other files."""
+    with reading(file, advice):
+        try:
+            return safe_open(file, framework="pt")
+        except Exception:
+            with open(file, "rb") as opened:
+                start = opened.read(4)
+            if file.suffix == ".gguf" or start == b"GGUF":
+                line = "quantised (GGUF), which is not supported; take the bf16 or fp16 safetensors"
+                raise UserError(f"{file} is {line}") from None
+            if file.suffix in PICKLES or start[:2] in (b"PK", b"\x80\x02"):
+                line = "a pickle, which is never opened; take the safetensors"
+                raise UserError(f"{file} is {line}") from None
+            raise
 
 
 class Delta(NamedTuple):
@@ -128,61 +165,84 @@ def delta_of(factors: Factors) -> Delta:
 def split_deltas(
     deltas: dict[str, Delta], net: nn.Module
 ) -> tuple[dict[str, Factors], dict[str, Delta]]:
-    """A file's changes as (factors by adapted layer, the rest, which must be merged).
+    """Changes as (factors by adapted layer, the rest, which must be merged).
 
-    As an adapter the factors stay float32 over a bf16 base. If one adapted layer has no factors
-    there is no adapter, and everything is merged.
+    As an adapter the factors stay float32 over a bf16 base.
     """
     layers = {f"{name}.weight": name for name in adapted_layers(net)}
     factors = {layers[key]: d.factors for key, d in deltas.items() if key in layers and d.factors}
-    if len(factors) < len(layers):
-        return {}, deltas
-    return factors, {key: delta for key, delta in deltas.items() if key not in layers}
+    rest = {key: d for key, d in deltas.items() if layers.get(key) not in factors}
+    return factors, rest
 
 
-def read_deltas(path: Path, aliases: dict[str, str]) -> dict[str, Delta]:
-    """Read a LoRA file: name of a parameter -> its change.
+def add_deltas(a: dict[str, Delta], b: dict[str, Delta]) -> dict[str, Delta]:
+    """The changes of two files together. Factors of one layer become factors of a higher rank."""
+    both = {}
+    for name in a.keys() & b.keys():
+        first, second = a[name], b[name]
+        apply = lambda w, first=first, second=second: second.apply(first.apply(w))
+        both[name] = Delta(first.shape, apply)
+        if first.factors and second.factors:
+            up = torch.cat([d.factors.scale * d.factors.up for d in (first, second)], 1)
+            down = torch.cat([d.factors.down for d in (first, second)])
+            both[name] = delta_of(Factors(up, down, 1.0))
+    return a | b | both
+
+
+def read_deltas(path: Path, strength: float, aliases: dict[str, str]) -> dict[str, Delta]:
+    """Read a LoRA file: name of a parameter -> its change, times the strength.
 
     aliases: every name that a file may use for a layer -> ours. Without an alpha the scale is 1,
     or that of diffusers' metadata. .diff, .diff_b, .diff_m change a whole weight, bias, modulation.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: file.get_tensor(key).float() for key in file.keys()}
-    except (OSError, SafetensorError) as error:
-        raise UserError(f"cannot read {path} ({first_line(error)}); name a LoRA file") from error
-    metadata = json.loads(read_metadata(path).get("lora_adapter_metadata", "{}"))
-    metadata = {key.removeprefix("transformer."): value for key, value in metadata.items()}
-    for key in ("alpha_pattern", "use_rslora", "use_dora"):  # other scales than ours
-        if metadata.get(key):
-            raise UserError(f"{path}: {key} in its metadata is not supported; use another file")
     layers: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    for key, tensor in tensors.items():
-        layer, part = parse_key(key, aliases)
-        if not layer:
-            raise UserError(f"{path}: {key} is not a LoRA of a layer of this network")
-        layers[layer][part] = tensor
-    deltas = {}
-    for layer, parts in layers.items():
-        deltas |= layer_deltas(layer, parts, metadata.get("lora_alpha"), path)
+    image_branch = 0
+    with open_safetensors(path) as file, reading(path, "name a LoRA file"):
+        metadata = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        metadata = {key.removeprefix("transformer."): value for key, value in metadata.items()}
+        for key in ("alpha_pattern", "use_rslora", "use_dora"):  # other scales than ours
+            if metadata.get(key):
+                raise UserError(f"{path}: its metadata has {key}: not supported; use another file")
+        for key in file.keys():
+            for kind, pattern in OTHER_KINDS.items():
+                if re.search(pattern, key):
+                    raise UserError(f"{path} is {kind} ({key}): not supported; use a LoRA")
+            layer, part = parse_key(key, aliases)
+            if not layer and IMAGE_BRANCH.search(key):
+                image_branch += 1
+                continue
+            if not layer or part in layers[layer]:
+                problem = "has a second" if layer else "is not a LoRA of a layer of this network:"
+                raise UserError(f"{path} {problem} {key}; give one LoRA per file, of this model")
+            layers[layer][part] = tensor = file.get_tensor(key).float()
+            if not tensor.isfinite().all():
+                raise UserError(f"{path}: {key} contains NaN or infinity; use another file")
+        deltas = {}
+        for layer, parts in layers.items():
+            deltas |= layer_deltas(layer, parts, metadata.get("lora_alpha"), strength, path)
+    if image_branch:
+        note(f"{path}: {image_branch} tensors of Wan2.1's image branch, absent here, are left out")
     return deltas
 
 
 def layer_deltas(
-    layer: str, parts: dict[str, Tensor], alpha: float | None, path: Path
+    layer: str, parts: dict[str, Tensor], alpha: float | None, strength: float, path: Path
 ) -> dict[str, Delta]:
     """The changes of one layer's parameters. alpha: of the file, if the layer has none."""
     deltas = {}
     for part in DIFFS.keys() & parts.keys():
-        diff = parts[part]
+        diff = strength * parts[part]
         deltas[layer + DIFFS[part]] = Delta(tuple(diff.shape), lambda w, diff=diff: w + diff)
     if not {"up", "down", "alpha"} & parts.keys():
         return deltas
     if not {"up", "down"} <= parts.keys() or "diff" in parts:
         raise UserError(f"{path}: {layer}: a LoRA needs lora_up and lora_down, and no .diff")
     up, down = parts["up"], parts["down"]
+    if up.ndim != 2 or down.ndim != 2 or up.shape[1] != len(down):
+        found = f"{tuple(up.shape)} and {tuple(down.shape)}"
+        raise UserError(f"{path}: {layer}: expected factors (n, rank) and (rank, m), found {found}")
     alpha = parts["alpha"].item() if "alpha" in parts else alpha
-    scale = 1.0 if alpha is None else alpha / len(down)
+    scale = strength * (1.0 if alpha is None else alpha / len(down))
     return deltas | {layer + ".weight": delta_of(Factors(up, down, scale))}
 
 
@@ -191,8 +251,12 @@ def parse_key(key: str, aliases: dict[str, str]) -> tuple[str, str]:
     suffix = SUFFIX.search(key)
     if not suffix:
         return "", ""
-    module = re.sub(r"^(diffusion_model|transformer)\.", "", key[: suffix.start()])
-    return aliases.get(module, ""), suffix["diff"] or suffix.lastgroup
+    return aliases.get(bare_name(key[: suffix.start()]), ""), suffix["diff"] or suffix.lastgroup
+
+
+def bare_name(key: str) -> str:
+    """A name in a file without what trainers, torch.compile and FSDP put around it."""
+    return PREFIX.sub("", WRAPPER.sub("", key))
 
 
 # -- which file is for which branch --------------------------------------------------------------
@@ -210,14 +274,13 @@ def read_metadata(file: Path | str) -> dict[str, str]:
         return {}
 
 
-def noise_of(file: Path | str) -> str:
+def noise_of(file: Path) -> str:
     """ "high", "low" or "": by the metadata that models/export.py writes, or by the file's name."""
-    name = Path(file).name
-    words = {word.lower() for word in NOISE.findall(name) or WORD.findall(name)}
+    words = {word.lower() for word in NOISE.findall(file.name) or WORD.findall(file.name)}
     return read_metadata(file).get("noise") or (words.pop() if len(words) == 1 else "")
 
 
-def sort_high_low(files: Iterable) -> list:
+def sort_high_low(files: Iterable[Path]) -> list[Path]:
     """Sort two files: high noise first. If neither says what it is, they keep their order."""
     files = list(files)
     noises = [noise_of(file) for file in files]
@@ -225,3 +288,46 @@ def sort_high_low(files: Iterable) -> list:
         raise UserError(f"{files[0]} and {files[1]} are both for {noises[0]} noise; name one each")
     swapped = len(files) == 2 and (noises[0] == "low" or noises[1] == "high")
     return files[::-1] if swapped else files
+
+
+class LoraFile(NamedTuple):
+    """A LoRA file, and the factor of all its changes."""
+
+    path: Path
+    strength: float = 1.0
+
+    def __str__(self) -> str:
+        return self.path.name + f":{self.strength:g}" * (self.strength != 1)
+
+
+def parse_file(text: str) -> LoraFile:
+    """Parse FILE or FILE:STRENGTH."""
+    match = re.fullmatch(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+))", str(text))
+    if match and not Path(text).exists():
+        return LoraFile(Path(match[1]), float(match[2]))
+    return LoraFile(Path(text))
+
+
+def files_of_branches(files: Iterable[LoraFile], branches: int) -> list[list[LoraFile]]:
+    """The LoRA files of each branch, high noise first.
+
+    Two files are one for each, told apart by metadata or name, or else by their order. Otherwise a
+    file whose name says high or low is for that branch, and any other for both.
+    """
+    files = list(files)
+    if branches == 1:
+        return [files]
+    noises = [noise_of(file.path) for file in files]
+    differ = len(set(noises)) == 2
+    if len(files) == 2 and (differ or not any(noises) or files[0].path == files[1].path):
+        swapped = differ and (noises[0] == "low" or noises[1] == "high")
+        return [[file] for file in (files[::-1] if swapped else files)]
+    return [
+        [file for file, x in zip(files, noises) if x in ("", noise)] for noise in ("high", "low")
+    ]
+
+
+@lru_cache
+def note(text: str) -> None:
+    """Print a note once, however often the file is looked at."""
+    print(f"note: {text}")

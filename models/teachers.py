@@ -134,23 +134,12 @@ def base_files(cfg) -> list[Path]:
     if is_random(cfg):
         return []
     files, paths = [], weights.branch_paths(cfg.teacher, *cfg.weights)[0]
-    if cfg.teacher_lora and len(cfg.teacher_lora) != len(paths):
-        raise UserError(
-            f"--teacher-lora: expected {len(paths)}, one per transformer, "
-            f"got {len(cfg.teacher_lora)}"
-        )
-    for path, merged in zip(paths, teacher_loras(cfg) or [None] * len(paths)):
+    for path, loras in zip(paths, weights.teacher_loras(cfg)):
         net, tensors = weights.inspect(path, torch.bfloat16, cfg.teacher)
         files += sorted({info.file for info in tensors.values()})
-        if merged:
-            weights.read_lora(net, merged)
-            files.append(merged)
+        weights.read_loras(net, loras)
+        files += [file.path for file in loras]
     return files
-
-
-def teacher_loras(cfg) -> list[Path]:
-    """The LoRA that is merged into each branch of the teacher, high noise first."""
-    return [Path(file) for file in lora.sort_high_low(cfg.teacher_lora)]
 
 
 def input_files(cfg) -> list[Path]:
@@ -315,7 +304,7 @@ def load_base(
     """The frozen network of a branch of the teacher.
 
     adapters: all that will be on it; FSDP2 shards a network once, with everything inside.
-    deltas: what a LoRA changes (weights.read_lora), merged into published weights.
+    deltas: what a LoRA changes (weights.read_loras), merged into published weights.
     """
 
     def allocate(net: nn.Module, device: torch.device) -> None:
@@ -330,9 +319,12 @@ def load_base(
     options["device"] = torch.device("cpu") if cfg.offload == "expert" else device
     if is_random(cfg):
         return configure(cfg, weights.random_network(cfg.teacher, seed=branch, **options))
-    path = weights.branch_paths(cfg.teacher, *cfg.weights)[0][branch - 1]
-    options["teacher_lora"] = teacher_loras(cfg)[branch - 1] if cfg.teacher_lora else None
-    return configure(cfg, weights.load(path, teacher=cfg.teacher, deltas=deltas, **options))
+    paths, _ = weights.branch_paths(cfg.teacher, *cfg.weights)
+    path, loras = paths[branch - 1], weights.teacher_loras(cfg)[branch - 1]
+    noise = f", {export.NOISE[branch]} noise" if len(paths) == 2 else ""
+    print(f"{cfg.teacher}{noise}: {' + '.join(map(str, [path, *loras]))}")
+    options |= dict(teacher=cfg.teacher, loras=loras, deltas=deltas)
+    return configure(cfg, weights.load(path, **options))
 
 
 def configure(cfg, net: nn.Module) -> nn.Module:
@@ -497,9 +489,10 @@ def preview_decoder(cfg, device: torch.device) -> Callable[[Tensor], Tensor] | N
 
 def has_vae(cfg) -> bool:
     """Return whether samples can be decoded: it takes published weights, and diffusers."""
-    folder = weights_folder(cfg) or weights.default_folder(cfg.teacher)
-    has_files = not is_random(cfg) and (folder / "vae").is_dir()
-    return has_files and importlib.util.find_spec("diffusers") is not None
+    has_files = weights.find_subfolder(cfg.teacher, weights_folder(cfg), "vae")
+    return (
+        not is_random(cfg) and bool(has_files) and importlib.util.find_spec("diffusers") is not None
+    )
 
 
 def plan_text(cfg, phases: list[Phase], device: torch.device) -> str:

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from models import lora, parallel
-from models.common import Parser, UserError, exit_status, first_line, read_json
+from models.common import Parser, UserError, exit_status, first_line, read_json, reading
 from models.qwen_image import QwenImage
 from models.wan import Wan
 
@@ -112,12 +111,20 @@ def branch_paths(teacher: str, *weights: str | Path) -> tuple[list[Path], float 
         paths = next((p for p in layouts if all(path.is_dir() for path in p)), [root])
         index = root / "model_index.json"
         if boundary and index.is_file():  # a fine-tune may have another boundary
-            boundary = read_json(index, "download it again").get("boundary_ratio") or boundary
+            with reading(index, "download it again"):
+                boundary = float(read_json(index, "").get("boundary_ratio") or boundary)
+                if not 0 < boundary < 1:
+                    raise ValueError(f"boundary_ratio {boundary}")
     if len(paths) != (2 if boundary else 1):
         pairs = " or ".join(" and ".join(pair) for pair in PAIRS)
         expected = f"two transformers ({pairs} in one folder)" if boundary else "one transformer"
         found = ", ".join(map(str, paths))
         raise UserError(f"{teacher}: expected {expected}, got {len(paths)}: {found}")
+    given, swapped = paths, paths[::-1]
+    folders = {tuple(path.name for path in swapped), tuple(path.parent.name for path in swapped)}
+    paths = swapped if folders & set(PAIRS) else lora.sort_high_low(paths)
+    if paths != given:
+        lora.note(f"{paths[0]} is for high noise and {paths[1]} for low noise: swapped")
     return paths, boundary
 
 
@@ -127,13 +134,26 @@ def default_folder(teacher: str) -> Path:
     return spec.folder or Path("weights") / (spec.repository.split("/")[-1] or teacher)
 
 
+def find_subfolder(teacher: str, folder: Path | None, part: str) -> Path | None:
+    """A folder such as vae: in the weights, beside a single file, or in the default folder."""
+    places = [default_folder(teacher)]
+    if folder:
+        folder = Path(folder)
+        places = [folder] if folder.is_dir() else [folder.parent, *places]
+    return next((place / part for place in places if (place / part).is_dir()), None)
+
+
 def subfolder(teacher: str, folder: Path | None, part: str) -> Path:
-    """A folder beside the transformer in the published weights, such as text_encoder or vae."""
-    root = Path(folder) if folder else default_folder(teacher)
-    check_exists(root, teacher)
-    if not (root / part).is_dir():
-        raise UserError(f"{root} has no folder {part} as diffusers has; {download_hint(teacher)}")
-    return root / part
+    """The same. Raises UserError if there is none."""
+    check_exists(Path(folder or default_folder(teacher)), teacher)
+    found = find_subfolder(teacher, folder, part)
+    if found is None:
+        place, spec = Path(folder or default_folder(teacher)), TEACHERS[teacher]
+        place = place if place.is_dir() else place.parent
+        hint = f'--include "{part}/*" --local-dir {place}'
+        hint = f"; get it: hf download {spec.repository} {hint}" if spec.repository else ""
+        raise UserError(f"{place} has no folder {part} as diffusers has{hint}")
+    return found
 
 
 def check_exists(path: Path, teacher: str) -> None:
@@ -163,6 +183,12 @@ def needs_extras(library: str) -> Iterator[None]:
         ) from error
 
 
+def teacher_loras(cfg) -> list[list[lora.LoraFile]]:
+    """The LoRA files that are merged into each branch of the teacher, high noise first."""
+    branches = 2 if teacher_spec(cfg.teacher).boundary else 1
+    return lora.files_of_branches(map(lora.parse_file, cfg.teacher_lora), branches)
+
+
 # -- what the files contain ----------------------------------------------------------------------
 
 DTYPES = ("F32", "BF16", "F16")
@@ -177,39 +203,39 @@ class TensorInfo(NamedTuple):
     dtype: str
 
 
+def safetensors_in(folder: Path) -> list[Path]:
+    """The safetensors of a folder, without the hidden files that macOS writes beside them."""
+    return sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
+
+
 def shards(path: Path) -> list[Path]:
     """The files of one network: those of its index, or all safetensors of the folder."""
     if path.is_file():
         return [path]
-    files = sorted(path.glob("*.safetensors"))
-    for index in path.glob("*.safetensors.index.json"):
-        names = read_json(index, "download it again").get("weight_map", {}).values()
-        files = [path / name for name in sorted(set(names))]
+    files = safetensors_in(path)
+    for index in path.glob("[!.]*.safetensors.index.json"):
+        with reading(index, "download it again"):
+            names = set(read_json(index, "download it again")["weight_map"].values())
+            files = [path / Path(name).name for name in sorted(names)]
     if not files:
-        raise UserError(f"{path} has no .safetensors (.pth and .bin are not read); download it")
+        others = [x for x in path.iterdir() if x.suffix in (".gguf", *lora.PICKLES)]
+        if others:
+            lora.open_safetensors(others[0])  # says what it is
+        raise UserError(f"{path} contains no .safetensors; name the folder of a transformer")
     return files
 
 
 def index_tensors(files: Iterable[Path]) -> dict[str, TensorInfo]:
-    """Name -> tensor, from the headers. The prefix that single files carry is removed."""
+    """Name -> tensor, from the headers. Prefixes of single files and of checkpoints are removed."""
     tensors = {}
     for file in files:
-        with open_shard(file) as shard:
+        with lora.open_safetensors(file) as shard:
             for key in shard.keys():
-                part = shard.get_slice(key)
-                name = key.removeprefix("model.").removeprefix("diffusion_model.")
+                part, name = shard.get_slice(key), lora.bare_name(key)
                 if name in tensors:
                     raise UserError(f"{tensors[name].file} and {file} both have {name}; keep one")
                 tensors[name] = TensorInfo(file, key, tuple(part.get_shape()), part.get_dtype())
     return tensors
-
-
-def open_shard(file: Path):
-    """Open a safetensors file (memory-mapped). Raises UserError if it is broken or too short."""
-    try:
-        return safe_open(file, framework="pt")
-    except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"cannot read {file} ({first_line(error)}); download it again") from error
 
 
 # -- which network it is -------------------------------------------------------------------------
@@ -229,17 +255,20 @@ def architecture(path: Path, tensors: dict[str, TensorInfo], teacher: str) -> tu
             raise UserError(f"{path} has no config.json beside it; name its --teacher")
         return teacher_spec(teacher)[:2]
     config = read_json(file, "download it again")
-    network = CLASSES.get(config.get("_class_name"))
+    network = CLASSES.get(str(config.get("_class_name")))
     unported = [key for key in UNPORTED if config.get(key)]
     if not network or unported:
         found = f"{config.get('_class_name')} {' '.join(unported)}"
         raise UserError(f"{file}: expected one of {', '.join(CLASSES)}, got {found}")
-    if network is Wan:
-        config = {RENAMED.get(key, key): value for key, value in config.items()}
-        if "attention_head_dim" in config:
-            config["dim"] = config["num_heads"] * config["attention_head_dim"]
-        if "text_embedding.0.weight" in tensors:  # the original layout, whose configs lack it
-            config["text_dim"] = tensors["text_embedding.0.weight"].shape[-1]
+    with reading(file, "download it again"):  # a wrong type fails here, or in build
+        if config.get("num_layers", 0) > len(tensors):
+            raise ValueError(f"num_layers {config['num_layers']:.6g} for {len(tensors)} tensors")
+        if network is Wan:
+            config = {RENAMED.get(key, key): value for key, value in config.items()}
+            if "attention_head_dim" in config:
+                config["dim"] = config["num_heads"] * config["attention_head_dim"]
+            if "text_embedding.0.weight" in tensors:  # the original layout, whose configs lack it
+                config["text_dim"] = tensors["text_embedding.0.weight"].shape[-1]
     known = signature(network).parameters.keys() - {"dtype", "checkpointing", "round_t"}
     return network, {key: value for key, value in config.items() if key in known}
 
@@ -265,7 +294,8 @@ def inspect(
     network, settings = architecture(path, tensors, teacher)
     if teacher:
         check_teacher(teacher, network, settings, path)
-    net = build(network, settings, dtype)
+    with reading(path, "its config.json does not describe a network"):
+        net = build(network, settings, dtype)
     return net, match_tensors(net, tensors, path)
 
 
@@ -352,19 +382,18 @@ def load(
     dtype: torch.dtype = torch.bfloat16,
     device="cpu",
     teacher: str = "",
-    teacher_lora: str | Path | None = None,
+    loras: Iterable[lora.LoraFile] = (),
     deltas: dict[str, lora.Delta] | None = None,
     allocate: Callable = nn.Module.to_empty,
 ) -> nn.Module:
     """A network from published weights, frozen, in eval mode.
 
     path: a folder with config.json and safetensors of either layout, or one safetensors file.
-    teacher_lora, then deltas, are merged in float32. Memory never exceeds the network, one shard
+    loras, then deltas, are merged in float32. Memory never exceeds the network, one shard
     and the LoRA: each tensor is cast as it is read.
     """
     net, infos = inspect(Path(path), dtype, teacher)
-    merges = [read_lora(net, Path(teacher_lora))] if teacher_lora else []
-    merges += [deltas] if deltas else []
+    merges = [read_loras(net, loras), deltas or {}]
 
     def read_tensors() -> Iterator[tuple[str, Tensor]]:
         total = sum(p.numel() for p in net.parameters())
@@ -384,24 +413,26 @@ def read_shards(infos: dict[str, TensorInfo]) -> Iterator[tuple[str, Tensor]]:
     """Yield name and tensor, with one file open at a time."""
     file_of = lambda name: infos[name].file
     for file, names in itertools.groupby(sorted(infos, key=file_of), key=file_of):
-        with open_shard(file) as shard:
+        with lora.open_safetensors(file) as shard:
             for name in names:
                 yield name, shard.get_tensor(infos[name].key)
 
 
-def read_lora(net: nn.Module, path: Path) -> dict[str, lora.Delta]:
-    """A LoRA file's changes of the network, by parameter. Raises UserError if they do not fit."""
+def read_loras(net: nn.Module, files: Iterable[lora.LoraFile]) -> dict[str, lora.Delta]:
+    """The changes of the network that LoRA files make together, by parameter. Raises UserError."""
     modules = [name for name, _ in net.named_modules() if name]
     modules += [name.rsplit(".", 1)[0] for name, _ in net.named_parameters()]
     aliases = {net.diffusers_name(name): name for name in modules} | {n: n for n in modules}
     aliases |= {"lora_unet_" + name.replace(".", "_"): ours for name, ours in aliases.items()}
-    deltas = lora.read_deltas(path, aliases)
-    shapes = {name: tuple(p.shape) for name, p in net.named_parameters()}
-    for name, delta in deltas.items():
-        if delta.shape != shapes.get(name):
-            line = f"{name}: expected the shape {shapes.get(name)}, got {delta.shape}"
-            raise UserError(f"{path}: {line}; is it a LoRA of another model?")
-    return deltas
+    shapes, total = {name: tuple(p.shape) for name, p in net.named_parameters()}, {}
+    for path, strength in files:
+        deltas = lora.read_deltas(path, strength, aliases)
+        for name, delta in deltas.items():
+            if delta.shape != shapes.get(name):
+                line = f"{name}: expected the shape {shapes.get(name)}, got {delta.shape}"
+                raise UserError(f"{path}: {line}; is it a LoRA of another model?")
+        total = lora.add_deltas(total, deltas)
+    return total
 
 
 class Teacher(NamedTuple):

@@ -109,7 +109,7 @@ def test_a_student_on_a_base_with_a_lora_leaves_as_merged_bf16_weights(tmp_path)
     assert {x.dtype for x in load_file(file).values()} == {torch.bfloat16, torch.float32}
     factors = weights.student_weights(student.cfg, student.file, "student2").factors
     load = partial(weights.load, dtype=torch.float32, teacher="wan21-tiny")
-    exported, merged = load(file), load(base, teacher_lora=tmp_path / "teacher.safetensors")
+    exported, merged = load(file), load(base, loras=[(tmp_path / "teacher.safetensors", 1.0)])
     x, c, t = normal((2, 16, 1, 6, 8), "x"), {"text": normal((2, 9, 64), "c")}, torch.rand(2)
     lora.attach(net, "a", factors), lora.attach(merged, "a", factors)
     with torch.no_grad():

@@ -164,14 +164,15 @@ def test_every_form_of_lora_is_read_with_its_alpha(tmp_path, teacher, form):
     net = weights.random_network(teacher, torch.float32)
     save_file(dict(net.named_parameters()), tmp_path / "base.safetensors")
     scale = write_lora(tmp_path / "x.safetensors", form, net)
-    factors, rest = lora.split_deltas(weights.read_lora(net, tmp_path / "x.safetensors"), net)
+    files = [(tmp_path / "x.safetensors", 1.0)]
+    factors, rest = lora.split_deltas(weights.read_loras(net, files), net)
     assert not rest and {f.scale for f in factors.values()} == {scale}
     lora.attach(net, "a", factors)
     merged = weights.load(
         tmp_path / "base.safetensors",
         torch.float32,
         teacher=teacher,
-        teacher_lora=tmp_path / "x.safetensors",
+        loras=files,
     )
     shape = (2, 16, 1, 6, 8) if "wan" in teacher else (2, 16, 6, 8)
     x, c, t = normal(shape, "x"), {"text": normal((2, 9, 64), "c")}, torch.tensor([0.9, 0.3])
@@ -182,26 +183,155 @@ def test_every_form_of_lora_is_read_with_its_alpha(tmp_path, teacher, form):
 
 
 @pytest.mark.parametrize(
-    "names,order",
+    "names,high,low",
     [
-        (("low_noise_model", "high_noise_model"), [1, 0]),
-        (("a", "b"), [0, 1]),
-        (("model", "HIGH"), [1, 0]),
-        (("mineLowNoise", "HighNoise"), [1, 0]),
-        (("low_rank_high_noise", "b"), [0, 1]),
-        (("FLOW", "slow_motion"), [0, 1]),
+        (("low_noise_model", "high_noise_model"), [1], [0]),
+        (("a", "b"), [0], [1]),
+        (("model", "HIGH"), [1], [0]),
+        (("mineLowNoise", "HighNoise"), [1], [0]),
+        (("low_rank_high_noise", "b"), [0], [1]),
+        (("FLOW", "slow_motion"), [0], [1]),
+        (("my_low", "my_low"), [0], [1]),  # one file for both
+        (("my_low",), [], [0]),
+        (("style",), [0], [0]),
+        (("a_high", "a_low", "b_low", "style"), [0, 3], [1, 2, 3]),
     ],
 )
-def test_loras_are_told_apart_by_whole_words_only(names, order):
-    files = [Path(name + ".safetensors") for name in names]
-    assert lora.sort_high_low(files) == [files[i] for i in order]
+def test_loras_are_told_apart_by_whole_words_only(names, high, low):
+    """Two files are a pair; one that says nothing is for both."""
+    files = [lora.LoraFile(Path(name + ".safetensors"), i) for i, name in enumerate(names)]
+    found = lora.files_of_branches(files, 2)
+    assert [[file.strength for file in part] for part in found] == [high, low]
+    assert lora.files_of_branches(files, 1) == [files]
+
+
+def test_links_of_a_cache_have_the_names_of_the_links(tmp_path, capsys):
+    """High and low noise go by the link's name, not by the blob's; weights as LoRA files do."""
+    for noise, blob in (("low", "aaa"), ("high", "bbb")):
+        (tmp_path / blob).write_bytes(b"")
+        (tmp_path / f"{noise}_noise.safetensors").symlink_to(tmp_path / blob)
+    low, high = (tmp_path / f"{noise}_noise.safetensors" for noise in ("low", "high"))
+    assert weights.branch_paths("wan22-tiny", low, high)[0] == [high, low]
+    assert "swapped" in capsys.readouterr().out
+    with pytest.raises(UserError, match="both for low noise"):
+        weights.branch_paths("wan22-tiny", low, tmp_path / "low_noise.safetensors")
+    for name in ("transformer_2", "transformer"):
+        (tmp_path / name).mkdir()
+    swapped = [tmp_path / "transformer_2", tmp_path / "transformer"]
+    assert weights.branch_paths("wan22-tiny", *swapped)[0] == swapped[::-1]
+
+
+def some_factors(net, keep=lambda name: True, prefix="", infix="", **others):
+    """Tensors of a LoRA of the layers to keep."""
+    tensors = {}
+    for name, layer in lora.adapted_layers(net).items():
+        if keep(name):
+            for word, shape in (("A", (2, layer.in_features)), ("B", (layer.out_features, 2))):
+                tensors[f"{prefix}{name}.lora_{word}{infix}.weight"] = normal(shape, name, word)
+    return tensors | others
+
+
+def test_a_layer_that_a_lora_leaves_out_does_not_change(tmp_path):
+    """It equals zeros for this layer, to the bit, and nothing is merged into a bf16 base."""
+    net = weights.random_network("wan22-tiny")
+    tensors = some_factors(net)
+    absent = [name for name in tensors if "ffn.2" in name]
+    zeros = tensors | {name: 0 * tensors[name] for name in absent}
+    less = {name: x for name, x in tensors.items() if name not in absent}
+    x, c, t = normal((1, 16, 1, 4, 4), "x"), {"text": normal((1, 5, 64), "c")}, torch.tensor([0.7])
+    v = {}
+    for name, kept in (("zeros", zeros), ("less", less)):
+        save_file(kept, tmp_path / "x.safetensors")
+        deltas = weights.read_loras(net, [(tmp_path / "x.safetensors", 1.0)])
+        factors, rest = lora.split_deltas(deltas, net)
+        assert not rest
+        lora.attach(net, name, factors)
+        with torch.no_grad():
+            v[name] = net(x, t, c, adapter=name)
+    assert torch.equal(v["zeros"], v["less"])
+    with torch.no_grad():
+        assert not torch.equal(net(x, t, c), v["less"])
+
+
+@pytest.mark.parametrize(
+    "prefix,infix",
+    [
+        ("model.diffusion_model.", ""),
+        ("base_model.model.", ".default"),
+        ("transformer_2.", ".my_name"),
+        ("_orig_mod.", ""),
+        ("module._fsdp_wrapped_module.", ""),
+        ("generator.model._orig_mod.", ".default"),
+    ],
+)
+def test_what_trainers_put_around_names_is_removed(tmp_path, prefix, infix):
+    """From LoRA files and from weights."""
+    net = weights.random_network("wan22-tiny", torch.float32)
+    save_file(some_factors(net, prefix=prefix, infix=infix), tmp_path / "x.safetensors")
+    assert len(weights.read_loras(net, [(tmp_path / "x.safetensors", 1.0)])) == 20
+    tensors = {prefix + name: p for name, p in net.named_parameters()}
+    save_file(tensors, tmp_path / "w.safetensors")
+    infos = weights.index_tensors([tmp_path / "w.safetensors"])
+    assert set(infos) == {name for name, _ in net.named_parameters()}
+
+
+def test_strengths_and_several_files_add_up(tmp_path):
+    """0.5 a + 2 b, as factors of rank 4 and as merged weights, of a whole diff, too."""
+    net, files = weights.random_network("wan22-tiny", torch.float32), []
+    key = "blocks.0.self_attn.q"
+    for i, strength in enumerate((0.5, 2.0)):
+        tensors = some_factors(net, **{f"{key}.diff_b": torch.ones(128)})
+        save_file({name: (i + 1) * x for name, x in tensors.items()}, tmp_path / f"{i}.safetensors")
+        files.append(lora.parse_file(f"{tmp_path}/{i}.safetensors:{strength}"))
+    a, b = weights.read_loras(net, files[:1]), weights.read_loras(net, files[1:])
+    both = weights.read_loras(net, files)
+    weight, bias = torch.zeros(128, 128), torch.zeros(128)
+    change = [deltas[f"{key}.weight"].apply(weight) for deltas in (a, b, both)]
+    assert torch.allclose(change[0] + change[1], change[2], atol=1e-4)
+    assert torch.allclose(16 * change[0], change[1], atol=1e-3)  # 2 / 0.5, and twice both factors
+    assert torch.equal(both[f"{key}.bias"].apply(bias), torch.full((128,), 0.5 + 2 * 2.0))
+    assert len(lora.split_deltas(both, net)[0][key].down) == 4
+
+
+@pytest.mark.parametrize(
+    "extra,expected",
+    [
+        ("blocks.0.self_attn.q.lokr_w1", "a LoKr"),
+        ("blocks.0.self_attn.q.hada_w1_a", "a LoHa"),
+        ("blocks.0.self_attn.q.dora_scale", "a DoRA"),
+        ("blocks.0.self_attn.q.lora_magnitude_vector.default.weight", "a DoRA"),
+        ("blocks.0.self_attn.q.lora_B.bias", "a LoRA with a bias"),
+        ("blocks.0.self_attn.nothing.lora_A.weight", "not a LoRA of a layer"),
+        ("transformer_2.blocks.0.self_attn.q.lora_A.weight", "one LoRA per file"),
+        ("blocks.0.self_attn.q.diff_b", "NaN or infinity"),
+    ],
+)
+def test_other_kinds_of_adapters_are_named(tmp_path, extra, expected):
+    net = weights.random_network("wan22-tiny", torch.float32)
+    save_file(
+        some_factors(net, **{extra: torch.full((128,), torch.nan)}), tmp_path / "x.safetensors"
+    )
+    with pytest.raises(UserError, match=expected):
+        weights.read_loras(net, [(tmp_path / "x.safetensors", 1.0)])
+
+
+def test_the_image_branch_of_wan21_is_left_out(tmp_path, capsys):
+    """With one line that says so; the other layers change."""
+    net = weights.random_network("wan22-i2v-tiny", torch.float32)
+    image = {"blocks.0.cross_attn.k_img.lora_A.weight": torch.ones(2, 128)}
+    image |= {"img_emb.proj.1.diff_b": torch.ones(4), "blocks.1.cross_attn.norm_k_img.diff": image}
+    image["blocks.1.cross_attn.norm_k_img.diff"] = torch.ones(128)
+    save_file(some_factors(net, **image), tmp_path / "x.safetensors")
+    for _ in range(2):
+        assert len(weights.read_loras(net, [(tmp_path / "x.safetensors", 1.0)])) == 20
+    assert capsys.readouterr().out.count("3 tensors of Wan2.1's image branch") == 1
 
 
 def test_a_lora_may_change_whole_weights_and_biases(tmp_path):
     base, key = save(tmp_path / "base", tiny()), "blocks.0.ffn.0"
     tensors = {f"{key}.diff_b": torch.ones(96), f"{key}.diff": torch.ones(96, 64)}
     save_file(tensors, tmp_path / "lora.safetensors")
-    net = weights.load(base, torch.float32, teacher_lora=tmp_path / "lora.safetensors")
+    net = weights.load(base, torch.float32, loras=[(tmp_path / "lora.safetensors", 1.0)])
     assert torch.equal(net.blocks[0].ffn[0].weight, tiny()[f"{key}.weight"] + 1)
     assert torch.equal(net.blocks[0].ffn[0].bias, tiny()[f"{key}.bias"] + 1)
 
@@ -240,11 +370,73 @@ def test_a_damaged_folder_is_refused_in_one_line_that_names_it(tmp_path, damage,
     assert expected in line and str(folder) in line and "\n" not in line
 
 
+@pytest.mark.parametrize(
+    "name,content,expected",
+    [
+        ("a-Q4_K_M.gguf", b"GGUF\3", "quantised .GGUF."),
+        ("nameless", b"GGUF\3", "quantised .GGUF."),
+        ("model.pt", b"PK\3\4", "a pickle, which is never opened"),
+        ("nameless", b"PK\3\4", "a pickle, which is never opened"),
+        ("pytorch_model.bin", b"\x80\2", "a pickle, which is never opened"),
+    ],
+)
+def test_other_formats_are_named_and_hidden_files_never_looked_at(
+    tmp_path, name, content, expected
+):
+    """As a file, as a LoRA, and alone in a folder."""
+    (tmp_path / name).write_bytes(content)
+    (tmp_path / "._hidden.safetensors").write_bytes(b"macOS")
+    net = weights.random_network("wan21-tiny")
+    for read in (weights.load, lambda file: weights.read_loras(net, [(file, 1.0)])):
+        with pytest.raises(UserError, match=expected) as error:
+            read(tmp_path / name)
+        assert "download it again" not in str(error.value)
+    expected = expected if "." in name else "contains no .safetensors"
+    with pytest.raises(UserError, match=expected):
+        weights.load(tmp_path)
+
+
+def test_folders_beside_a_single_file_are_found(tmp_path, monkeypatch):
+    """Or those of the default folder; what is missing is named, with a small download."""
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "mine" / "wan.safetensors"
+    file.parent.mkdir()
+    file.write_bytes(b"")
+    expected = 'mine has no folder vae .* hf download Wan-AI/.* --include "vae/." --local-dir'
+    with pytest.raises(UserError, match=expected):
+        weights.subfolder("wan22", file, "vae")
+    for folder in (weights.default_folder("wan22"), file.parent):
+        (folder / "vae").mkdir(parents=True)
+        assert weights.subfolder("wan22", file, "vae").samefile(folder / "vae")
+
+
+@pytest.mark.parametrize(
+    "name,key,value",
+    [
+        ("config.json", "num_layers", 10**40),
+        ("config.json", "num_heads", "x"),
+        ("config.json", "dim", [[1]]),
+        ("config.json", "num_heads", 0),
+        ("config.json", "_class_name", ["WanModel"]),
+        ("diffusion_pytorch_model.safetensors.index.json", "weight_map", ["a"]),
+        ("diffusion_pytorch_model.safetensors.index.json", "weight_map", {"a": 1, "b": "x"}),
+        ("diffusion_pytorch_model.safetensors.index.json", "weight_map", {"a": "../../x"}),
+    ],
+)
+def test_json_of_other_types_is_refused_in_one_line(tmp_path, name, key, value):
+    folder = save(tmp_path, tiny(), files=2)
+    config = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(config | {key: value}))
+    with pytest.raises(UserError) as error:
+        weights.load(folder)
+    assert "\n" not in str(error.value) and str(folder) in str(error.value)
+
+
 def test_a_lora_of_another_network_is_refused(tmp_path):
     """A tensor that fits no layer is not silently skipped."""
     save_file({"blocks.9.ffn.0.diff": torch.ones(96, 64)}, tmp_path / "lora.safetensors")
     with pytest.raises(UserError, match="not a LoRA of a layer"):
-        weights.load(save(tmp_path / "w", tiny()), teacher_lora=tmp_path / "lora.safetensors")
+        weights.load(save(tmp_path / "w", tiny()), loras=[(tmp_path / "lora.safetensors", 1.0)])
 
 
 def test_a_folder_that_is_not_there_says_how_to_get_it(tmp_path):
