@@ -1,9 +1,9 @@
 """Mixtures of Gaussians, whose velocity, score and density are known exactly at every t."""
 
+import csv
 import math
-import warnings
-import zipfile
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models.common import UserError
+from models.common import UserError, reading
 from sde import Process, as_tensor, coefficients, flow
 
 MAX_POINTS = 2000  # rows of --points: the exact teacher evaluates every component for every sample
@@ -163,10 +163,8 @@ def from_points(file: str) -> Mixture:
 
 def read_points(path: Path) -> np.ndarray:
     """The rows (n, d) of a csv or npy file in float64. Raises UserError."""
-    try:
-        points = _read_npy(path) if path.suffix == ".npy" else _read_csv(path)
-    except OSError as error:
-        raise UserError(f"--points {path}: {error.strerror}") from error
+    with reading(f"--points {path}", "expected rows of as many numbers each, or an npy file"):
+        points = _read_npy(path) if path.suffix.lower() == ".npy" else _read_csv(path)
     if points.ndim != 2 or len(points) < 2 or points.shape[1] < 1:
         raise UserError(f"--points {path}: expected n x d numbers, n >= 2, found {points.shape}")
     if len(points) > MAX_POINTS:
@@ -178,27 +176,44 @@ def read_points(path: Path) -> np.ndarray:
 
 
 def _read_npy(path: Path) -> np.ndarray:
-    try:  # mapped: at most MAX_POINTS + 1 rows are read
-        points = np.load(path, allow_pickle=False, mmap_mode="r")
-    except (ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"--points {path}: not an npy file of numbers ({error})") from error
+    points = np.load(path, allow_pickle=False, mmap_mode="r")  # mapped: reads the rows it returns
     if not isinstance(points, np.ndarray) or points.ndim < 1 or points.dtype.kind not in "fiu":
-        raise UserError(f"--points {path}: expected one n x d array of numbers")
+        raise ValueError("expected one n x d array of numbers")
     return points[: MAX_POINTS + 1]
 
 
 def _read_csv(path: Path) -> np.ndarray:
-    """Read rows of numbers between commas or semicolons, after at most one line of names."""
-    with open(path, encoding="utf-8", errors="replace") as file, warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # numpy warns of an empty file
-        lines = (line.replace(";", ",") for line in file)
-        try:
-            points = np.genfromtxt(lines, delimiter=",", max_rows=MAX_POINTS + 2, ndmin=2)
-        except ValueError as error:  # its second line is like: Line #3 (got 1 columns instead of 2)
-            reason = str(error).splitlines()[:2][-1].strip()
-            raise UserError(f"--points {path}: rows of different lengths: {reason}") from error
-    has_names = len(points) and np.isnan(points[0]).all()
-    return points[1:] if has_names else points
+    """Read rows of numbers between ; or tabs or , or spaces, after at most one line of names.
+
+    Between ; a comma is a decimal comma. A first column without a name, pandas' index, is left out.
+    """
+    with open(path, encoding="utf-8-sig", errors="replace") as file:
+        lines = (line.partition("#")[0].strip(" \n") for line in file)
+        first = next(filter(None, lines), "")
+        delimiter = next((mark for mark in ";\t," if mark in first), " ")
+        points, width, start = [], 0, 0
+        file.seek(0)
+        rows = csv.reader(lines, delimiter=delimiter, skipinitialspace=True, strict=True)
+        for row in islice(filter(None, rows), MAX_POINTS + 2):
+            numbers = [_number(cell.replace(",", ".")) for cell in row]
+            has_index = any(row) and row[0] in ("", "Unnamed: 0")
+            is_numbered = has_index and numbers[1:] == [*range(len(row) - 1)]
+            if not width and (is_numbered or np.isnan(numbers).all()):  # a line of names
+                width, start = len(row), int(has_index)
+                continue
+            width = width or len(row)
+            is_decimal = delimiter == ";" or not any("," in cell for cell in row)
+            if len(row) != width or not is_decimal or not np.isfinite(numbers).all():
+                raise ValueError(f"line {rows.line_num} is not {width} numbers: {row}"[:200])
+            points.append(numbers[start:])
+    return np.array(points)
+
+
+def _number(cell: str) -> float:
+    try:
+        return float(cell)
+    except ValueError:
+        return math.nan
 
 
 # -- distance of samples from a mixture ------------------------------------------------------------

@@ -114,6 +114,9 @@ def prepare(cfg, out: Path, device, progress: Callable) -> None:
     """Fit the network that student and fake start from, start.safetensors, unless it exists."""
     path = out / "start.safetensors"
     if not path.exists():
+        if cfg.points:
+            count, dimensions = load_mixture(cfg).means.shape
+            print(f"read {count} points of {dimensions} dimensions")
         tensors = fit_start(cfg, lambda steps: progress(steps, "fitting the start network"))
         write_tensors(path, tensors, {"settings": to_json(cfg), "kind": "start"})
 
