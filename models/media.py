@@ -13,9 +13,10 @@ matplotlib.use("Agg")  # needs no screen
 import matplotlib.pyplot as plt  # noqa: E402
 import numpy  # noqa: E402
 import torch  # noqa: E402
+from PIL import Image  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-from models.common import UserError, first_line  # noqa: E402
+from models.common import UserError, first_line, reading  # noqa: E402
 from models.weights import needs_extras  # noqa: E402
 
 # -- pixels --------------------------------------------------------------------------------------
@@ -28,8 +29,6 @@ def to_uint8(pixels: Tensor) -> numpy.ndarray:
 
 def encode_png(frame: numpy.ndarray) -> bytes:
     """Encode one picture (h, w, 3) as a png."""
-    from PIL import Image
-
     buffer = io.BytesIO()
     Image.fromarray(frame).save(buffer, "png")
     return buffer.getvalue()
@@ -149,11 +148,12 @@ CURVES = {  # key of a log row -> title of its panel; a preset has at most six o
 def curves(log: Path) -> bytes:
     """Draw each key of CURVES over iterations, one line per phase and role. Returns a png."""
     lines = {key: defaultdict(list) for key in CURVES}  # key -> label -> points
-    for row in map(json.loads, log.read_text().splitlines()):
-        for key in CURVES:
-            if row.get(key) is not None:
-                label = f"phase {row['phase']}, {row['role']}"
-                lines[key][label].append((row["iteration"], row[key]))
+    with reading(log, "start over with --overwrite"):
+        for row in map(json.loads, log.read_bytes().splitlines()):
+            for key in CURVES:
+                if row.get(key) is not None:
+                    label = f"phase {row['phase']}, {row['role']}"
+                    lines[key][label].append((int(row["iteration"]), float(row[key])))
     figure, axes = plt.subplots(2, 3, figsize=(11, 5.5), layout="constrained")
     panels = [key for key in CURVES if lines[key]]
     for ax in axes.flat[len(panels) :]:

@@ -78,3 +78,10 @@ def test_curves_show_losses_and_previews(tmp_path, monkeypatch):
     assert lines["loss of the fakes"][0].tolist() == [[0, 2], [1, 1.5]]
     assert lines["gradient norm"][0].tolist() == [[1, 3]]
     assert len(lines["energy distance (toys)"]) == 1 and sum(map(len, lines.values())) == 4
+
+
+@pytest.mark.parametrize("content", ["{", "[1]", '{"loss": 1, "iteration": 0}', "\xe9"])
+def test_a_damaged_log_is_one_line(tmp_path, content):
+    (tmp_path / "log.jsonl").write_bytes(content.encode("latin-1"))
+    with pytest.raises(UserError, match="log.jsonl .*start over with --overwrite"):
+        media.curves(tmp_path / "log.jsonl")
