@@ -15,6 +15,7 @@ tokenizer, or vae.
 import contextlib
 import csv
 import html
+import json
 import math
 import re
 import sys
@@ -28,7 +29,7 @@ import numpy
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from safetensors import SafetensorError
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
@@ -36,14 +37,14 @@ from models.common import (
     Parser,
     UserError,
     exit_status,
-    first_line,
     open_tensors,
     pick_device,
     read_json,
+    reading,
     write_tensors,
 )
 from models.wan import Wan
-from models.weights import TEACHERS, default_folder, download_hint, needs_extras, subfolder
+from models.weights import DTYPES, TEACHERS, default_folder, download_hint, needs_extras, subfolder
 
 # as published with the models
 WAN_NEGATIVE = (
@@ -60,24 +61,24 @@ QWEN_DROP = 34  # tokens of the template before the prompt
 QWEN_NEGATIVE = " "
 MAX_TOKENS = 512  # tokens kept of a prompt, as in the published pipelines
 
+CAPTIONS = ("caption", "prompt", "text")  # columns, or keys, that a prompt may have
 SHARD = 512  # prompts per file of embeddings
 MAKE_TEXT = "run python -m models.encoders text"
 MAKE_IMAGES = "run python -m models.encoders images"
+DOWNLOAD = "download it again"
 OVERWRITE = "give --overwrite or choose another --out"
 
 
 def from_pretrained(path: Path, cls, **options):
     """cls.from_pretrained of local files, in eval mode if it is a network. Raises UserError."""
-    try:
+    with reading(path, DOWNLOAD):
         loaded = cls.from_pretrained(path, local_files_only=True, **options)
-    except Exception as error:  # the libraries raise many kinds for a wrong or broken folder
-        raise UserError(f"cannot read {path} ({first_line(error)}); download it again") from error
     if not options.get("output_loading_info"):
         return loaded
     net, report = loaded
     missing = sorted(map(str, {*report["missing_keys"], *report["mismatched_keys"]}))
     if missing:  # the libraries would continue with random numbers
-        raise UserError(f"{path} lacks {missing[0]}, or it has another shape; download it again")
+        raise UserError(f"{path} lacks {missing[0]}, or it has another shape; {DOWNLOAD}")
     return net.requires_grad_(False).eval()
 
 
@@ -118,13 +119,17 @@ def clean_prompt(prompt: str) -> str:
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
 
 
-def tokenize(encoder: Encoder, prompts: list[str]) -> list[list[int]]:
-    """Token ids of each prompt: cleaned for Wan, in the template for Qwen-Image."""
+def tokenize(encoder: Encoder, prompts: list[str], cut: list[str]) -> list[list[int]]:
+    """Token ids of each prompt. Those that are too long are cut, and appended to `cut`."""
     if encoder.is_wan:
         texts, length = [clean_prompt(prompt) for prompt in prompts], MAX_TOKENS
     else:
         texts, length = [QWEN_TEMPLATE.format(prompt) for prompt in prompts], MAX_TOKENS + QWEN_DROP
-    return encoder.tokenizer(texts, truncation=True, max_length=length)["input_ids"]
+    rows = encoder.tokenizer(texts, verbose=False)["input_ids"]
+    for i in [i for i, row in enumerate(rows) if len(row) > length]:
+        rows[i] = encoder.tokenizer(texts[i], truncation=True, max_length=length)["input_ids"]
+        cut.append(prompts[i])
+    return rows
 
 
 @torch.no_grad()
@@ -140,15 +145,15 @@ def embed_tokens(encoder: Encoder, rows: list[list[int]]) -> list[Tensor]:
     return [state[drop : len(row)] for state, row in zip(states, rows)]
 
 
-def embed_shard(encoder: Encoder, prompts: list[str], size: int, bar: tqdm) -> dict[str, Tensor]:
-    """Embed prompts in batches of `size`: text (sum of L_i, D), offsets (n + 1)."""
-    tokens, rows = tokenize(encoder, prompts), {}
-    order = sorted(range(len(prompts)), key=lambda i: -len(tokens[i]))  # batches of equal lengths
+def embed_shard(encoder: Encoder, tokens: list, size: int, bar: tqdm) -> dict[str, Tensor]:
+    """Embed prompts, as token ids, in batches of `size`: text (sum of L_i, D), offsets (n + 1)."""
+    rows = {}
+    order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))  # batches of equal lengths
     for start in range(0, len(order), size):
         batch = order[start : start + size]
         rows |= zip(batch, embed_tokens(encoder, [tokens[i] for i in batch]))
         bar.update(len(batch))
-    lengths = torch.tensor([0] + [len(rows[i]) for i in range(len(prompts))])
+    lengths = torch.tensor([0] + [len(rows[i]) for i in range(len(tokens))])
     return {"text": torch.cat([rows[i] for i in sorted(rows)]), "offsets": lengths.cumsum(0)}
 
 
@@ -170,30 +175,41 @@ def embed_prompts(
     if negative is None:
         negative = WAN_NEGATIVE if TEACHERS[teacher].network is Wan else QWEN_NEGATIVE
     path = Path(folder or default_folder(teacher)).resolve() / "text_encoder"
-    metadata = {"kind": "embeddings", "teacher": teacher, "encoder": str(path)}
+    name = "/".join(path.parts[-2:])  # the weights may move
+    metadata = {"kind": "embeddings", "teacher": teacher, "encoder": name}
     metadata |= {"negative": negative, "total": len(prompts)}
     shards = {
         out / f"shard-{i // SHARD:05}.safetensors": metadata | {"prompts": prompts[i : i + SHARD]}
         for i in range(0, len(prompts), SHARD)
     }
+    others = []
     for file in sorted(out.glob("shard-*.safetensors")):
-        stored = None
+        stored = {}
         with contextlib.suppress(UserError):  # a broken file is replaced as well
             stored = open_tensors(file, "embeddings", OVERWRITE)[1]
-        if stored != shards.get(file):
-            if not overwrite:
-                raise UserError(f"{file} has embeddings of other prompts; {OVERWRITE}")
-            file.unlink()
-    missing = {file: metadata for file, metadata in shards.items() if not file.is_file()}
-    if not missing:
+        if str(stored.get("encoder")).endswith(name):  # older files have the whole path
+            stored["encoder"] = name
+        if stored == shards.get(file):
+            del shards[file]
+        else:
+            others.append(file)
+    if others and not overwrite:
+        raise UserError(f"{others[0]} has other prompts or another encoder; {OVERWRITE}")
+    if not shards:
         return
-    encoder = load_encoder(teacher, folder, device)
-    [negative_row] = embed_tokens(encoder, tokenize(encoder, [negative]))
-    done = len(prompts) - sum(len(metadata["prompts"]) for metadata in missing.values())
-    with tqdm(total=len(prompts), initial=done, unit=" prompts", disable=None) as bar:
-        for file, metadata in missing.items():
-            tensors = embed_shard(encoder, metadata["prompts"], batch_size, bar)
+    encoder, cut = load_encoder(teacher, folder, device), []
+    for file in others:
+        file.unlink()
+    done = len(prompts) - sum(len(metadata["prompts"]) for metadata in shards.values())
+    bar = tqdm(total=len(prompts), initial=done, unit=" prompts", disable=None)
+    with bar, reading(path, DOWNLOAD):  # tokenizer and encoder may not fit each other
+        [negative_row] = embed_tokens(encoder, tokenize(encoder, [negative], cut))
+        for file, metadata in shards.items():
+            tokens = tokenize(encoder, metadata["prompts"], cut)
+            tensors = embed_shard(encoder, tokens, batch_size, bar)
             write_tensors(file, tensors | {"negative": negative_row}, metadata)
+    if cut:
+        print(f"longer than {MAX_TOKENS} tokens and cut: {len(cut)}, the first: {shorten(cut[0])}")
 
 
 class Embeddings(NamedTuple):
@@ -218,22 +234,32 @@ class Embeddings(NamedTuple):
 def open_embeddings(path: Path) -> Embeddings:
     """Open a folder of embed_prompts, or a single file of that format. Raises UserError."""
     files = sorted(path.glob("shard-*.safetensors")) if path.is_dir() else [path]
-    spans, prompts, metadata, negative = [], [], {}, None
-    try:
-        for name in files:
-            file, metadata = open_tensors(name, "embeddings", MAKE_TEXT)
-            text, offsets = file.get_slice("text"), file.get_tensor("offsets").tolist()
-            if len(offsets) != len(metadata["prompts"]) + 1 or text.get_shape()[0] != offsets[-1]:
-                raise ValueError(f"prompts, offsets and text of {name.name} have unequal lengths")
-            spans += [(text, start, end) for start, end in pairwise(offsets)]
+    spans, prompts, metadata, negative, channels = [], [], {}, None, 0
+    for name in files:
+        file, metadata = open_tensors(name, "embeddings", MAKE_TEXT)
+        with reading(name, MAKE_TEXT):
+            for key in ("text", "negative"):
+                dtype, shape = (x := file.get_slice(key)).get_dtype(), x.get_shape()
+                channels = channels or shape[-1]
+                if dtype not in DTYPES or shape != [shape[0], channels]:
+                    raise ValueError(f"{key} is {dtype} {shape}, not float (L, {channels})")
+            text, negative = file.get_slice("text"), file.get_tensor("negative")
+            rows = (offsets := file.get_tensor("offsets")).tolist()
+            if offsets.dtype != torch.int64 or rows != sorted({0, text.get_shape()[0], *rows}):
+                raise ValueError("expected int64 offsets that increase from 0 to the rows of text")
+            check_texts(metadata["prompts"], len(rows) - 1)
+            spans += [(text, start, end) for start, end in pairwise(rows)]
             prompts += metadata["prompts"]
-            negative = file.get_tensor("negative")
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path} holds no embeddings ({first_line(error)}); {MAKE_TEXT}") from error
     total = metadata.get("total", len(prompts))
     if not prompts or total != len(prompts):
         raise UserError(f"{path} has {len(prompts)} of {total} prompts; {MAKE_TEXT}")
     return Embeddings(spans, negative, prompts, metadata)
+
+
+def check_texts(texts, count: int) -> None:
+    """Raise ValueError unless a value from a header is a list of `count` strings."""
+    if not isinstance(texts, list) or [*map(type, texts)] != [str] * count:
+        raise ValueError(f"expected a list of {count} texts in its header")
 
 
 def batch(rows: list[Tensor]) -> dict[str, Tensor]:
@@ -250,30 +276,67 @@ def batch(rows: list[Tensor]) -> dict[str, Tensor]:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Read prompts from a text file, one per line (# starts a comment), or a csv's `caption`."""
-    if path.suffix.lower() == ".csv":
-        prompts = [caption for (caption,) in read_csv(path, "caption")]
-    else:
-        try:
-            lines = path.read_text(encoding="utf-8-sig").split("\n")
-        except (OSError, UnicodeError) as error:
-            raise UserError(f"cannot read {path} ({first_line(error)}); name a text file") from None
-        prompts = [line.strip() for line in lines if not line.lstrip().startswith("#")]
-    prompts = [prompt for prompt in prompts if prompt]
+    """Read prompts: text, one per line (# starts a comment), or csv, tsv or jsonl."""
+    suffix = path.suffix.lower()  # of the name as given: what it links to may have none
+    with reading(path, "expected UTF-8 as .txt, .csv, .tsv or .jsonl"):
+        if suffix in (".csv", ".tsv"):
+            return [caption for (caption,) in read_csv(path, CAPTIONS)]
+        if suffix not in ("", ".txt", ".jsonl"):
+            raise ValueError(f"its suffix is {suffix}")
+        rows = [row.strip() for row in path.read_text(encoding="utf-8-sig").split("\n")]
+        if suffix == ".jsonl":
+            prompts = [caption_of(row, i) for i, row in enumerate(rows, 1) if row]
+        else:
+            prompts = [row for row in rows if row and row[0] != "#"]
     if not prompts:
         raise UserError(f"{path} contains no prompt; write one per line")
     return prompts
 
 
-def read_csv(path: Path, *columns: str) -> list[tuple[str, ...]]:
-    """Read these columns of a csv file. Raises UserError."""
+def caption_of(row: str, number: int) -> str:
+    """The prompt in a line of jsonl: a string, or under a key of CAPTIONS. Raises ValueError."""
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file)
-            return [tuple((row[name] or "").strip() for name in columns) for row in rows]
-    except (OSError, UnicodeError, csv.Error, KeyError) as error:
-        message = f"cannot read {path} ({first_line(error)}); expected columns {', '.join(columns)}"
-        raise UserError(message) from None
+        row = json.loads(row)
+        row = row if isinstance(row, dict) else {"text": row}
+        text = next((row[key] for key in CAPTIONS if key in row), None)
+        if not isinstance(text, str) or not text.strip():
+            raise ValueError(f"expected a text as {' or '.join(CAPTIONS)}, found {row}"[:200])
+        text.encode()  # fails if it has half of a surrogate pair
+        return text.strip()
+    except ValueError as error:
+        raise ValueError(f"line {number}: {getattr(error, 'msg', error)}") from error
+
+
+def read_csv(path: Path, *columns: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Read columns of a csv or tsv file, each under the first of its names that is there."""
+    delimiter, found, line = "\t" if path.suffix.lower() == ".tsv" else ",", [], 0
+    with reading(path, "quote cells that contain commas, tabs or quotes"), open(path, "rb") as file:
+        rows = csv.reader((x.decode("utf-8-sig") for x in file), strict=True, delimiter=delimiter)
+        try:
+            header = [name.strip() for name in next(rows, [])]
+            chosen = [next((x for x in names if header.count(x) == 1), "") for names in columns]
+            if not all(chosen):
+                expected = ", ".join(" or ".join(names) for names in columns)
+                raise UserError(f"{path}: expected columns {expected}, found {header}"[:500])
+            line = rows.line_num  # the last line that was read
+            for row in rows:
+                if row and len(row) != len(header):
+                    raise ValueError(f"expected {len(header)} cells, found {len(row)}")
+                if row:  # not a blank line
+                    found.append(tuple(row[header.index(name)].strip() for name in chosen))
+                    if not all(found[-1]):
+                        raise ValueError(f"expected {' and '.join(chosen)}, found an empty cell")
+                line = rows.line_num
+        except (csv.Error, ValueError) as error:
+            raise ValueError(f"line {line + 1}: {error}") from error
+    if not found:
+        raise UserError(f"{path} contains no row below its header")
+    return found
+
+
+def shorten(text: str) -> str:
+    """A text in quotes, of at most 60 characters."""
+    return repr(text if len(text) <= 60 else text[:57] + "...")
 
 
 # -- VAE -----------------------------------------------------------------------------------------
@@ -286,7 +349,12 @@ def load_vae(teacher: str, folder: Path | None, device: str):
         import diffusers
     kind = "AutoencoderKLWan" if TEACHERS[teacher].network is Wan else "AutoencoderKLQwenImage"
     options = dict(use_safetensors=True, output_loading_info=True)
-    return from_pretrained(path, getattr(diffusers, kind), **options).to(device)
+    vae = from_pretrained(path, getattr(diffusers, kind), **options).to(device)
+    with reading(path, DOWNLOAD):
+        channels = [vae.config.z_dim, *(x.shape[1] for x in latent_statistics(vae))]
+        if channels != [16, 16, 16]:
+            raise ValueError(f"expected 16 latent channels, found {channels} in config.json")
+    return vae
 
 
 def latent_statistics(vae) -> tuple[Tensor, Tensor]:
@@ -333,22 +401,16 @@ def encode_first_frames(vae, image: Tensor, frames: int = 81) -> Tensor:
 
 
 def read_rgb(path: Path):
-    """Read a picture as RGB, turned upright. Returns a PIL image. Raises UserError."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as file:
-            if file.mode.startswith("I"):
-                raise ValueError("16 bits per channel")
-            return ImageOps.exif_transpose(file).convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot read {path} ({first_line(error)}); replace it") from error
+    """Read a picture as RGB, turned upright, on white. Returns a PIL image. Raises UserError."""
+    with reading(path, "replace it"), Image.open(path) as file:
+        if file.mode.startswith(("I", "F", "LAB")):
+            raise ValueError(f"expected 8 bits per channel, RGB or grey; found mode {file.mode}")
+        image = ImageOps.exif_transpose(file).convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 def read_image(path: Path, height: int, width: int) -> Tensor:
     """Read a picture as (3, height, width) in [-1, 1], scaled and cropped at the centre."""
-    from PIL import Image, ImageOps
-
     image = ImageOps.fit(read_rgb(path), (width, height), Image.Resampling.BICUBIC)
     return rearrange(torch.from_numpy(numpy.array(image)).float() / 127.5 - 1, "h w c -> c h w")
 
@@ -365,7 +427,7 @@ def encode_images(vae, folder: Path, sizes: list, frames: int) -> tuple[dict, di
 
     Returns image.HxW (n, 20, F, h, w) bf16 for each size, and the captions of each.
     """
-    rows = read_csv(folder / "captions.csv", "file", "caption")
+    rows = read_csv(folder / "captions.csv", ("file",), CAPTIONS)
     nearest = [nearest_size(folder / file, sizes) for file, _ in rows]  # reads all before the work
     conditions, captions = defaultdict(list), defaultdict(list)
     for (height, width), (file, caption) in zip(
@@ -389,10 +451,13 @@ def open_first_frames(path: Path, sizes: Iterable[tuple[int, int, int]]) -> Firs
     """Open a file of encode_images that has all of these sizes (F, h, w). Raises UserError."""
     file, metadata = open_tensors(path, "first frames", MAKE_IMAGES)
     shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
-    captions = metadata.get("captions", {})
-    for key, shape in shapes.items():
-        if len(shape) != 5 or shape[1] != 20 or len(captions.get(key, ())) != shape[0]:
-            raise UserError(f"{path}: the captions of {key} {shape} do not match; {MAKE_IMAGES}")
+    with reading(path, MAKE_IMAGES):
+        captions = metadata["captions"]
+        for key, shape in shapes.items():
+            dtype = file.get_slice(key).get_dtype()
+            if dtype not in DTYPES or len(shape) != 5 or shape[1] != 20 or not shape[0]:
+                raise ValueError(f"{key}: expected float (n, 20, F, h, w), found {dtype} {shape}")
+            check_texts(captions[key], shape[0])
     key_of = {shape[2:]: key for key, shape in shapes.items()}
     for size in sizes:
         if tuple(size) not in key_of:
@@ -423,7 +488,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--overwrite", action="store_true", help="replace what is in --out")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     add = parser.add_argument_group("text").add_argument
-    add("--prompts", type=Path, help="text, one per line, or csv with the column caption")
+    add("--prompts", type=Path, help="txt, one per line, or csv, tsv or jsonl with captions")
     add("--negative", help="negative prompt (default: the published one)")
     add("--batch", type=int, default=16, help="prompts at a time (default 16)")
     add = parser.add_argument_group("images").add_argument
@@ -445,7 +510,7 @@ def run_text(args) -> None:
     prompts, device = read_prompts(args.prompts), pick_device(args.device, "auto")
     options = args.negative, args.batch, args.overwrite
     embed_prompts(args.teacher, args.weights, prompts, args.out, device, *options)
-    print(f"{args.out}: {len(prompts)} prompts")
+    print(f"{args.out}: prompts: {len(prompts)}, the first: {shorten(prompts[0])}")
 
 
 def run_images(args) -> None:
@@ -454,7 +519,7 @@ def run_images(args) -> None:
         raise UserError("images: expected --images FOLDER and a --teacher such as wan22-i2v")
     if args.frames < 1 or args.frames % 4 != 1:
         raise UserError(f"--frames: expected 4n + 1 such as 81, got {args.frames}")
-    if args.out.exists() and not args.overwrite:
+    if args.out.is_dir() or (args.out.exists() and not args.overwrite):
         raise UserError(f"{args.out} exists; {OVERWRITE}")
     sizes = [parse_height_width(text) for text in args.size]
     vae = load_vae(args.teacher, args.weights, pick_device(args.device, "auto"))
@@ -466,7 +531,7 @@ def run_images(args) -> None:
 
 def parse_height_width(text: str) -> tuple[int, int]:
     """480x832 -> (480, 832), height first. Raises UserError."""
-    numbers = re.fullmatch(r"(\d+)x(\d+)", text)
+    numbers = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
     height, width = map(int, numbers.groups()) if numbers else (0, 0)
     if not height or not width or height % 16 or width % 16:
         expected = "HEIGHTxWIDTH, multiples of 16 such as 480x832"

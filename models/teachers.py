@@ -32,7 +32,7 @@ from sde import diffuse, shift, v_to_x0
 
 DEFAULT_DEVICE, THREADS, NUM_SAMPLES = "auto", 0, 4
 EXAMPLE_PROMPTS = Path(__file__).parent / "prompts.txt"
-SIZE = re.compile(r"(?:(\d+)x)?(\d+)x(\d+)(?::(\d*\.?\d+))?")
+SIZE = re.compile(r"(?:(\d{1,4})x)?(\d{1,5})x(\d{1,5})(?::(\d{0,9}\.?\d{1,9}))?")
 SHEET_ROWS = 16  # samples in the contact sheet of sample.py
 
 
@@ -164,7 +164,8 @@ def input_files(cfg) -> list[Path]:
             weights.subfolder(cfg.teacher, weights_folder(cfg), part)
     elif path:
         open_prompts(cfg, path)
-    return files + (sorted(path.iterdir()) if path and path.is_dir() else [path] if path else [])
+    shards = sorted(path.glob("shard-*")) if path and path.is_dir() else [path] if path else []
+    return files + shards
 
 
 def weights_folder(cfg) -> Path | None:
@@ -182,7 +183,7 @@ def prompts_path(cfg) -> Path | None:
 
 def is_text(path: Path) -> bool:
     """Return whether a file of prompts must be embedded first."""
-    return path.suffix != ".safetensors" and not path.is_dir()
+    return path.suffix.lower() != ".safetensors" and not path.is_dir()
 
 
 def embeddings_path(cfg, out: Path) -> Path | None:
@@ -194,7 +195,7 @@ def embeddings_path(cfg, out: Path) -> Path | None:
 def open_prompts(cfg, path: Path) -> encoders.Embeddings:
     """Open embeddings and check that they fit the teacher's network."""
     prompts, (longest, channels) = encoders.open_embeddings(path), text_shape(cfg)
-    teacher = prompts.metadata.get("teacher")
+    teacher = str(prompts.metadata.get("teacher"))
     network = weights.TEACHERS[teacher].network if teacher in weights.TEACHERS else None
     if network is not teacher_spec(cfg.teacher).network or prompts.negative.shape[1] != channels:
         raise UserError(
@@ -228,6 +229,9 @@ def prepare(cfg, out: Path, device: torch.device, progress: Callable) -> None:
             print("using the example prompts of models/prompts.txt; give your own as --prompts")
         prompts, folder = encoders.read_prompts(path), weights_folder(cfg)
         encoders.embed_prompts(cfg.teacher, folder, prompts, out / "prompts", str(device))
+    if path:
+        prompts = open_prompts(cfg, embeddings_path(cfg, out)).prompts
+        print(f"prompts: {len(prompts)}, the first: {encoders.shorten(prompts[0])}")
 
 
 # -- networks -------------------------------------------------------------------------------------
@@ -374,13 +378,14 @@ def make_data(cfg, out: Path) -> Callable:
     probabilities, is_i2v = torch.tensor(list(shapes.values())), teacher_spec(cfg.teacher).is_i2v
     prompts = open_prompts(cfg, path) if path else None
     images = open_images(cfg) if cfg.images else None
+    row_of = {x: i for i, x in reversed([*enumerate(prompts.prompts)])} if images else {}
 
     def data(n: int, shared: torch.Generator, rng: torch.Generator) -> tuple[dict, tuple]:
         shape = list(shapes)[torch.multinomial(probabilities, 1, generator=shared).item()]
         c = {}
         if images:
             c["image"], captions = sample_images(images, shape, n, rng)
-            texts = [prompts.row(prompts.prompts.index(caption)) for caption in captions]
+            texts = [prompts.row(row_of[caption]) for caption in captions]
         elif is_i2v:
             c["image"] = random_first_frames(n, shape, rng)
         if prompts and not images:

@@ -3,6 +3,7 @@
 Tiny encoders and VAEs are compared with diffusers' pipelines; needs models/requirements.txt.
 """
 
+import contextlib
 import json
 import shutil
 
@@ -202,9 +203,50 @@ def test_an_interrupted_command_continues_at_the_first_missing_shard(
     assert embed(tmp_path / "b", wan_folder, "wan22")[0] == 0 and len(calls) == 3  # complete
     capsys.readouterr()
     assert embed(tmp_path / "b", wan_folder, "wan22", prompts=["another"])[0] == 2
-    assert "embeddings of other prompts" in capsys.readouterr().err
+    assert "other prompts" in capsys.readouterr().err
     assert embed(tmp_path / "b", wan_folder, "wan22", "--overwrite", prompts=["another"])[0] == 0
     assert encoders.open_embeddings(out).prompts == ["another"]
+
+
+def test_long_prompts_are_cut_and_counted(tmp_path, wan_folder, capsys):
+    """Negative control: nothing is said of the others."""
+    embed(tmp_path, wan_folder, "wan22")
+    printed = capsys.readouterr().out
+    assert "longer than 512 tokens and cut: 1, the first: 'Ein sehr langer Satz Ein" in printed
+    assert "prompts: 4, the first: 'A fox runs through snow, the camera follows.'" in printed
+    embed(tmp_path, wan_folder, "wan22", "--overwrite", prompts=["a" * 300])
+    assert capsys.readouterr().out.endswith(f"prompts: 1, the first: '{'a' * 57}...'\n")
+
+
+def test_embeddings_outlive_moved_weights_and_a_refused_overwrite(
+    tmp_path, wan_folder, monkeypatch, capsys
+):
+    """They are known by their encoder's folder. Negative control: a folder of another name."""
+    _, out = embed(tmp_path, wan_folder, "wan22", prompts=["a fox"])
+    moved, other = tmp_path / wan_folder.name, tmp_path / "other"
+    shutil.copytree(wan_folder, moved), shutil.copytree(wan_folder, other)
+    before = (out / "shard-00000.safetensors").read_bytes()
+    assert embed(tmp_path, other, "wan22", prompts=["a fox"])[0] == 2
+    assert "another encoder" in capsys.readouterr().err
+    shutil.rmtree(other / "tokenizer")
+    assert embed(tmp_path, other, "wan22", "--overwrite", prompts=["a fox"])[0] == 2
+    monkeypatch.setattr(encoders, "load_encoder", None)
+    assert embed(tmp_path, moved, "wan22", prompts=["a fox"])[0] == 0
+    assert (out / "shard-00000.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("fault", ["no pad token", "more tokens than the encoder has"])
+def test_a_tokenizer_that_does_not_fit_is_one_line(tmp_path, wan_folder, capsys, fault):
+    shutil.copytree(wan_folder, folder := tmp_path / "w")
+    more = [f"<{i}>" for i in range(60 * (fault != "no pad token"))]
+    tokenizer = tokenizer_of(folder / "tokenizer", None, ["<pad>", "</s>", *more])
+    if not more:
+        tokenizer.pad_token = None
+        tokenizer.save_pretrained(folder / "tokenizer")
+    status, out = embed(tmp_path, folder, "wan22", prompts=["z" * 9])
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert status == 2 and "cannot read" in line and "download it again" in line
+    assert not out.exists()
 
 
 def test_a_single_file_is_as_good_as_a_folder(tmp_path):
@@ -225,6 +267,34 @@ def test_a_single_file_is_as_good_as_a_folder(tmp_path):
     for name in ("e.safetensors", "empty", "text.safetensors", "missing"):
         with pytest.raises(UserError, match="python -m models.encoders text"):
             encoders.open_embeddings(tmp_path / name)
+
+
+ROWS = {"text": torch.ones(6, 2), "offsets": torch.tensor([0, 2, 6]), "negative": torch.ones(1, 2)}
+DAMAGES = {  # of the embeddings ROWS: tensors, prompts
+    "whole numbers": (dict(text=torch.ones(6, 2).long()), ["a", "b"]),
+    "float64": (dict(negative=torch.ones(1, 2).double()), ["a", "b"]),
+    "three axes": (dict(text=torch.ones(6, 2, 1)), ["a", "b"]),
+    "one axis": (dict(negative=torch.ones(2)), ["a", "b"]),
+    "other channels": (dict(negative=torch.ones(1, 3)), ["a", "b"]),
+    "float offsets": (dict(offsets=torch.tensor([0.0, 2, 6])), ["a", "b"]),
+    "offsets from 1": (dict(offsets=torch.tensor([1, 2, 6])), ["a", "b"]),
+    "falling offsets": (dict(offsets=torch.tensor([0, 5, 2, 6])), ["a", "b", "c"]),
+    "an empty prompt": (dict(offsets=torch.tensor([0, 2, 2, 6])), ["a", "b", "c"]),
+    "prompts as one string": ({}, "ab"),
+    "prompts as numbers": ({}, [1, 2]),
+    "nothing": ({}, ["a", "b"]),  # negative control
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_embeddings_are_checked_when_they_are_opened(tmp_path, damage):
+    """Not when a run draws the row, days later."""
+    tensors, prompts = DAMAGES[damage]
+    metadata = {"kind": "embeddings", "teacher": "wan22", "prompts": prompts}
+    write_tensors(tmp_path / "e.safetensors", ROWS | tensors, metadata)
+    refused = pytest.raises(UserError, match="run python -m models.encoders text")
+    with refused if damage != "nothing" else contextlib.nullcontext():
+        encoders.open_embeddings(tmp_path / "e.safetensors")
 
 
 @pytest.mark.parametrize("part", ["text_encoder", "vae"])
@@ -255,12 +325,44 @@ def test_a_batch_is_padded_with_zeros_under_a_mask():
     assert "mask" not in encoders.batch(rows[:1])
 
 
+PROMPT_FILES = {
+    "p.txt": b"\xef\xbb\xbfA fox, running\r\n\r\n# a comment\r\nA sign\r\n",
+    "p": b"A fox, running\nA sign\n",
+    "caption.csv": b'\xef\xbb\xbfurl,caption,text\r\n1,"A fox, running",no\r\n\r\n2,A sign,no\r\n',
+    "prompt.CSV": b'prompt\n"A fox, running"\nA sign\n',
+    "text.tsv": b"text\tn\nA fox, running\t1\nA sign\t2\n",
+    "p.jsonl": b'{"caption": "A fox, running", "text": "no"}\n\n"A sign"\n',
+}
+
+
+@pytest.mark.parametrize("name", PROMPT_FILES)
+def test_prompts_are_read_by_the_suffix_of_the_name_that_is_given(tmp_path, name):
+    """A cache of downloads links this name to a file whose name is a digest."""
+    (tmp_path / "0a1b2c").write_bytes(PROMPT_FILES[name])
+    (tmp_path / name).symlink_to("0a1b2c")
+    assert encoders.read_prompts(tmp_path / name) == ["A fox, running", "A sign"]
+
+
 @pytest.mark.parametrize(
     "name,content,error",
     [
         ("p.txt", b"# only\n", "no prompt"),
         ("p.txt", b"\xff\xfe\xff", "cannot read"),
-        ("p.csv", b"text\na fox\n", "columns caption"),
+        ("p.csv", b"a,b\na fox,1\n", "columns caption or prompt or text, found ['a', 'b']"),
+        ("p.csv", b"text,text\na fox,1\n", "found ['text', 'text']"),
+        ("p.csv", b"caption\n", "no row below"),
+        ("p.csv", b"caption\nA fox, running\n", "line 2: expected 1 cells, found 2); quote"),
+        ("p.csv", b"n,caption\n1,a\n\n2\n", "line 4: expected 2 cells, found 1); quote"),
+        ("p.csv", b"n,caption\n1,\n2,a\n", "line 2: expected caption, found an empty cell"),
+        ("p.csv", b'caption\na\n"A fox\nb\nc\n', "line 3: unexpected end of data"),
+        ("p.csv", b'caption\n"a\nb"\n"A fox\nb"c\n', "line 4: ',' expected after"),
+        ("p.csv", b"caption\na\ncaf\xe9\n", "line 3: 'utf-8' codec can't decode"),
+        ("p.jsonl", b'"a"\n{"caption": " "}\n', "line 2: expected a text as caption or prompt"),
+        ("p.jsonl", b'"a"\n{"url": "b"}\n', "found {'url': 'b'}"),
+        ("p.jsonl", b'"a"\n\n{"caption": "b"\n', "line 3: Expecting ',' delimiter"),
+        ("p.jsonl", b'"\\ud83d"\n', "line 1: 'utf-8' codec can't encode"),
+        ("p.json", b'["a"]', "suffix is .json); expected UTF-8 as .txt, .csv, .tsv or .jsonl"),
+        ("p.parquet", b"PAR1", "suffix is .parquet"),
     ],
 )
 def test_a_file_without_prompts_is_one_line(tmp_path, capsys, name, content, error):
@@ -354,10 +456,50 @@ def test_pictures_go_to_the_nearest_size_with_their_captions(tmp_path, wan_folde
         {"image.32x48": stored.expand(3, -1, -1, -1, -1)},
         {"kind": "first frames", "captions": frames.captions},
     )
-    with pytest.raises(UserError, match="do not match"):  # 3 pictures, 2 captions
+    with pytest.raises(UserError, match="expected a list of 3 texts"):  # there are 2
         encoders.open_first_frames(tmp_path / "x", [(2, 4, 6)])
     assert encode_images(tmp_path, wan_folder)[0] == 2  # exists
     assert encode_images(tmp_path, wan_folder, "--overwrite")[0] == 0
+
+
+@pytest.mark.parametrize("flags", [[], ["--overwrite", "--out", "folder"]])
+def test_nothing_is_left_of_pictures_that_are_interrupted_or_refused(
+    tmp_path, wan_folder, monkeypatch, flags
+):
+    """A folder as --out is refused before the work."""
+
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    write_pictures(tmp_path / "p")
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(encoders, "encode_first_frames", interrupt)
+    assert encode_images(tmp_path, wan_folder, *flags)[0] == (2 if flags else 130)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(
+        ["p", "folder", "a.png", "b.png", "c.jpg", "captions.csv"]
+    )
+
+
+FRAMES = {  # tensor, captions
+    "whole numbers": (torch.ones(1, 20, 2, 4, 6).int(), ["a"]),
+    "four axes": (torch.ones(20, 2, 4, 6), ["a"] * 20),
+    "16 channels": (torch.ones(1, 16, 2, 4, 6), ["a"]),
+    "no picture": (torch.ones(0, 20, 2, 4, 6), []),
+    "captions as one string": (torch.ones(1, 20, 2, 4, 6), "a"),
+    "captions as numbers": (torch.ones(1, 20, 2, 4, 6), [1]),
+    "nothing": (torch.ones(1, 20, 2, 4, 6), ["a"]),  # negative control
+}
+
+
+@pytest.mark.parametrize("damage", FRAMES)
+def test_first_frames_are_checked_when_they_are_opened(tmp_path, damage):
+    frames, captions = FRAMES[damage]
+    metadata = {"kind": "first frames", "captions": {"image.32x48": captions}}
+    write_tensors(tmp_path / "i", {"image.32x48": frames}, metadata)
+    refused = pytest.raises(UserError, match="run python -m models.encoders images")
+    with refused if damage != "nothing" else contextlib.nullcontext():
+        encoders.open_first_frames(tmp_path / "i", [])
 
 
 def test_a_picture_is_turned_as_its_exif_says(tmp_path):
@@ -368,26 +510,60 @@ def test_a_picture_is_turned_as_its_exif_says(tmp_path):
     assert encoders.read_rgb(tmp_path / "a.jpg").size == (40, 60)
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_a_transparent_picture_lies_on_white(tmp_path, mode):
+    """Whatever colour its invisible pixels have. Negative control: a visible pixel keeps its."""
+    image = Image.new("RGBA", (2, 1), (200, 200, 200, 255))
+    image.putpixel((0, 0), (0, 0, 0, 0))
+    image.convert(mode).save(tmp_path / "a.png")
+    rgb = encoders.read_rgb(tmp_path / "a.png")
+    assert [rgb.getpixel((x, 0)) for x in (0, 1)] == [(255,) * 3, (200,) * 3]
+
+
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_pictures_of_more_than_8_bits_are_refused(tmp_path, mode):
+    Image.new(mode, (4, 4), 1000).save(tmp_path / "a.tif")
+    with pytest.raises(UserError, match="expected 8 bits per channel"):
+        encoders.read_rgb(tmp_path / "a.tif")
+
+
+@pytest.mark.parametrize("mean", [None, [0.0] * 3, "x"])
+def test_a_vae_whose_config_does_not_fit_is_refused(tmp_path, wan_folder, mean):
+    """When it is loaded, not after the transformers have worked."""
+    shutil.copytree(wan_folder, tmp_path / "w")
+    path = tmp_path / "w" / "vae" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"latents_mean": mean}))
+    with pytest.raises(UserError, match="vae .*download it again"):
+        encoders.load_vae("wan22-i2v", tmp_path / "w", "cpu")
+
+
 @pytest.mark.parametrize(
-    "name,content",
+    "name,content,error",
     [
-        ("captions.csv", None),
-        ("captions.csv", "name,text\na.png,one\n"),
-        ("captions.csv", "file,caption\nz.png,one\n"),
-        ("a.png", "not a picture"),
+        ("captions.csv", None, "cannot read"),
+        ("captions.csv", "name,text\na.png,one\n", "columns file, caption or prompt or text"),
+        ("captions.csv", "file,caption\nz.png,one\n", "cannot read"),
+        ("captions.csv", "file,caption\na.png,A fox, running\n", "line 2: expected 2 cells"),
+        ("captions.csv", 'file,caption\na.png,one\nb.png,"A fox\nc.jpg,b\n', "line 3"),
+        ("captions.csv", "file,caption\na.png,one\nb.png,\n", "line 3: expected file and caption"),
+        ("a.png", "not a picture", "cannot read"),
     ],
 )
-def test_damaged_pictures_are_one_line(tmp_path, wan_folder, capsys, name, content):
+def test_damaged_pictures_are_one_line(tmp_path, wan_folder, capsys, name, content, error):
     write_pictures(tmp_path / "p")
     (tmp_path / "p" / name).unlink()
     if content:
         (tmp_path / "p" / name).write_text(content)
     status, out = encode_images(tmp_path, wan_folder)
     line = capsys.readouterr().err.splitlines()
-    assert status == 2 and line[-1].startswith("encoders.py: cannot read") and not out.exists()
+    assert status == 2 and error in line[-1] and str(tmp_path / "p") in line[-1]
+    assert not out.exists()
 
 
-@pytest.mark.parametrize("flags", [["--size", "33x48"], ["--size", "wide"], ["--frames", "4"]])
+@pytest.mark.parametrize(
+    "flags",
+    [["--size", "33x48"], ["--size", "wide"], ["--size", "9" * 5000 + "x16"], ["--frames", "4"]],
+)
 def test_sizes_that_make_no_latents_are_refused(tmp_path, wan_folder, flags):
     write_pictures(tmp_path / "p")
     assert encode_images(tmp_path, wan_folder, *flags)[0] == 2
@@ -447,6 +623,7 @@ def test_a_run_embeds_its_prompts_and_decodes_its_previews(
     ]
     assert train.main([str(flag) for flag in flags]) == 0
     assert encoders.open_embeddings(out / "prompts").prompts == ["A fox", "A sign", "Snow"]
+    assert "prompts: 3, the first: 'A fox'\n" in capsys.readouterr().out
     assert decoded and all(x.shape == (1, 3, 1, 48, 64) for x in decoded)
     monkeypatch.setattr(encoders, "load_encoder", None)
     (out / "metrics.json").unlink()

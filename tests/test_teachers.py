@@ -296,7 +296,7 @@ def test_the_buckets_are_the_papers_and_are_drawn_with_their_probabilities():
 
 
 def test_image_to_video_pairs_an_image_with_the_embedding_of_its_caption(tmp_path):
-    prompts = write_embeddings(tmp_path / "p.safetensors", "wan22-tiny", "cab")
+    prompts = write_embeddings(tmp_path / "p.safetensors", "wan22-tiny", "cabab")
     images = tmp_path / "i.safetensors"
     frames = normal((2, 20, 3, 6, 8), "image").bfloat16()
     metadata = {"kind": "first frames", "captions": {"image.48x64": ["a", "b"]}}
@@ -308,8 +308,22 @@ def test_image_to_video_pairs_an_image_with_the_embedding_of_its_caption(tmp_pat
     assert shape == (16, 3, 6, 8) and set(c) == {"text", "image"}
     rows = [next(i for i in (0, 1) if torch.equal(x, frames[i])) for x in c["image"]]
     embeddings = teachers.open_prompts(cfg, prompts)
-    texts = [embeddings.row("cab".index("ab"[i])) for i in rows]
+    texts = [embeddings.row("cabab".index("ab"[i])) for i in rows]
     assert set(rows) == {0, 1} and all(map(torch.equal, c["text"], texts))
+
+
+def test_a_folder_of_embeddings_may_hold_other_files(tmp_path):
+    """Such as the cache that a download leaves there. They are no input of the run."""
+    (tmp_path / ".cache").mkdir()
+    shard = write_embeddings(tmp_path / "shard-00000.safetensors", "wan22-tiny")
+    assert teachers.input_files(train.make_config("wan22-tiny", prompts=str(tmp_path))) == [shard]
+
+
+@pytest.mark.parametrize("teacher", ["mine", ["wan22-tiny"], None])
+def test_embeddings_of_no_known_teacher_are_refused(tmp_path, teacher):
+    path = write_embeddings(tmp_path / "e.safetensors", teacher)
+    with pytest.raises(UserError, match="found 64 for .*python -m models.encoders"):
+        teachers.open_prompts(train.make_config("wan22-tiny"), path)
 
 
 SLOW = pytest.param("qwen-image-tiny", marks=pytest.mark.slow)
@@ -348,6 +362,7 @@ def test_a_small_teacher_is_distilled_sampled_and_resumed(name, tmp_path, monkey
 WRONG = {
     "--guidance 4 3 2": "high noise, low noise, got 3",
     "--size 50x64": "nearest: 48x64",
+    f"--size {'9' * 5000}x64": "--size: expected",
     "--prompts wide.safetensors": "found 32",
     "--offload expert --truncate off": "--truncate on",
 }
