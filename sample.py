@@ -286,8 +286,8 @@ def make_parser() -> common.Parser:
         "--lora",
         nargs="+",
         metavar="FILE[:STRENGTH]",
-        help="LoRA files or their folder. Names with high or low are for that transformer, two "
-        "other files for high and low noise in this order, others for both",
+        help="LoRA files or their folder. Two files: one per transformer, told apart by high and "
+        "low in their names, else high noise first. Otherwise by name; one without is for both",
     )
     return parser
 

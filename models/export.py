@@ -9,6 +9,7 @@ LoRA merged in. That is a bf16 file per expert under the original names, as Comf
 import json
 import re
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -126,14 +127,16 @@ def full_tensors(student: Student, phase) -> dict[str, Tensor]:
 def whole_folder(out: Path) -> Iterator[Path]:
     """A folder to fill. It becomes `out` at the end, or is removed if anything fails."""
     part = out.resolve().with_name(out.name + ".part")
-    with writing(out):
+    with writing(part):
         part.mkdir(parents=True)
+        handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
         try:
             yield part
             if out.exists():
                 out.rmdir()  # empty
             part.rename(out)
         finally:
+            signal.signal(signal.SIGTERM, handler)
             shutil.rmtree(part, ignore_errors=True)  # after an error, and after Ctrl-C
 
 
@@ -200,7 +203,7 @@ def card_values(student: Student) -> dict[str, str]:
     frames = f"guidance_scale=1.0, num_frames={frames[0] if frames else cfg.frames}"
     settings += "true_cfg_scale=1.0" if qwen else frames
     pipeline = "QwenImage" if qwen else "WanImageToVideo" if spec.is_i2v else "Wan"
-    teacher_loras = " and ".join(str(lora.parse_file(file)) for file in cfg.teacher_lora)
+    teacher_loras = " and ".join(Path(file).name for file in cfg.teacher_lora)
     lora_kind = f"LoRA of rank {cfg.rank}, alpha {format_value(cfg.alpha)}"
     return dict(
         base=base,
@@ -239,8 +242,8 @@ def assign_loras(
 ) -> LoraPlan:
     """Which file takes which steps: by its metadata if we exported it, else by t.
 
-    names: FILE, FILE:STRENGTH or a folder. steps_given: the user asked for other steps than such
-    metadata have.
+    Files without such metadata, such as a style LoRA, join the exported ones. names: FILE,
+    FILE:STRENGTH or a folder. steps_given: the user asked for other steps than such metadata have.
     """
     files = []
     for name in names:
@@ -250,21 +253,32 @@ def assign_loras(
         is_folder = file.path.is_dir()
         paths = weights.safetensors_in(file.path) if is_folder else [file.path]
         files += [lora.LoraFile(path, file.strength) for path in paths]
-    if not files:
-        raise UserError(f"--lora: {', '.join(names)} contains no .safetensors; name LoRA files")
     metadata = {file: lora.read_metadata(file.path) for file in files}
     for file, entry in metadata.items():
         if entry.get("teacher", cfg.teacher) != cfg.teacher:
             raise UserError(f"{file.path} is for {entry['teacher']}, not for {cfg.teacher}")
-    if not steps_given and all("times" in entry for entry in metadata.values()):
-        with reading(files[0].path, "export the student again"):
-            roles, times, base_of, files_of = assign_by_metadata(metadata)
+    exported = {file: entry for file, entry in metadata.items() if "times" in entry}
+    if exported and not steps_given:
+        with reading(next(iter(exported)).path, "export the student again"):
+            roles, times, base_of, files_of = assign_by_metadata(exported)
+        for file in [file for file in files if file not in exported]:
+            noise = lora.noise_of(file.path) if boundary_t else ""
+            joined = [role for role, branch in base_of.items() if noise in ("", NOISE[branch])]
+            print(f"{file}: {', '.join(joined)}, in addition")
+            for role in joined:
+                files_of[role].append(file)
     else:
         roles, base_of, files_of = assign_by_time(files, times, boundary_t)
+        if any(sum(file in exported for file in part) > 1 for part in files_of.values()):
+            files = ", ".join(map(str, exported))
+            raise UserError(f"{files} have steps of their own; drop --steps and --shift")
 
     def weights_of(role: str) -> RoleWeights:
         net = meta_network(cfg, base_of[role])
-        return RoleWeights(*lora.split_deltas(weights.read_loras(net, files_of[role]), net))
+        factors, rest = lora.split_deltas(weights.read_loras(net, files_of[role]), net)
+        if rest and weights.is_random(cfg):
+            raise UserError(f"--lora: {min(rest)} of random weights cannot change; give --weights")
+        return RoleWeights(factors, rest)
 
     for role in files_of:
         weights_of(role)  # an error in any file shows before a base is loaded
@@ -282,6 +296,8 @@ def assign_by_metadata(metadata: dict[lora.LoraFile, dict]) -> tuple[list, tuple
     students = {(entry["times"], entry["base"]) for entry in metadata.values()}
     times = json.loads(entry["times"])
     is_whole = len(steps) == len(times) - 1 and len(files_of) == len(metadata)
+    if not {*base_of.values()} <= {*NOISE} or times != sorted(map(float, times), reverse=True):
+        raise ValueError("expected branches 1, 2 and times that fall")
     if len(students) > 1 or not is_whole:
         names = ", ".join(map(str, metadata))
         raise UserError(f"--lora: expected the files of all phases of one student, got {names}")
@@ -293,15 +309,13 @@ def assign_by_time(
 ) -> tuple[list, dict, dict]:
     """Roles of the steps, branches and files by role: those of each transformer, chosen by t."""
     branches = 2 if boundary_t else 1
-    files_of = dict(enumerate(lora.files_of_branches(files, branches), 1))
+    parts = lora.files_of_branches(files, branches)
     if boundary_t:
-        reason = (
-            "by metadata or name"
-            if any(lora.noise_of(f.path) for f in files)
-            else "in the order given"
-        )
-        high, low = (" + ".join(map(str, files)) or "none" for files in files_of.values())
+        is_named = any(lora.noise_of(file.path) for file in files)
+        reason = "by metadata or name" if is_named else "in the order given"
+        reason = "one file for both" if parts[0] == parts[1] else reason
+        high, low = (" + ".join(map(str, part)) or "none" for part in parts)
         print(f"high noise: {high}, low noise: {low}, {reason}")
-    files_of = {f"student{i}": files for i, files in files_of.items()}
+    files_of = {f"student{i}": part for i, part in enumerate(parts, 1)}
     roles = [f"student{1 if not boundary_t or t >= boundary_t else 2}" for t in times[:-1]]
     return roles, {role: int(role[-1]) for role in files_of}, files_of

@@ -24,7 +24,7 @@ from models.common import UserError, reading, stream
 class Linear(nn.Linear):
     """y = W x + b in the dtype of x, plus alpha / rank up(down(x)) of the adapter of this name.
 
-    A LoRA file need not change every layer: here, without such an adapter, y = W x + b.
+    The adapter is None in a layer that its file does not change: y = W x + b.
     """
 
     def __init__(self, inputs: int, outputs: int):
@@ -33,7 +33,8 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor, adapter: str | None = None) -> Tensor:
         y = F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
-        return y + self.adapters[adapter](x) if adapter in self.adapters else y
+        module = None if adapter is None else self.adapters[adapter]  # KeyError if misspelled
+        return y if module is None else y + module(x)
 
 
 class Adapter(nn.Module):
@@ -94,10 +95,12 @@ def start_adapter(
 
 
 def attach(net: nn.Module, name: str, factors: dict[str, Factors], device=None) -> None:
-    """Add a frozen adapter with these factors to their layers."""
-    layers = adapted_layers(net)
-    for key, (up, down, scale) in factors.items():
-        layer = layers[key]
+    """Add a frozen adapter with these factors to their layers, and None to the other ones."""
+    for key, layer in adapted_layers(net).items():
+        layer.adapters[name] = None
+        if key not in factors:
+            continue
+        up, down, scale = factors[key]
         layer.adapters[name] = adapter = Adapter(layer, len(down), 1.0, device)
         adapter.requires_grad_(False)
         adapter.scale = scale
@@ -125,8 +128,6 @@ IMAGE_BRANCH = re.compile(  # of Wan2.1 I2V, in both layouts; Wan2.2 has none
     r"k_img|v_img|img_emb|attn2\.add_[kv]_proj|attn2\.norm_added_k|image_embedder"
 )
 DIFFS = {"diff": ".weight", "diff_b": ".bias", "diff_m": ".modulation"}
-
-
 PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 
 
@@ -138,10 +139,10 @@ def open_safetensors(file: Path, advice: str = "download it again"):
         except Exception:
             with open(file, "rb") as opened:
                 start = opened.read(4)
-            if file.suffix == ".gguf" or start == b"GGUF":
+            if file.suffix.lower() == ".gguf" or start == b"GGUF":
                 line = "quantised (GGUF), which is not supported; take the bf16 or fp16 safetensors"
                 raise UserError(f"{file} is {line}") from None
-            if file.suffix in PICKLES or start[:2] in (b"PK", b"\x80\x02"):
+            if file.suffix.lower() in PICKLES or start[:2] in (b"PK", b"\x80\x02"):
                 line = "a pickle, which is never opened; take the safetensors"
                 raise UserError(f"{file} is {line}") from None
             raise
@@ -197,7 +198,7 @@ def read_deltas(path: Path, strength: float, aliases: dict[str, str]) -> dict[st
     """
     layers: dict[str, dict[str, Tensor]] = defaultdict(dict)
     image_branch = 0
-    with open_safetensors(path) as file, reading(path, "name a LoRA file"):
+    with open_safetensors(path, "name a LoRA file") as file, reading(path, "name a LoRA file"):
         metadata = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
         metadata = {key.removeprefix("transformer."): value for key, value in metadata.items()}
         for key in ("alpha_pattern", "use_rslora", "use_dora"):  # other scales than ours
@@ -214,9 +215,14 @@ def read_deltas(path: Path, strength: float, aliases: dict[str, str]) -> dict[st
             if not layer or part in layers[layer]:
                 problem = "has a second" if layer else "is not a LoRA of a layer of this network:"
                 raise UserError(f"{path} {problem} {key}; give one LoRA per file, of this model")
-            layers[layer][part] = tensor = file.get_tensor(key).float()
+            tensor = file.get_tensor(key)
+            if part != "alpha" and not tensor.is_floating_point():
+                raise UserError(f"{path}: {key} is quantised ({tensor.dtype}); use another file")
+            layers[layer][part] = tensor = tensor.float()
             if not tensor.isfinite().all():
                 raise UserError(f"{path}: {key} contains NaN or infinity; use another file")
+        if not layers:
+            raise UserError(f"{path} contains no LoRA of this network; use another file")
         deltas = {}
         for layer, parts in layers.items():
             deltas |= layer_deltas(layer, parts, metadata.get("lora_alpha"), strength, path)
@@ -263,6 +269,7 @@ def bare_name(key: str) -> str:
 
 NOISE = re.compile(r"(high|low)[-_ ]?noise", re.I)  # as most names say it
 WORD = re.compile(r"(?<![a-z])(high|low)(?![a-z])", re.I)  # high, -low-, LOW; not slow, lower
+FOLDER = re.compile(r"^(high|low)(?:[-_ ]?noise)?(?:[-_ ]?model)?$", re.I)  # its whole name
 
 
 def read_metadata(file: Path | str) -> dict[str, str]:
@@ -275,8 +282,9 @@ def read_metadata(file: Path | str) -> dict[str, str]:
 
 
 def noise_of(file: Path) -> str:
-    """ "high", "low" or "": by the metadata that models/export.py writes, or by the file's name."""
-    words = {word.lower() for word in NOISE.findall(file.name) or WORD.findall(file.name)}
+    """ "high", "low" or "": by the metadata that models/export.py writes, by name or by folder."""
+    words = NOISE.findall(file.name) or WORD.findall(file.name) or FOLDER.findall(file.parent.name)
+    words = {word.lower() for word in words}
     return read_metadata(file).get("noise") or (words.pop() if len(words) == 1 else "")
 
 
@@ -297,7 +305,7 @@ class LoraFile(NamedTuple):
     strength: float = 1.0
 
     def __str__(self) -> str:
-        return self.path.name + f":{self.strength:g}" * (self.strength != 1)
+        return f"{self.path}" + f":{self.strength:g}" * (self.strength != 1)
 
 
 def parse_file(text: str) -> LoraFile:
@@ -315,16 +323,20 @@ def files_of_branches(files: Iterable[LoraFile], branches: int) -> list[list[Lor
     file whose name says high or low is for that branch, and any other for both.
     """
     files = list(files)
-    if branches == 1:
-        return [files]
-    noises = [noise_of(file.path) for file in files]
-    differ = len(set(noises)) == 2
-    if len(files) == 2 and (differ or not any(noises) or files[0].path == files[1].path):
+    noises, paths = [noise_of(file.path) for file in files], [file.path for file in files]
+    is_same, differ = len(set(paths)) < len(paths), len(set(noises)) == 2
+    if branches == 2 == len(files) and (differ or not any(noises) or is_same):
         swapped = differ and (noises[0] == "low" or noises[1] == "high")
         return [[file] for file in (files[::-1] if swapped else files)]
-    return [
-        [file for file, x in zip(files, noises) if x in ("", noise)] for noise in ("high", "low")
-    ]
+    names = ", ".join(path.name for path in paths)
+    if is_same:
+        raise UserError(f"expected different LoRA files, got {names}; name each once")
+    if branches == 1 and {"high", "low"} <= set(noises):
+        raise UserError(f"expected LoRA files of one transformer, got {names}; drop one")
+    if branches == 2 < len(files) and not any(noises):
+        raise UserError(f"got {names}, which may be for high or low noise; say it in their names")
+    kinds = [("high", ""), ("low", "")] if branches == 2 else [("high", "low", "")]
+    return [[file for file, noise in zip(files, noises) if noise in kind] for kind in kinds]
 
 
 @lru_cache

@@ -574,11 +574,10 @@ def check_inputs(cfg, args) -> None:
             raise UserError("--image needs a --prompt that says what happens")
     elif is_i2v and has_prompt and not is_random(cfg):
         raise UserError(f"{cfg.teacher} makes a video from an image; give --image")
-    if teacher_spec(cfg.teacher).repository and not is_random(cfg) and not has_vae(cfg):
-        raise UserError(
-            "decoding needs the folder vae of the published weights, and "
-            "pip install -r models/requirements.txt"
-        )
+    if teacher_spec(cfg.teacher).repository and not is_random(cfg):
+        weights.subfolder(cfg.teacher, weights_folder(cfg), "vae")
+        if not has_vae(cfg):
+            raise UserError("decoding needs diffusers; pip install -r models/requirements.txt")
 
 
 def num_frames(cfg) -> int:

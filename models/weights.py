@@ -122,7 +122,7 @@ def branch_paths(teacher: str, *weights: str | Path) -> tuple[list[Path], float 
         raise UserError(f"{teacher}: expected {expected}, got {len(paths)}: {found}")
     given, swapped = paths, paths[::-1]
     folders = {tuple(path.name for path in swapped), tuple(path.parent.name for path in swapped)}
-    paths = swapped if folders & set(PAIRS) else lora.sort_high_low(paths)
+    paths = swapped if PAIRS[1] in folders else lora.sort_high_low(paths)
     if paths != given:
         lora.note(f"{paths[0]} is for high noise and {paths[1]} for low noise: swapped")
     return paths, boundary
@@ -135,11 +135,9 @@ def default_folder(teacher: str) -> Path:
 
 
 def find_subfolder(teacher: str, folder: Path | None, part: str) -> Path | None:
-    """A folder such as vae: in the weights, beside a single file, or in the default folder."""
-    places = [default_folder(teacher)]
-    if folder:
-        folder = Path(folder)
-        places = [folder] if folder.is_dir() else [folder.parent, *places]
+    """A folder such as vae: in the weights, beside the file or folder, or in the default folder."""
+    places = [Path(folder), Path(folder).parent] if folder else []
+    places.append(default_folder(teacher))
     return next((place / part for place in places if (place / part).is_dir()), None)
 
 
@@ -153,6 +151,8 @@ def subfolder(teacher: str, folder: Path | None, part: str) -> Path:
         hint = f'--include "{part}/*" --local-dir {place}'
         hint = f"; get it: hf download {spec.repository} {hint}" if spec.repository else ""
         raise UserError(f"{place} has no folder {part} as diffusers has{hint}")
+    if folder and found.parent != Path(folder):
+        lora.note(f"{part} comes from {found}")
     return found
 
 
@@ -205,7 +205,13 @@ class TensorInfo(NamedTuple):
 
 def safetensors_in(folder: Path) -> list[Path]:
     """The safetensors of a folder, without the hidden files that macOS writes beside them."""
-    return sorted(path for path in folder.glob("*.safetensors") if not path.name.startswith("."))
+    files = sorted(folder.glob("[!.]*.safetensors"))
+    others = [x for x in folder.glob("[!.]*") if x.suffix.lower() in (".gguf", *lora.PICKLES)]
+    if others and not files:
+        lora.open_safetensors(min(others))  # says what it is
+    if not files:
+        raise UserError(f"{folder} contains no .safetensors; name a folder or file that does")
+    return files
 
 
 def shards(path: Path) -> list[Path]:
@@ -213,15 +219,13 @@ def shards(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     files = safetensors_in(path)
-    for index in path.glob("[!.]*.safetensors.index.json"):
+    indexes = sorted(path.glob("[!.]*.safetensors.index.json"))
+    if len(indexes) > 1:
+        raise UserError(f"{indexes[0]} and {indexes[1].name} are two networks; keep one")
+    for index in indexes:
         with reading(index, "download it again"):
             names = set(read_json(index, "download it again")["weight_map"].values())
             files = [path / Path(name).name for name in sorted(names)]
-    if not files:
-        others = [x for x in path.iterdir() if x.suffix in (".gguf", *lora.PICKLES)]
-        if others:
-            lora.open_safetensors(others[0])  # says what it is
-        raise UserError(f"{path} contains no .safetensors; name the folder of a transformer")
     return files
 
 
@@ -245,6 +249,7 @@ CLASSES = {"WanModel": Wan, "WanTransformer3DModel": Wan, "QwenImageTransformer2
 RENAMED = {"in_channels": "in_dim", "out_channels": "out_dim", "num_attention_heads": "num_heads"}
 UNPORTED = ("image_dim", "added_kv_proj_dim", "zero_cond_t", "use_additional_t_cond")
 UNPORTED += ("use_layer3d_rope", "guidance_embeds")
+NOT_SETTINGS = {"dtype", "checkpointing", "round_t"}  # arguments that a config.json does not set
 
 
 def architecture(path: Path, tensors: dict[str, TensorInfo], teacher: str) -> tuple[type, dict]:
@@ -269,8 +274,13 @@ def architecture(path: Path, tensors: dict[str, TensorInfo], teacher: str) -> tu
                 config["dim"] = config["num_heads"] * config["attention_head_dim"]
             if "text_embedding.0.weight" in tensors:  # the original layout, whose configs lack it
                 config["text_dim"] = tensors["text_embedding.0.weight"].shape[-1]
-    known = signature(network).parameters.keys() - {"dtype", "checkpointing", "round_t"}
-    return network, {key: value for key, value in config.items() if key in known}
+        known = signature(network).parameters
+        known = {key: known[key].annotation for key in config if key in known.keys() - NOT_SETTINGS}
+        for key, kind in known.items():
+            values, kind = (config[key], int) if kind is tuple else ([config[key]], kind)
+            if not values or not all(type(x) in (int, kind) and 0 < x < 1e9 for x in values):
+                raise ValueError(f"expected a positive {kind.__name__} as {key}, found {values}")
+    return network, {key: config[key] for key in known}
 
 
 def check_teacher(teacher: str, network: type, settings: dict, path: Path) -> None:

@@ -5,6 +5,7 @@ The tests with diffusers run its pipelines on tiny networks; they need models/re
 
 import json
 import re
+import signal
 from dataclasses import replace
 from functools import cache, partial
 from importlib.util import find_spec
@@ -79,19 +80,23 @@ def test_students_that_routing_by_t_would_break_are_not_exported(tmp_path, setti
     assert not (tmp_path / "out").exists()
 
 
-def test_an_export_that_fails_leaves_nothing(tmp_path, monkeypatch):
-    """The second expert's file is interrupted. A folder that is not empty is never written."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_export_that_is_stopped_leaves_nothing(tmp_path, monkeypatch, number):
+    """In the second expert's file. A folder that is not empty is never written."""
     student, calls = make_student(tmp_path, "wan22-tiny"), []
 
-    def fail(*args):
+    def stop(*args):
         calls.append(args)
         if len(calls) == 2:
-            raise KeyboardInterrupt
+            signal.raise_signal(number)
         save_file(*args)
 
-    monkeypatch.setattr(export, "save_file", fail)
+    handlers = [signal.getsignal(number), signal.signal(signal.SIGTERM, lambda *_: None)]
+    monkeypatch.setattr(export, "save_file", stop)
     with pytest.raises(KeyboardInterrupt):
         export.export_student(student, tmp_path / "out")
+    signal.signal(signal.SIGTERM, handlers[1])
+    assert signal.getsignal(number) == handlers[0]
     assert [path.name for path in tmp_path.iterdir()] == ["student.safetensors"]
     with pytest.raises(UserError, match="not empty"):
         export.export_student(student, tmp_path)
@@ -102,14 +107,16 @@ def test_a_student_on_a_base_with_a_lora_leaves_as_merged_bf16_weights(tmp_path)
     net, base = weights.random_network("wan21-tiny", torch.float32), tmp_path / "base.safetensors"
     save_file(dict(net.named_parameters()), base)
     write_lora(tmp_path / "teacher.safetensors", "lightning", net)
-    files = dict(weights=(str(base),), teacher_lora=(str(tmp_path / "teacher.safetensors"),))
+    teacher_lora = tmp_path / "teacher.safetensors"
+    files = dict(weights=(str(base),), teacher_lora=(f"{teacher_lora}:0.5",))
     student = make_student(tmp_path, "wan21-tiny", **files)
+    assert teachers.base_files(student.cfg) == [base, teacher_lora]
     export.export_student(student, tmp_path / "out")
     file = tmp_path / "out" / "phase2.safetensors"
     assert {x.dtype for x in load_file(file).values()} == {torch.bfloat16, torch.float32}
     factors = weights.student_weights(student.cfg, student.file, "student2").factors
     load = partial(weights.load, dtype=torch.float32, teacher="wan21-tiny")
-    exported, merged = load(file), load(base, loras=[(tmp_path / "teacher.safetensors", 1.0)])
+    exported, merged = load(file), load(base, loras=[(teacher_lora, 0.5)])
     x, c, t = normal((2, 16, 1, 6, 8), "x"), {"text": normal((2, 9, 64), "c")}, torch.rand(2)
     lora.attach(net, "a", factors), lora.attach(merged, "a", factors)
     with torch.no_grad():
@@ -153,6 +160,46 @@ def test_files_of_two_students_are_not_mixed(exported, tmp_path):
     for files in ([low], [high, tmp_path / "low"]):
         with pytest.raises(UserError, match="all phases of one student"):
             assign(student.cfg, files)
+
+
+@pytest.mark.parametrize("teacher", ["wan22-tiny", "qwen-image-tiny"])
+def test_a_style_lora_joins_an_exported_student(exported, tmp_path, teacher):
+    """The student's times stay, whatever the defaults are. A name may say which expert."""
+    student, out = exported(teacher)
+    net = weights.random_network(teacher, torch.float32)
+    layer, style = next(iter(lora.adapted_layers(net))), tmp_path / "style_low.safetensors"
+    write_lora(style, "lightning", net)
+    plan = assign(student.cfg, [out, f"{style}:0.5"])
+    assert list(plan.times) == student.times
+    for role in student.base_of:
+        ours = plan.weights_of(role).factors[layer].up.shape[1]
+        assert ours == student.cfg.rank + 2 * (role == "student2" or "qwen" in teacher)
+
+
+def test_phases_of_one_transformer_are_not_added_up(exported):
+    """Steps of the user's own would do that."""
+    student, out = exported("qwen-image-tiny")
+    with pytest.raises(UserError, match="steps of their own; drop --steps and --shift"):
+        export.assign_loras(student.cfg, [out], True, step_times(8, 5.0), None)
+
+
+def test_what_random_weights_cannot_take_is_refused(tmp_path):
+    """A bias was silently left out."""
+    cfg = make_student(tmp_path, "wan21-tiny").cfg
+    save_file({"blocks.0.ffn.0.diff_b": torch.ones(256)}, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match="blocks.0.ffn.0.bias of random weights"):
+        assign(cfg, [tmp_path / "x.safetensors"])
+
+
+def test_a_folder_without_a_lora_says_what_is_in_it(tmp_path):
+    cfg = make_student(tmp_path, "wan21-tiny").cfg
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "._style.safetensors").write_bytes(b"macOS")
+    with pytest.raises(UserError, match="contains no .safetensors"):
+        assign(cfg, [tmp_path / "lora"])
+    (tmp_path / "lora" / "pytorch_lora_weights.BIN").write_bytes(b"PK")
+    with pytest.raises(UserError, match="a pickle, which is never opened"):
+        assign(cfg, [tmp_path / "lora"])
 
 
 def test_train_export_and_sample_go_through_the_commands(tmp_path, capsys):

@@ -11,7 +11,7 @@ from students import train_student, write_embeddings, write_lora
 import sample
 import train
 from models import teachers, weights
-from models.common import normal, stream
+from models.common import UserError, normal, stream
 from phases import step_times, trajectory
 
 CPU = torch.device("cpu")
@@ -217,6 +217,16 @@ def test_a_wrong_command_is_answered_in_one_line(runs, tmp_path, capsys, flags, 
     out = tmp_path / "out"
     line = ["--student", runs("wan22-tiny"), "--out", out, *flags.split()]
     assert expected in error_of(capsys, *line) and not out.exists()
+
+
+def test_a_missing_vae_is_named_before_anything_is_loaded(tmp_path):
+    """Not "the published weights", of which a single file is there."""
+    for name in ("high.safetensors", "low.safetensors"):
+        (tmp_path / name).write_bytes(b"")
+    files = tuple(str(tmp_path / f"{name}.safetensors") for name in ("high", "low"))
+    args = sample.make_parser().parse_args(["--teacher", "wan22", "--prompt", "a fox"])
+    with pytest.raises(UserError, match='has no folder vae.*--include "vae/'):
+        teachers.check_inputs(train.make_config("wan22", weights=files), args)
 
 
 def test_samples_never_overwrite_other_files(runs, tmp_path, capsys):

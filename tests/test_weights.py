@@ -195,6 +195,8 @@ def test_every_form_of_lora_is_read_with_its_alpha(tmp_path, teacher, form):
         (("my_low",), [], [0]),
         (("style",), [0], [0]),
         (("a_high", "a_low", "b_low", "style"), [0, 3], [1, 2, 3]),
+        (("low/model", "high_noise_model/model"), [1], [0]),  # by folder
+        (("low_rank/a", "low_rank/b"), [0], [1]),
     ],
 )
 def test_loras_are_told_apart_by_whole_words_only(names, high, low):
@@ -202,7 +204,25 @@ def test_loras_are_told_apart_by_whole_words_only(names, high, low):
     files = [lora.LoraFile(Path(name + ".safetensors"), i) for i, name in enumerate(names)]
     found = lora.files_of_branches(files, 2)
     assert [[file.strength for file in part] for part in found] == [high, low]
-    assert lora.files_of_branches(files, 1) == [files]
+
+
+@pytest.mark.parametrize(
+    "names,branches,expected",
+    [
+        ("style a_low", 1, ""),
+        ("a_high a_low", 1, "one transformer, got a_high, a_low"),
+        ("a a", 1, "expected different LoRA files, got a, a"),
+        ("a_high a_low a_low", 2, "expected different LoRA files"),
+        ("a b c", 2, "may be for high or low noise; say it in their names"),
+    ],
+)
+def test_lora_files_that_could_go_elsewhere_are_refused(names, branches, expected):
+    files = [lora.LoraFile(Path(name)) for name in names.split()]
+    if not expected:
+        assert lora.files_of_branches(files, branches) == [files]
+        return
+    with pytest.raises(UserError, match=expected):
+        lora.files_of_branches(files, branches)
 
 
 def test_links_of_a_cache_have_the_names_of_the_links(tmp_path, capsys):
@@ -315,6 +335,20 @@ def test_other_kinds_of_adapters_are_named(tmp_path, extra, expected):
         weights.read_loras(net, [(tmp_path / "x.safetensors", 1.0)])
 
 
+@pytest.mark.parametrize(
+    "tensors,expected",
+    [
+        ({"blocks.0.self_attn.q.lora_A.weight": torch.ones(2, 128).char()}, "quantised"),
+        ({}, "contains no LoRA"),
+        ({"img_emb.proj.1.diff_b": torch.ones(4)}, "contains no LoRA"),
+    ],
+)
+def test_a_lora_without_a_float_for_this_network_is_refused(tmp_path, tensors, expected):
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=expected):
+        weights.read_loras(weights.random_network("wan22-tiny"), [(tmp_path / "x.safetensors", 1)])
+
+
 def test_the_image_branch_of_wan21_is_left_out(tmp_path, capsys):
     """With one line that says so; the other layers change."""
     net = weights.random_network("wan22-i2v-tiny", torch.float32)
@@ -396,18 +430,28 @@ def test_other_formats_are_named_and_hidden_files_never_looked_at(
         weights.load(tmp_path)
 
 
+def test_two_networks_in_one_folder_are_refused(tmp_path):
+    """A variant has an index of its own."""
+    save(tmp_path, tiny(), files=2)
+    index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    (tmp_path / "diffusion_pytorch_model.fp16.safetensors.index.json").write_text(index.read_text())
+    with pytest.raises(UserError, match="are two networks; keep one"):
+        weights.load(tmp_path)
+
+
 def test_folders_beside_a_single_file_are_found(tmp_path, monkeypatch):
     """Or those of the default folder; what is missing is named, with a small download."""
     monkeypatch.chdir(tmp_path)
     file = tmp_path / "mine" / "wan.safetensors"
-    file.parent.mkdir()
+    (file.parent / "transformer").mkdir(parents=True)
     file.write_bytes(b"")
     expected = 'mine has no folder vae .* hf download Wan-AI/.* --include "vae/." --local-dir'
     with pytest.raises(UserError, match=expected):
         weights.subfolder("wan22", file, "vae")
     for folder in (weights.default_folder("wan22"), file.parent):
         (folder / "vae").mkdir(parents=True)
-        assert weights.subfolder("wan22", file, "vae").samefile(folder / "vae")
+        for path in (file, file.parent / "transformer"):  # or the folder of a branch
+            assert weights.subfolder("wan22", path, "vae").samefile(folder / "vae")
 
 
 @pytest.mark.parametrize(
@@ -417,6 +461,10 @@ def test_folders_beside_a_single_file_are_found(tmp_path, monkeypatch):
         ("config.json", "num_heads", "x"),
         ("config.json", "dim", [[1]]),
         ("config.json", "num_heads", 0),
+        ("config.json", "num_heads", -2),
+        ("config.json", "text_len", None),
+        ("config.json", "eps", "x"),
+        ("config.json", "eps", -1.0),
         ("config.json", "_class_name", ["WanModel"]),
         ("diffusion_pytorch_model.safetensors.index.json", "weight_map", ["a"]),
         ("diffusion_pytorch_model.safetensors.index.json", "weight_map", {"a": 1, "b": "x"}),
