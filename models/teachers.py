@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import moe
 from models import encoders, export, lora, media, parallel, plan, qwen_image, wan, weights
-from models.common import UserError, normal, stream
+from models.common import UserError, normal, reading, stream
 from models.qwen_image import QwenImage
 from models.weights import dtype_named, is_random, teacher_spec
 from phases import Phase, branch_at, full_time, pick_interval, renoise_times, step_times, trajectory
@@ -646,14 +646,16 @@ def make_sampler(
     with_guidance, networks, roles = make_guidance(cfg, run_dir), {}, {}
 
     def load_role(name: str) -> Callable:
-        role = weights_of(name)
+        with reading(f"the tensors of {name}", "train or download it again"):
+            role = weights_of(name)
         key = name if role.full or role.deltas else base_of[name]
         if key not in networks:
             roles.clear()
             networks.clear()
             networks[key] = load_network(cfg, base_of[name], role, device)
         if role.factors:
-            lora.attach(networks[key], name, role.factors, device)
+            with reading(f"the tensors of {name}", "train or download it again"):
+                lora.attach(networks[key], name, role.factors, device)
         return partial(networks[key], adapter=name if role.factors else None)
 
     def velocity(name: str, x_t: Tensor, t: Tensor, c: dict | None = None) -> Tensor:
@@ -668,7 +670,8 @@ def load_network(cfg, branch: int, role: weights.RoleWeights, device) -> nn.Modu
     """The network of a role: the teacher's with deltas merged, or with all weights of the role."""
     if role.full:
         net = weights.meta_network(cfg, branch).requires_grad_(False)
-        return weights.load_tensors(net, role.full(), device)
+        with reading("the tensors of a student", "train or download it again"):
+            return weights.load_tensors(net, role.full(), device)
     return load_base(replace(cfg, offload="none"), branch, device, deltas=role.deltas)
 
 

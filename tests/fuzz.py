@@ -33,6 +33,7 @@ READERS = {  # program and arguments -> the files that it reads
     "run/start.safetensors run/log.jsonl run/metrics.json",
     (train, f"{TOY} --points p.csv --out new"): "p.csv",
     (train, f"{TOY} --points p.npy --out new"): "p.npy",
+    (sample, "--student run --n 2 --out new"): "run/student.safetensors",
     (sample, "--student big --n 1 --out new"): "big/student.safetensors big/config.json",
     (sample, f"{DRAW} --weights w --lora l.safetensors"): "e.safetensors l.safetensors "
     "w/config.json w/model.safetensors w/model.safetensors.index.json",
@@ -96,7 +97,7 @@ def fuzz(folder: Path, count: int, kinds=tuple(KINDS)) -> list[str]:
         shutil.rmtree(bad, ignore_errors=True)
         shutil.copytree(good, bad)
         os.chdir(bad)
-        if kind != "run/metrics.json":
+        if kind.startswith("run/") and kind not in ("run/metrics.json", "run/student.safetensors"):
             Path("run/metrics.json").unlink()  # the run is not finished
         file = next(Path("run/state").glob("*.safetensors")) if kind == "run/state" else Path(kind)
         file.write_bytes(content := damage(file.read_bytes(), file.suffix, rng))

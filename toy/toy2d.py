@@ -11,7 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models import parallel
-from models.common import UserError, flag_name, normal, read_tensors, stream, to_json, write_tensors
+from models.common import (
+    UserError,
+    flag_name,
+    normal,
+    read_tensors,
+    reading,
+    stream,
+    to_json,
+    write_tensors,
+)
 from models.media import plt, to_png
 from moe import Roles, cond_to, separate_roles, student_nets, trained_names
 from phases import Phase, step_times, trajectory
@@ -222,7 +231,8 @@ def make_sampler(cfg, base_of: dict, weights_of: Callable, device, run_dir) -> C
     for name in base_of:
         if name.startswith("student"):
             nets[name] = make_network(cfg).to(device)
-            nets[name].load_state_dict(dict(weights_of(name).full()))
+            with reading(f"the tensors of {name}", "train it again"):
+                nets[name].load_state_dict(dict(weights_of(name).full()))
     teacher = exact_teacher(cfg, device)
     return lambda name, x_t, t, c=None: nets.get(name, teacher)(x_t, t, c)
 
