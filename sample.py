@@ -68,15 +68,17 @@ def open_student(args) -> tuple[export.Student, Path]:
     config = common.read_json(run_dir / "config.json", advice)
     cfg = common.config_from_json(train.Config, config, run_dir)
     tensors, metadata = common.open_tensors(file, "student", advice)
-    if not common.is_same_run(metadata["settings"], config["settings"]):
-        raise UserError(f"{file} belongs to a run with other settings; {advice}")
+    with common.reading(file, advice):
+        last_phase = int(metadata["phase"])
+        if not common.is_same_run(metadata["settings"], config["settings"]):
+            raise UserError(f"{file} belongs to a run with other settings; {advice}")
     if args.weights:
         cfg = replace(cfg, weights=common.absolute_paths(tuple(args.weights)))
     train.validate(cfg, files=False)
     module, phases = train.module_of(cfg), train.phases_of(cfg)
     check_base(config["files"], module.base_files(cfg), bool(args.weights))
-    if metadata["phase"] < len(phases):
-        found = f"{metadata['phase']} of {len(phases)} phases"
+    if last_phase < len(phases):
+        found = f"{last_phase} of {len(phases)} phases"
         raise UserError(f"{file} contains {found}; wait for a later preview")
     boundary_t = module.boundary_of(cfg)
     base_of = {f"student{phase.k}": moe.start_branch(phase, boundary_t) for phase in phases}
