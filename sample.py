@@ -274,7 +274,7 @@ def make_parser() -> common.Parser:
     group = parser.add_argument_group("large teachers")
     add, prompt = group.add_argument, group.add_mutually_exclusive_group().add_argument
     prompt("--prompt", help="what to show; needs the text encoder (default: prompts of the run)")
-    prompt("--prompts", type=Path, help="text, one per line, csv, or embeddings")
+    prompt("--prompts", type=Path, help="txt, one per line, csv, tsv, jsonl, or embeddings")
     add("--image", type=Path, help="image to video: the first frame")
     add("--size", help="pixels, HEIGHTxWIDTH (default: the first of the run)")
     add("--frames", type=int, help="frames of a video, 4n + 1; 1: a picture (default: the run's)")

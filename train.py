@@ -63,7 +63,7 @@ class Config:
                                "first), or `random` (default weights/NAME)", kind=str)
     teacher_lora: tuple = data((), "LoRA to merge into the teacher: FILE[:STRENGTH] ..., "
                                "see sample.py --lora", kind=str)
-    prompts: str        = data("", "text file with one prompt per line, or embeddings")
+    prompts: str        = data("", "txt, one prompt per line, csv, tsv, jsonl, or embeddings")
     images: str         = data("", "image to video: first frames made by models.encoders")
     size: tuple         = data((), "pixels, [FRAMESx]HEIGHTxWIDTH[:PROBABILITY] ...", kind=str)
     frames: int         = data(1, "frames of a video, 4n + 1", low=1)
@@ -423,16 +423,19 @@ def load_state(run: Run) -> tuple[int, float]:
         return 0, 0.0
     tensors, metadata = parallel.read_state(folder, common.to_json(run.cfg), common.START_OVER)
     with common.reading(folder / "state.json", common.START_OVER):  # a wrong type fails here
-        k, i = run.phases[metadata["phase"] - 1].k, int(metadata["iteration"])
+        [k] = [phase.k for phase in run.phases if phase.k == metadata["phase"]]
+        i, log_bytes = int(metadata["iteration"]), int(metadata["log_bytes"])
+        seconds = float(metadata["seconds"])
         steps = {name: int(n) for name, n in metadata["optimizer_steps"].items()}
         skips = {name: int(n) for name, n in metadata["skips"].items()}
-        log_bytes, seconds = int(metadata["log_bytes"]), float(metadata["seconds"])
     for earlier in range(1, k):
         run.roles.student[earlier].start()  # allocate the parameters of frozen experts
     begin_phase(run, k)
     run.i, run.skips = i, skips
     for name, optimizer in run.optimizers.items():
-        optimizer.steps = steps.get(name, 0)
+        if name not in steps:
+            raise UserError(f"{folder}: expected the steps of {name}; {common.START_OVER}")
+        optimizer.steps = steps[name]
     for name, tensor in state_tensors(run).items():
         if name not in tensors or tensors[name].shape != tensor.shape:
             raise UserError(f"{folder}: expected a tensor {name}; {common.START_OVER}")

@@ -383,6 +383,7 @@ MEANINGS = {  # of a metric, for print_metrics
     "class_accuracy": "fraction whose nearest mode is of their class",
     "accuracy": "fraction that the classifier recognises as their class",
     "frechet": "Frechet distance to the teacher's 40 steps; 0: the same",
+    "frechet_classes": "the same within a class, mean over classes",
     "frechet_floor": "the teacher's 40 steps against themselves, other noise",
     "diversity": "mean distance of two samples of a class; teacher: 1",
     "latent_distance": "mean RMS distance of two samples, as latents",
@@ -489,7 +490,8 @@ def record_run(out: Path, cfg, environment: dict, input_files: list[Path], overw
         if (old := config["environment"].get(name)) != value:
             print(f"note: {name} was {old} when the run began, is {value}; numbers may differ")
     if cfg.iters > config["settings"]["iters"]:
-        print(f"to {cfg.iters} iterations per phase; rates fall in the last {cfg.lr_decay:.0%}")
+        decay = f"; rates fall in the last {cfg.lr_decay:.0%} of them" if cfg.lr_decay else ""
+        print(f"training on to {cfg.iters} iterations per phase{decay}")
         remove_files(out, "metrics.json")  # first: the run is no longer finished
     if config["settings"] != to_json(cfg):
         write_json(file, config | {"settings": to_json(cfg), "files": files})

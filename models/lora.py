@@ -288,14 +288,17 @@ def noise_of(file: Path) -> str:
     return read_metadata(file).get("noise") or (words.pop() if len(words) == 1 else "")
 
 
-def sort_high_low(files: Iterable[Path]) -> list[Path]:
+def is_swapped(noises: list[str]) -> bool:
+    """Whether two files came low noise first. Those that say the same, or nothing, did not."""
+    return noises in (["low", "high"], ["low", ""], ["", "high"])
+
+
+def sort_high_low(files: list[Path]) -> list[Path]:
     """Sort two files: high noise first. If neither says what it is, they keep their order."""
-    files = list(files)
     noises = [noise_of(file) for file in files]
-    if len(files) == 2 and noises[0] == noises[1] != "":
+    if noises in (["high"] * 2, ["low"] * 2):
         raise UserError(f"{files[0]} and {files[1]} are both for {noises[0]} noise; name one each")
-    swapped = len(files) == 2 and (noises[0] == "low" or noises[1] == "high")
-    return files[::-1] if swapped else files
+    return files[::-1] if is_swapped(noises) else files
 
 
 class LoraFile(NamedTuple):
@@ -324,10 +327,9 @@ def files_of_branches(files: Iterable[LoraFile], branches: int) -> list[list[Lor
     """
     files = list(files)
     noises, paths = [noise_of(file.path) for file in files], [file.path for file in files]
-    is_same, differ = len(set(paths)) < len(paths), len(set(noises)) == 2
-    if branches == 2 == len(files) and (differ or not any(noises) or is_same):
-        swapped = differ and (noises[0] == "low" or noises[1] == "high")
-        return [[file] for file in (files[::-1] if swapped else files)]
+    is_same = len(set(paths)) < len(paths)
+    if branches == 2 == len(files) and (len(set(noises)) == 2 or not any(noises) or is_same):
+        return [[file] for file in (files[::-1] if is_swapped(noises) else files)]
     names = ", ".join(path.name for path in paths)
     if is_same:
         raise UserError(f"expected different LoRA files, got {names}; name each once")

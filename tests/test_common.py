@@ -167,7 +167,10 @@ def test_a_run_goes_on_with_moved_files_and_more_iterations(unfinished, tmp_path
     assert not finished and cfg == Config(steps=8, points=str(new), iters=9)
     common.record_run(unfinished, cfg, {"commit": "abc"}, [new], False)
     printed = capsys.readouterr().out
-    assert "to 9 iterations" in printed and "commit was None when the run began" in printed
+    assert (
+        "on to 9 iterations per phase; rates fall in the last 50%" in printed
+        and "commit was None when the run began" in printed
+    )
     assert not (unfinished / "metrics.json").exists()
     assert resolve(unfinished, resume=True) == (cfg, False)  # and stays so without flags
     new.write_text("changed")
