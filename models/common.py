@@ -157,7 +157,7 @@ def open_tensors(path: Path, kind: str, advice: str):
         metadata = json.loads(header.get("metadata") or header.get("about") or "{}")  # old: about
         metadata.keys()  # fails unless it is a JSON object
     if metadata.get("kind") != kind:
-        raise UserError(f"{path} is not a {kind} file; {advice}")
+        raise UserError(f"{path} is not a file of the kind {kind!r}; {advice}")
     return file, metadata
 
 

@@ -120,6 +120,8 @@ def branch_paths(teacher: str, *weights: str | Path) -> tuple[list[Path], float 
         expected = f"two transformers ({pairs} in one folder)" if boundary else "one transformer"
         found = ", ".join(map(str, paths))
         raise UserError(f"{teacher}: expected {expected}, got {len(paths)}: {found}")
+    if len(set(paths)) < len(paths):
+        raise UserError(f"expected two transformers, got {paths[0]} twice; name both")
     given, swapped = paths, paths[::-1]
     folders = {tuple(path.name for path in swapped), tuple(path.parent.name for path in swapped)}
     paths = swapped if PAIRS[1] in folders else lora.sort_high_low(paths)

@@ -46,7 +46,8 @@ def test_tensors_are_read_back_or_refused(tmp_path):
     common.write_tensors(path, {"x": x}, {"kind": "state", "settings": {"seed": 1}})
     tensors, _ = common.read_tensors(path, "state", {"seed": 1}, "advice")
     assert torch.equal(tensors["x"], x)
-    for kind, seed, expected in (("start", 1, "not a start file"), ("state", 2, "other settings")):
+    wrong = (("start", 1, "not a file of the kind 'start'"), ("state", 2, "other settings"))
+    for kind, seed, expected in wrong:
         with pytest.raises(UserError, match=f"{expected}; advice"):
             common.read_tensors(path, kind, {"seed": seed}, "advice")
     content = path.read_bytes()

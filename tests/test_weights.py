@@ -233,8 +233,10 @@ def test_links_of_a_cache_have_the_names_of_the_links(tmp_path, capsys):
     low, high = (tmp_path / f"{noise}_noise.safetensors" for noise in ("low", "high"))
     assert weights.branch_paths("wan22-tiny", low, high)[0] == [high, low]
     assert "swapped" in capsys.readouterr().out
-    with pytest.raises(UserError, match="both for low noise"):
-        weights.branch_paths("wan22-tiny", low, tmp_path / "low_noise.safetensors")
+    (tmp_path / "my_low.safetensors").write_bytes(b"")
+    for other, expected in (("my_low.safetensors", "both for low noise"), (low.name, "twice")):
+        with pytest.raises(UserError, match=expected):
+            weights.branch_paths("wan22-tiny", low, tmp_path / other)
     for name in ("transformer_2", "transformer"):
         (tmp_path / name).mkdir()
     swapped = [tmp_path / "transformer_2", tmp_path / "transformer"]
