@@ -23,6 +23,7 @@ from tqdm import tqdm
 import sample
 import train
 from models import weights
+from toy import toy2d
 
 TOY = "--iters 1 --warmup 0 --batch 8 --fake-updates 1 --eval-samples 20 --sample-every 1"
 TINY = f"--teacher wan21-tiny {QUICK} --size 1x16x16"
@@ -114,6 +115,7 @@ def fuzz(folder: Path, count: int, kinds=tuple(KINDS)) -> list[str]:
 
 
 if __name__ == "__main__":
+    toy2d.fit_start = lambda cfg, progress: toy2d.make_network(cfg).state_dict()
     with tempfile.TemporaryDirectory() as folder:
         faults = fuzz(Path(folder).resolve(), int(sys.argv[1]), sys.argv[2:] or KINDS)
         os.chdir("/")
