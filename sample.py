@@ -130,7 +130,8 @@ def override_config(cfg: train.Config, args) -> train.Config:
     """The settings with the flags of this command."""
     module = train.module_of(cfg)
     args.n = args.n or module.NUM_SAMPLES
-    return module.apply_flags(replace(cfg, dtype=args.dtype) if args.dtype else cfg, args)
+    given = {name: getattr(args, name) for name in ("dtype", "base") if getattr(args, name)}
+    return module.apply_flags(replace(cfg, **given), args)
 
 
 def generate(job: Job, args, out: Path, device: torch.device) -> tuple:
@@ -280,6 +281,7 @@ def make_parser() -> common.Parser:
     add("--frames", type=int, help="frames of a video, 4n + 1; 1: a picture (default: the run's)")
     add("--weights", nargs="+", default=[], help="where they are, if not where the run had them")
     add("--dtype", choices=("bf16", "float32"), help="inside networks (default: the run's)")
+    add("--base", choices=("float", "int8"), help="int8: half the memory (default: the run's)")
     add = parser.add_argument_group("with --teacher").add_argument
     add("--steps", type=positive, help="number of steps (default: as published; with --lora 4)")
     add("--shift", type=float, help="of the times (default: as published; with --lora 5, Qwen 3)")

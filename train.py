@@ -101,8 +101,8 @@ class Config:
 
     dtype: str          = memory("bf16", "inside large networks; all else is float32", DTYPES)
     checkpointing: str  = memory("on", "recompute activations in backward", ON_OFF)
-    offload: str        = memory("none", "expert: the teacher's idle branch in host memory",
-                                 ("none", "expert"))
+    base: str           = memory("float", "int8: the teacher's layers in half the memory",
+                                 ("float", "int8"))
     compile: bool       = memory(False, "torch.compile the blocks of large networks")
 
     save_every: int     = output(200, "iterations between checkpoints for --resume", low=1)
@@ -150,11 +150,16 @@ MAX_SKIPS = 20  # non-finite updates in a row before a run stops
 KEEP_STUDENTS = 2  # of a large teacher's previews, the newest
 
 
-def make_config(teacher: str = "toy2d", **settings) -> Config:
-    """The settings of a preset, changed where `settings` says so. Raises UserError."""
+def preset_of(teacher: str) -> tuple:
+    """Module and settings of a preset. Raises UserError."""
     if teacher not in PRESETS:
         raise UserError(f"--teacher: expected one of {', '.join(PRESETS)}, got {teacher}")
-    settings = PRESETS[teacher][1] | {"teacher": teacher} | settings
+    return PRESETS[teacher]
+
+
+def make_config(teacher: str = "toy2d", **settings) -> Config:
+    """The settings of a preset, changed where `settings` says so. Raises UserError."""
+    settings = preset_of(teacher)[1] | {"teacher": teacher} | settings
     cfg = Config(**settings)
     rates = {"lr": LEARNING_RATES[cfg.generator][0], "fake_lr": LEARNING_RATES[cfg.fake][1]}
     return replace(cfg, **{name: lr for name, lr in rates.items() if name not in settings})
@@ -162,7 +167,7 @@ def make_config(teacher: str = "toy2d", **settings) -> Config:
 
 def module_of(cfg: Config):
     """The preset's module: toy2d, digits or teachers."""
-    return PRESETS[cfg.teacher][0]
+    return preset_of(cfg.teacher)[0]
 
 
 def phases_of(cfg: Config) -> list[Phase]:
@@ -439,7 +444,8 @@ def load_state(run: Run) -> tuple[int, float]:
     for name, tensor in state_tensors(run).items():
         if name not in tensors or tensors[name].shape != tensor.shape:
             raise UserError(f"{folder}: expected a tensor {name}; {common.START_OVER}")
-        parallel.copy_to_local(tensor, tensors[name])
+        with common.reading(folder, common.START_OVER):
+            parallel.copy_to_local(tensor, tensors[name])
     return log_bytes, seconds
 
 
@@ -579,6 +585,8 @@ def resolve(args: argparse.Namespace, cfg: Config) -> tuple[Config, bool]:
     """The settings to run with, and whether that run is finished. Writes or checks config.json."""
     if not args.resume:
         validate(cfg)
+    if args.resume and not (args.out / "config.json").exists():
+        print(f"{args.out} contains no run yet: a new one begins")
     folder_args = args.out, cfg, args.explicit, args.resume, args.overwrite, Config
     cfg, finished = common.resolve_run(*folder_args)
     if args.resume:
@@ -619,6 +627,10 @@ def main(argv: list[str] | None = None) -> int:
 
     def work() -> None:
         args, cfg = parse(argv)
+        file = args.out / "config.json"
+        if args.resume and file.exists():  # the command need not name the teacher
+            settings = common.read_json(file, common.START_OVER)
+            cfg = common.config_from_json(Config, settings, args.out)
         device = common.pick_device(args.device, module_of(cfg).DEFAULT_DEVICE)
         if not args.dry_run:
             with parallel.distributed(device, args.context_parallel, "train.py"):
@@ -629,7 +641,7 @@ def main(argv: list[str] | None = None) -> int:
             print(module_of(cfg).plan_text(cfg, phases_of(cfg), torch.device(device)))
 
     parallel.silence_other_ranks()
-    advice = "try --micro-batch 1 or --offload expert (--dry-run estimates what fits)"
+    advice = "try --micro-batch 1 or --base int8 (--dry-run estimates what fits)"
     return common.exit_status("train.py", work, advice)
 
 

@@ -296,8 +296,10 @@ def from_json(settings: dict) -> dict:
 def check_values(cfg) -> None:
     """Raise UserError for a value outside the choices or limits of its option."""
     for f in fields(cfg):
-        values = getattr(cfg, f.name)
-        for value in values if isinstance(f.default, tuple) else (values,):
+        values, several = getattr(cfg, f.name), isinstance(f.default, tuple)
+        if several and type(values) is not tuple:  # in a config.json
+            raise UserError(f"{flag_name(f.name)}: expected a list, got {values!r}")
+        for value in values if several else (values,):
             if expected := expected_value(f, value):
                 raise UserError(f"{flag_name(f.name)}: expected {expected}, got {value!r}")
 

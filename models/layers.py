@@ -24,10 +24,10 @@ def sinusoid(t: Tensor, dim: int) -> Tensor:
 @lru_cache(maxsize=16)  # one table per bucket; 39 MB at 75,600 tokens
 @torch.inference_mode(False)  # a table that is first made while sampling is used in training, too
 def rope_table(positions: tuple, dims: tuple, device: torch.device) -> Tensor:
-    """Rotations e^(i p w_k) of the tokens of a grid, with w_k = 10000^(-2k/dim): (L, d / 2).
+    """cos and sin of p w_k of the tokens of a grid, with w_k = 10000^(-2k/dim): (L, d / 2, 2).
 
     positions: the positions p on each axis. Tokens are ordered with the last axis fastest.
-    dims: how many of the d channels of a head each axis rotates. The table is complex64.
+    dims: how many of the d channels of a head each axis rotates. float32, computed in float64.
     """
     grid = torch.meshgrid(*[torch.tensor(p, dtype=torch.float64) for p in positions], indexing="ij")
     angles = [
@@ -35,13 +35,16 @@ def rope_table(positions: tuple, dims: tuple, device: torch.device) -> Tensor:
         for p, dim in zip(grid, dims)
     ]
     angle = torch.cat(angles, 1)  # (L, d / 2) float64, on the CPU
-    return torch.polar(torch.ones_like(angle), angle).to(torch.complex64).to(device)
+    return torch.stack([angle.cos(), angle.sin()], -1).float().to(device)
 
 
 def rotate(x: Tensor, rope: Tensor) -> Tensor:
-    """Rotate the pairs (2i, 2i + 1) of each head; x (B, L, H, d) float32, rope (L, d / 2)."""
-    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))  # (B, L, H, d / 2)
-    return torch.view_as_real(pairs * rope[:, None]).flatten(-2)  # (B, L, H, d)
+    """Rotate the pairs (2i, 2i + 1) of each head; x (B, L, H, d) float32, rope (L, d / 2, 2).
+
+    Real numbers, since torch.compile leaves complex ones alone.
+    """
+    (a, b), (cos, sin) = x.unflatten(-1, (-1, 2)).unbind(-1), rope[:, None].unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)  # (B, L, H, d)
 
 
 def rms(x: Tensor, norm: nn.RMSNorm) -> Tensor:

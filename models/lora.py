@@ -1,4 +1,4 @@
-"""Low-rank adapters, and the LoRA files of all trainers.
+"""Linear layers with low-rank adapters, and the LoRA files of all trainers.
 
 The name of an adapter is an argument of the call, never a state of the network: a block that is
 recomputed in backward must use the adapter that it used in forward.
@@ -8,7 +8,7 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,21 +24,62 @@ from models.common import UserError, reading, stream
 class Linear(nn.Linear):
     """y = W x + b in the dtype of x, plus alpha / rank up(down(x)) of the adapter of this name.
 
-    The adapter is None in a layer that its file does not change: y = W x + b.
+    The adapter is None in a layer that its file does not change: y = W x + b. A frozen W may be
+    int8 (see store_int8): then W is weight * scale, with one scale per row.
     """
 
     def __init__(self, inputs: int, outputs: int):
         super().__init__(inputs, outputs)
-        self.adapters = nn.ModuleDict()
+        self.adapters, self.scale = nn.ModuleDict(), None
 
     def forward(self, x: Tensor, adapter: str | None = None) -> Tensor:
-        y = F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        rows, bias = x.flatten(0, -2), self.bias.to(x.dtype)  # (n, inputs)
+        if self.scale is None:
+            y = F.linear(rows, self.weight.to(x.dtype), bias)
+        else:
+            y = torch.addcmul(bias, Int8Product.apply(rows, self.weight), self.scale.to(x.dtype))
         module = None if adapter is None else self.adapters[adapter]  # KeyError if misspelled
-        return y if module is None else y + module(x)
+        if module is not None:
+            module.add_to(y, rows)
+        return y.unflatten(0, x.shape[:-1])
+
+
+class Int8Product(torch.autograd.Function):
+    """x W^T, of an int8 W, in the dtype of x.
+
+    Autograd would keep the cast W until backward, as much memory as it saves: so cast it again.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(weight)
+        return F.linear(x, weight.to(x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        [weight] = ctx.saved_tensors
+        return grad @ weight.to(grad.dtype), None
+
+
+def store_int8(net: nn.Module) -> nn.Module:
+    """Make the weights of the adapted layers of a frozen network int8, without values yet."""
+    for layer in adapted_layers(net).values():
+        empty = partial(torch.empty, device=layer.weight.device)
+        layer.weight = nn.Parameter(empty(layer.weight.shape, dtype=torch.int8), False)
+        layer.scale = nn.Parameter(empty(len(layer.weight)), False)
+    return net
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """int8 (n, m) and float32 scales (n,) whose product is the weight, within half a scale."""
+    weight = weight.float()
+    # scales that bf16 represents exactly: a layer casts them to the dtype of x
+    scale = (weight.abs().amax(1) / 127).clamp(min=1e-30).bfloat16().float()
+    return (weight / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
 class Adapter(nn.Module):
-    """alpha / rank up down x, with float32 weights that compute in the dtype of x."""
+    """alpha / rank up(down(x)), with float32 weights that compute in the dtype of x."""
 
     def __init__(self, linear: nn.Linear, rank: int, alpha: float, device=None):
         super().__init__()
@@ -47,8 +88,9 @@ class Adapter(nn.Module):
         self.down = nn.Parameter(torch.empty(rank, linear.in_features, device=device))
         self.up = nn.Parameter(torch.empty(linear.out_features, rank, device=device))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(F.linear(x, self.down.to(x.dtype)), self.scale * self.up.to(x.dtype))
+    def add_to(self, y: Tensor, x: Tensor) -> None:
+        """y += alpha / rank up(down(x)) in place, y (n, outputs), x (n, inputs)."""
+        y.addmm_(F.linear(x, self.down.to(x.dtype)), self.up.to(x.dtype).T, alpha=self.scale)
 
 
 class Factors(NamedTuple):

@@ -53,6 +53,7 @@ def cost(
     checkpointing: bool,
     sharded: bool = False,
     flops_only: bool = False,
+    int8: bool = False,
 ) -> Cost:
     """Cost of a sample of this shape (C, ...) through a role: a LoRA, or all parameters (full).
 
@@ -62,7 +63,8 @@ def cost(
     layers = teacher_spec(teacher).settings["num_layers"]
     with parallel.pretend_topology("1", 1):  # the caller may have several processes
         options = shape, full, rank, dtype, checkpointing, sharded, flops_only
-        two, three = (measure(teacher_network(teacher, dtype, n), *options) for n in (2, 3))
+        nets = (teacher_network(teacher, dtype, layers=n, int8=int8) for n in (2, 3))
+        two, three = (measure(net, *options) for net in nets)
     return Cost(*(a + (b - a) * (layers - 2) for a, b in zip(two, three)))
 
 
@@ -150,11 +152,14 @@ class MemoryTracker(TorchDispatchMode):
         self.now -= self.sizes.pop(key)
 
 
-def teacher_network(teacher: str, dtype: torch.dtype, layers: int | None = None) -> nn.Module:
+def teacher_network(
+    teacher: str, dtype: torch.dtype, int8: bool = False, layers: int | None = None
+) -> nn.Module:
     """A teacher's network on the meta device, frozen, with this many blocks."""
     spec = teacher_spec(teacher)
     settings = spec.settings | ({"num_layers": layers} if layers else {})
-    return build(spec.network, settings, dtype).requires_grad_(False)
+    net = build(spec.network, settings, dtype).requires_grad_(False)
+    return lora.store_int8(net) if int8 else net
 
 
 def meta_inputs(net: nn.Module, shape: tuple) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
@@ -182,10 +187,10 @@ class RoleBytes(NamedTuple):
 
 @lru_cache(maxsize=64)
 def role_bytes(
-    teacher: str, full: bool, rank: int, dtype: torch.dtype, topology: Topology
+    teacher: str, full: bool, rank: int, dtype: torch.dtype, topology: Topology, int8: bool = False
 ) -> RoleBytes:
     """Bytes of a LoRA on a frozen network, or of a network whose parameters are all trained."""
-    net = teacher_network(teacher, dtype)
+    net = teacher_network(teacher, dtype, int8)
     if full:
         net.float().requires_grad_(True)
     else:
@@ -219,8 +224,8 @@ def role_cost(cfg, name: str, shape: tuple, flops_only: bool = False) -> Cost:
     """Cost of a sample of this shape through a trained role."""
     full, checkpointing = role_kind(cfg, name) == "full", cfg.checkpointing == "on"
     sharded = full and parallel.topology.processes > 1
-    dtype = dtype_named(cfg.dtype)
-    return cost(cfg.teacher, shape, full, cfg.rank, dtype, checkpointing, sharded, flops_only)
+    options = cfg.rank, dtype_named(cfg.dtype), checkpointing, sharded, flops_only
+    return cost(cfg.teacher, shape, full, *options, cfg.base == "int8")
 
 
 class Memory(NamedTuple):
@@ -241,10 +246,11 @@ def phase_memory(cfg, active, shape: tuple) -> Memory:
     """Peak of a phase with these moe.ActiveRoles, at cfg.micro_batch samples of this shape."""
     dtype, topology = dtype_named(cfg.dtype), parallel.topology
     lora_size, full_size = (
-        role_bytes(cfg.teacher, full, cfg.rank, dtype, topology) for full in (False, True)
+        role_bytes(cfg.teacher, full, cfg.rank, dtype, topology, cfg.base == "int8" and not full)
+        for full in (False, True)
     )
     size_of = lambda name: full_size if role_kind(cfg, name) == "full" else lora_size
-    bases = 1 if cfg.offload == "expert" else len(active.bases)
+    bases = len(active.bases)
     roles = active.frozen + 2 * active.trained  # with second moments
     if topology.processes > 1:  # FSDP shards a base together with the adapters of all phases
         loaded = [name for name, base in active.base_of.items() if base in active.bases]

@@ -63,7 +63,7 @@ class Attention(nn.Module):
         self,
         image: Tensor,  # (B, L, D)
         text: Tensor,  # (B, T, D)
-        rope: Tensor,  # (T + L, d / 2)
+        rope: Tensor,  # (T + L, d / 2, 2)
         mask: Tensor | None,  # (B, T + L) of all ranks
         adapter: str | None,
         streams: tuple,
@@ -188,7 +188,7 @@ class QwenImage(nn.Module):
         mask = c.get("mask")
         if mask is not None:
             mask = F.pad(mask, (0, streams[1]), value=True)  # (B, T + L) of all ranks; for keys
-        rope = self.rope(streams[0], rows, columns, x_t.device)  # (T + L, d / 2)
+        rope = self.rope(streams[0], rows, columns, x_t.device)  # (T + L, d / 2, 2)
         for block in self.transformer_blocks:
             inputs = image, text, e, rope, mask, adapter, streams
             image, text = call_block(block, self.checkpointing, *inputs)
@@ -203,7 +203,7 @@ class QwenImage(nn.Module):
         return layers["linear_2"](F.silu(layers["linear_1"](waves)))
 
     def rope(self, length: int, rows: int, columns: int, device: torch.device) -> Tensor:
-        """Rope of [text, image], (T + L, d / 2).
+        """Rope of [text, image], (T + L, d / 2, 2).
 
         Image positions are centred: n rows are at -(n - n // 2) ... n // 2 - 1, columns likewise.
         Text token j is at max(rows // 2, columns // 2) + j on all three axes.
@@ -211,7 +211,7 @@ class QwenImage(nn.Module):
         if length > TEXT_LEN:
             raise ValueError(f"expected a text of at most {TEXT_LEN} tokens, got {length}")
         centred = [tuple(range(n // 2 - n, n // 2)) for n in (rows, columns)]
-        image = rope_table(((0,), *centred), self.axes, device)  # (L, d / 2)
+        image = rope_table(((0,), *centred), self.axes, device)  # (L, d / 2, 2)
         first = max(rows // 2, columns // 2)
         positions = (tuple(range(first, first + TEXT_LEN)),)  # one table for texts of all lengths
         text = [rope_table(positions, (dim,), device)[:length] for dim in self.axes]

@@ -14,7 +14,7 @@ import re
 import statistics
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from pathlib import Path
 
 import torch
@@ -85,9 +85,9 @@ def check_config(cfg) -> None:
         raise UserError(f"--images is for image to video, and {cfg.teacher} is not; drop it")
     if cfg.teacher_lora and is_random(cfg):
         raise UserError("--teacher-lora needs published weights; give --weights")
-    if cfg.offload == "expert" and (cfg.checkpointing, cfg.truncate) != ("on", "on"):
-        # a recorded step would hold the weights of a base that has left the device
-        raise UserError("--offload expert needs --checkpointing on and --truncate on")
+    if cfg.base == "int8" and "full" in (cfg.generator, cfg.fake):
+        # they would start from rounded weights
+        raise UserError("--base int8 needs --generator lora and --fake lora")
     if parallel.topology.processes > 1:
         check_parallel(cfg)
 
@@ -102,8 +102,8 @@ def check_parallel(cfg) -> None:
         )
     if cfg.depths == "mixed":
         raise UserError("--depths mixed does not work with several processes; use --depths drawn")
-    if cfg.offload != "none":
-        raise UserError("--offload does not work with several processes, which share the bases")
+    if cfg.base == "int8":
+        raise UserError("--base int8 runs in one process; several share the bases as they are")
     if cfg.compile and topology.context_parallel > 1:
         raise UserError("--compile does not work with --context-parallel; drop one of them")
     heads = settings.get("num_heads") or settings["num_attention_heads"]
@@ -237,46 +237,6 @@ def prepare(cfg, out: Path, device: torch.device, progress: Callable) -> None:
 # -- networks -------------------------------------------------------------------------------------
 
 
-class OffloadedBases:
-    """The teacher's frozen networks by branch, loaded on first use.
-
-    offload "none": all stay on the device. "expert": they stay in host memory, and the one that
-    was used last is on the device too. A forward with gradient must then be backpropagated, or
-    checkpointed, before the other branch is used. Adapters and trained copies never move.
-    """
-
-    def __init__(self, load: Callable[[int], nn.Module], device: torch.device, offload: str):
-        self.load, self.device, self.offload = load, device, offload == "expert"
-        self.networks: dict[int, nn.Module] = {}
-        self.host: dict[int, list[tuple[nn.Parameter, Tensor]]] = {}
-        self.on_device = 0  # the branch that is there, with offload
-
-    def __call__(self, branch: int) -> nn.Module:
-        if branch not in self.networks:
-            self.networks[branch] = net = self.load(branch)
-            parameters = [p for p in net.parameters() if not p.requires_grad]
-            self.host[branch] = [(p, p.data) for p in parameters if self.offload]
-            for _, host in self.host[branch]:
-                if self.device.type == "cuda" and host.nbytes >= 2**20:
-                    pin(host)
-        if self.offload and branch != self.on_device:
-            for p, host in self.host.get(self.on_device, ()):
-                p.data = host  # the weights never change, so nothing is copied back
-            for p, host in self.host[branch]:
-                p.data = torch.empty_like(host, device=self.device).copy_(host, non_blocking=True)
-            self.on_device = branch
-        return self.networks[branch]
-
-
-def pin(x: Tensor) -> None:
-    """Pin a tensor of host memory in its place, so that the GPU reads it at full speed.
-
-    Tensor.pin_memory rounds every size up to a power of two: half as much memory again.
-    """
-    if int(torch.cuda.cudart().cudaHostRegister(x.data_ptr(), x.nbytes, 1)):
-        raise UserError("--offload expert: cannot pin host memory; free some, or drop the flag")
-
-
 def make_roles(cfg, phases: list[Phase], device: torch.device, out: Path) -> moe.Roles:
     """The roles of a run on the teacher's networks, each of which is in memory once."""
     boundary_t = boundary_of(cfg)
@@ -296,9 +256,9 @@ def make_roles(cfg, phases: list[Phase], device: torch.device, out: Path) -> moe
         new = weights.trainable_copy(net, old, device, parallel.shard_and_allocate)
         return old or configure(cfg, new)
 
-    bases, guide = OffloadedBases(load, device, cfg.offload), make_guidance(cfg, out)
+    guide = make_guidance(cfg, out)
     return moe.shared_roles(
-        phases, cfg.fake_per_depth, boundary_t, bases, start_adapter, copy_base, guide
+        phases, cfg.fake_per_depth, boundary_t, cache(load), start_adapter, copy_base, guide
     )
 
 
@@ -319,8 +279,8 @@ def load_base(
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()  # of an encoder, or of the network before
-    options = dict(dtype=dtype_named(cfg.dtype), allocate=allocate)
-    options["device"] = torch.device("cpu") if cfg.offload == "expert" else device
+    options = dict(dtype=dtype_named(cfg.dtype), allocate=allocate, device=device)
+    options["int8"] = cfg.base == "int8"
     if is_random(cfg):
         return configure(cfg, weights.random_network(cfg.teacher, seed=branch, **options))
     paths, _ = weights.branch_paths(cfg.teacher, *cfg.weights)
@@ -670,9 +630,11 @@ def load_network(cfg, branch: int, role: weights.RoleWeights, device) -> nn.Modu
     """The network of a role: the teacher's with deltas merged, or with all weights of the role."""
     if role.full:
         net = weights.meta_network(cfg, branch).requires_grad_(False)
+        if cfg.base == "int8":
+            lora.store_int8(net)
         with reading("the tensors of a student", "train or download it again"):
             return weights.load_tensors(net, role.full(), device)
-    return load_base(replace(cfg, offload="none"), branch, device, deltas=role.deltas)
+    return load_base(cfg, branch, device, deltas=role.deltas)
 
 
 def save_samples(cfg, c, xs: list[Tensor], args, names: list[str], device) -> tuple[dict, Iterator]:

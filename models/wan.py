@@ -61,7 +61,7 @@ class Attention(nn.Module):
         self,
         z: Tensor,  # (B, L, D)
         context: Tensor,  # (B, M, D)
-        rope: Tensor | None,  # (L, d / 2); None: cross-attention
+        rope: Tensor | None,  # (L, d / 2, 2); None: cross-attention
         adapter: str | None,
         streams: tuple = (),
     ) -> Tensor:
@@ -91,7 +91,7 @@ class Block(nn.Module):
         z: Tensor,  # (B, L, D) float32, the residual stream
         e: Tensor,  # (B, 1 or L, 6, D) float32, the projected time embedding
         text: Tensor,  # (B, text_len, D)
-        rope: Tensor,  # (L, d / 2)
+        rope: Tensor,  # (L, d / 2, 2)
         adapter: str | None,
         streams: tuple,
     ) -> Tensor:
@@ -184,7 +184,7 @@ class Wan(nn.Module):
         # as published, attention sees the zero rows of the padding: there is no mask
         text = F.pad(c["text"], (0, 0, 0, self.text_len - length)).to(self.dtype)
         text = self.text_embedding[2](gelu(self.text_embedding[0](text)))  # (B, text_len, D)
-        rope = shard_tokens(self.rope(frames, rows, columns, x.device), 0)  # (L, d / 2)
+        rope = shard_tokens(self.rope(frames, rows, columns, x.device), 0)  # (L, d / 2, 2)
         for block in self.blocks:
             z = call_block(block, self.checkpointing, z, e6, text, rope, adapter, (count,))
         p, q, r = PATCH

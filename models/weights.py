@@ -5,6 +5,7 @@
 
 import contextlib
 import itertools
+import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from inspect import signature
@@ -367,6 +368,9 @@ def load_tensors(
     allocate(net, device=device)
     parameters = dict(net.named_parameters())
     for name, tensor in tensors:
+        if parameters[name].dtype == torch.int8:
+            tensor, scale = lora.quantize(tensor.to(device))
+            parameters[name.removesuffix("weight") + "scale"].copy_(scale)
         parallel.copy_to_local(parameters[name], tensor)
         del tensor  # may be the last reference to a memory-mapped shard
     return net.eval()
@@ -397,18 +401,19 @@ def load(
     loras: Iterable[lora.LoraFile] = (),
     deltas: dict[str, lora.Delta] | None = None,
     allocate: Callable = nn.Module.to_empty,
+    int8: bool = False,
 ) -> nn.Module:
     """A network from published weights, frozen, in eval mode.
 
     path: a folder with config.json and safetensors of either layout, or one safetensors file.
-    loras, then deltas, are merged in float32. Memory never exceeds the network, one shard
-    and the LoRA: each tensor is cast as it is read.
+    loras, then deltas, are merged in float32. int8: see lora.store_int8. Memory never exceeds the
+    network, one shard and the LoRA: each tensor is cast as it is read.
     """
     net, infos = inspect(Path(path), dtype, teacher)
     merges = [read_loras(net, loras), deltas or {}]
 
     def read_tensors() -> Iterator[tuple[str, Tensor]]:
-        total = sum(p.numel() for p in net.parameters())
+        total = sum(math.prod(info.shape) for info in infos.values())
         options = dict(unit=" weights", unit_scale=True, disable=None)
         with tqdm(total=total, desc=str(path), **options) as bar:
             for name, tensor in read_shards(infos):
@@ -418,7 +423,10 @@ def load(
                 bar.update(tensor.numel())
                 del tensor  # the last reference to a memory-mapped shard
 
-    return load_tensors(net.requires_grad_(False), read_tensors(), device, allocate)
+    net.requires_grad_(False)
+    if int8:
+        lora.store_int8(net)
+    return load_tensors(net, read_tensors(), device, allocate)
 
 
 def read_shards(infos: dict[str, TensorInfo]) -> Iterator[tuple[str, Tensor]]:
@@ -466,6 +474,7 @@ def random_network(
     device="cpu",
     seed: int = 0,
     allocate: Callable = nn.Module.to_empty,
+    int8: bool = False,
 ) -> nn.Module:
     """A network with random weights, frozen; its layers keep the scale of their input."""
     spec = teacher_spec(teacher) if isinstance(teacher, str) else teacher
@@ -482,6 +491,8 @@ def random_network(
                 std = shape[1:].numel() ** -0.5 if len(shape) > 1 else 0.02
                 yield name, tensor.normal_(std=std, generator=rng)
 
+    if int8:
+        lora.store_int8(net)
     return load_tensors(net, make_tensors(), device, allocate)
 
 

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 import sample
 import train
-from models import weights
+from models import teachers, weights
 from toy import toy2d
 
 TOY = "--iters 1 --warmup 0 --batch 8 --fake-updates 1 --eval-samples 20 --sample-every 1"
@@ -105,6 +105,7 @@ def fuzz(folder: Path, count: int, kinds=tuple(KINDS)) -> list[str]:
         (program, line), error, names = KINDS[kind], io.StringIO(), set(os.listdir())
         with contextlib.redirect_stderr(error), contextlib.redirect_stdout(io.StringIO()):
             try:
+                teachers.text_shape.cache_clear()  # as in a process of its own
                 status = program.main(line.split())
             except BaseException:
                 status = traceback.format_exc()[-700:]

@@ -27,12 +27,14 @@ def begin(teacher="wan22-tiny", k=1, stir=True, **settings) -> train.Run:
     """Make a run at iteration 0 of phase k in float32. stir: move its adapters away from 0."""
     cfg = train.make_config(teacher, **dict(dtype="float32", fake_updates=1) | settings)
     train.validate(cfg)
-    bases, make_bases = [], teachers.OffloadedBases
+    bases = {}
     with pytest.MonkeyPatch.context() as patch:
-        keep = lambda *args: bases.append(make_bases(*args)) or bases[0]
-        patch.setattr(teachers, "OffloadedBases", keep)
+        keep = lambda load: (
+            lambda branch: bases.get(branch) or bases.setdefault(branch, load(branch))
+        )
+        patch.setattr(teachers, "cache", keep)
         run = train.make_run(cfg, CPU, Path("nowhere"))
-    run.bases = bases[0]
+    run.bases = bases
     for phase in range(1, k + 1):
         train.begin_phase(run, phase)
     run.i = 0
@@ -142,11 +144,10 @@ def test_gradients_do_not_depend_on_checkpointing(teacher, k, generator, fake):
 
 def test_a_role_that_is_an_attribute_gives_wrong_gradients(monkeypatch):
     """Negative control: with checkpointing, backward would recompute with the last role."""
-    active = [None]
+    active, linear = [None], lora.Linear.forward
 
     def forward(self, x, adapter=None):
-        y = torch.nn.functional.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
-        return y + self.adapters[active[0]](x) if active[0] in self.adapters else y
+        return linear(self, x, active[0] if active[0] in self.adapters else None)
 
     def set_by_attribute(run):
         for role in [*run.roles.teacher.values(), *trained_roles(run)]:
@@ -177,7 +178,7 @@ def test_phase_1_never_loads_the_low_noise_base_and_phase_2_does():
     run.i = -1
     for _ in train.train(run):
         report(run)
-        assert list(run.bases.networks) == ([1] if run.k == 1 else [1, 2])
+        assert list(run.bases) == ([1] if run.k == 1 else [1, 2])
     assert run.finished
 
 
@@ -186,7 +187,7 @@ def test_a_phase_changes_its_student_and_its_fakes_and_nothing_else(teacher):
     """Phase 2 of Wan2.2 changes three adapters; on one base, two. Bases and student1 stay."""
 
     def snapshot():
-        nets = {f"base{branch}": net for branch, net in run.bases.networks.items()}
+        nets = {f"base{branch}": net for branch, net in run.bases.items()}
         named = [(name, *x) for name, net in nets.items() for x in net.named_parameters()]
         named = [x for x in named if not x[2].requires_grad]
         named += [(r.name, *x) for r in trained_roles(run) for x in r.parameters.items()]
@@ -216,7 +217,7 @@ def test_guidance_is_its_closed_form_with_the_scale_of_each_branch(teacher):
     run = begin(teacher, 2)
     x, t, c = inputs(run)
     null = teachers.null_text(run.cfg, run.out).expand(2, -1, -1)
-    for branch, net in run.bases.networks.items():
+    for branch, net in run.bases.items():
         scale = run.cfg.guidance[branch - 1]
         v, v_null = net(x, t, c), net(x, t, {"text": null})
         expected = v_null + scale * (v - v_null)
@@ -252,21 +253,66 @@ def test_shifts_and_learning_rates_are_the_papers(name, shift):
     assert (cfg.lr, cfg.fake_lr, full.lr, full.fake_lr) == (5e-5, 5e-5, 5e-5, 4e-7)
 
 
-# -- offload and buckets -------------------------------------------------------------------------
+# -- int8 bases and buckets ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("k,fake", [(1, "lora"), (2, "lora"), (2, "full")])
-def test_offload_changes_no_number(k, fake):
-    """One base is on the device at a time; the other is the host's own tensors."""
-    settings = FAST | dict(fake=fake, eval_samples=2)
-    run, offloaded = (begin(k=k, offload=x, **settings) for x in ("none", "expert"))
-    torch.testing.assert_close(iterate(offloaded), iterate(run), rtol=1e-5, atol=0)
-    bases = offloaded.bases
-    is_copied = lambda pairs: any(p.data_ptr() != host.data_ptr() for p, host in pairs)
-    for call in (report, train.run_iteration):
-        call(offloaded)
-        copied = [branch for branch, pairs in bases.host.items() if is_copied(pairs)]
-        assert copied == [bases.on_device] and len(bases.networks) == k
+@torch.no_grad()
+def test_an_int8_base_is_the_base_within_half_a_step_of_its_rows():
+    """Merged LoRAs would be rounded with it, adapters are not. All but adapted layers is as it was.
+
+    An int8 layer computes what a layer with the product of integers and scales would.
+    """
+    run, rounded = begin(), begin(base="int8")
+    (base,), (int8,) = run.bases.values(), rounded.bases.values()
+    layers, named = lora.adapted_layers(base), dict(int8.named_parameters())
+    for name, p in base.named_parameters():
+        layer = name.removesuffix(".weight")
+        if layer not in layers or p.ndim < 2:
+            assert torch.equal(named[name], p)
+            continue
+        step = named[f"{layer}.scale"][:, None]
+        assert named[name].dtype == torch.int8 and torch.equal(step, step.bfloat16().float())
+        assert ((named[name] * step - p).abs() <= 0.51 * step).all()
+        p.copy_(named[name] * step)
+    x, t, c = inputs(run)
+    for role in ("teacher", "student"):
+        v, expected = (getattr(r.roles, role)[1](x, t, c) for r in (rounded, run))
+        torch.testing.assert_close(v, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_int8_base_is_never_kept_in_another_dtype_for_backward(dtype):
+    """Without checkpointing a forward saves as many bytes as on a float base. Control: autograd."""
+    x, t, c = plan.meta_inputs(plan.teacher_network("wan21-tiny", dtype), (16, 1, 2, 2))
+    saved = []
+    for int8, product in ((False, None), (True, None), (True, lambda x, w: x @ w.to(x.dtype).T)):
+        net = plan.teacher_network("wan21-tiny", dtype, int8=int8)
+        lora.add_adapter(net, "role", 1)
+        with pytest.MonkeyPatch.context() as patch:
+            if product:
+                patch.setattr(lora.Int8Product, "apply", product)
+            with plan.MemoryTracker([x, t, *c.values(), *net.parameters()]) as tracker:
+                v = net(x, t, c, "role")
+                saved.append(tracker.now)
+                v.backward(torch.empty_like(v))
+    float_base, int8_base, cast = saved
+    weights_size = sum(p.nbytes for p in net.parameters() if p.dtype == torch.int8)
+    assert int8_base < float_base + weights_size / 20  # the scales, cast
+    assert cast > int8_base + weights_size * dtype.itemsize / 2
+
+
+@pytest.mark.parametrize("teacher", ["wan22-tiny", "qwen-image-tiny"])
+def test_a_student_trains_on_an_int8_base(teacher, tmp_path):
+    """Trained in phase 2, resumed, and sampled on the int8 and on the float base."""
+    out, flags = tmp_path / "run", ["--teacher", teacher, "--base", "int8", "--device", "cpu"]
+    assert train.main([*flags, "--iters", "2", "--out", str(out)]) == 0
+    sampled = [
+        sample.main(["--student", str(out), "--n", "1", *base, "--out", str(tmp_path / str(i))])
+        for i, base in enumerate(([], ["--base", "int8"], ["--base", "float"]))
+    ]
+    assert sampled == [0, 0, 0]
+    own, int8, full = (load_file(tmp_path / f"{i}/latents.safetensors")["x"] for i in range(3))
+    assert torch.equal(own, int8) and 0 < (full - own).norm() < 0.1 * full.norm()
 
 
 def test_an_update_of_a_bucket_is_the_update_of_a_run_with_that_size_alone():
@@ -364,7 +410,7 @@ WRONG = {
     "--size 50x64": "nearest: 48x64",
     f"--size {'9' * 5000}x64": "--size: expected",
     "--prompts wide.safetensors": "found 32",
-    "--offload expert --truncate off": "--truncate on",
+    "--base int8 --fake full": "--fake lora",
 }
 
 

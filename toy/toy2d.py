@@ -88,7 +88,7 @@ def exact_teacher(cfg, device="cpu") -> Callable:
 
 def check_config(cfg) -> None:
     """Raise UserError for settings that do not go together."""
-    expected = dict(generator="full", fake="full", offload="none", compile=False, weights=())
+    expected = dict(generator="full", fake="full", base="float", compile=False, weights=())
     expected |= dict(teacher_lora=(), prompts="", images="", size=())
     for name, value in expected.items():
         if getattr(cfg, name) != value:
@@ -159,6 +159,8 @@ def make_roles(cfg, phases: list[Phase], device, out: Path) -> Roles:
     """A network per role, and the exact teacher."""
     advice = "delete it and continue with --resume"
     start, _ = read_tensors(out / "start.safetensors", "start", to_json(cfg), advice)
+    with reading(out / "start.safetensors", advice):
+        make_network(cfg).load_state_dict(start)
     return roles_from(cfg, phases, device, start)
 
 
@@ -213,7 +215,7 @@ def refuse(args, flags: tuple[str, ...], teacher: str) -> None:
 
 def apply_flags(cfg, args):
     """Return cfg unchanged. Raises UserError for sampling flags of the large teachers."""
-    refuse(args, ("weights", "dtype", *LARGE_ONLY), "toy2d")
+    refuse(args, ("weights", "dtype", "base", *LARGE_ONLY), "toy2d")
     if args.n < 2:
         raise UserError(f"--n: expected at least 2, got {args.n}: metrics compare samples")
     return cfg
