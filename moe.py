@@ -207,4 +207,9 @@ def index_cond(c: dict | None, rows: slice | Tensor) -> dict | None:
 
 def cond_to(c: dict | None, device: torch.device) -> dict | None:
     """The conditions on another device."""
-    return c and {name: value.to(device) for name, value in c.items()}
+    return c and {name: to_device(value, device) for name, value in c.items()}
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor on another device; pinned, so that the host need not wait for the copy."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)

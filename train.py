@@ -331,14 +331,15 @@ def micro_batches(run: Run, u: int) -> Iterator[MicroBatch]:
     for m, (n, depth) in parallel.my_share(list(enumerate(sizes))):
         rng = stream(*run.key(u), m)
         c, shape = run.data(n, stream(*run.key(u), "data"), rng)
-        z = torch.randn(n, *shape, generator=rng).to(run.device)
+        z = moe.to_device(torch.randn(n, *shape, generator=rng), run.device)
         yield MicroBatch(z, moe.cond_to(c, run.device), depth, rng, n / cfg.batch)
 
 
 def renoise(run: Run, interval: Interval, x_s: Tensor, rng: torch.Generator) -> tuple:
     """Random times t (n,) in the interval and noise eps (n, ...)."""
     t = renoise_times(interval, torch.rand(len(x_s), generator=rng), run.cfg.shift)
-    return t.to(x_s.device), torch.randn(x_s.shape, generator=rng).to(x_s.device)
+    eps = torch.randn(x_s.shape, generator=rng)
+    return moe.to_device(t, x_s.device), moe.to_device(eps, x_s.device)
 
 
 def choose_interval(run: Run, u: int) -> Interval:

@@ -16,8 +16,8 @@ def sinusoid(t: Tensor, dim: int) -> Tensor:
     In float64: at angles near 1000 the product alone, in float32, has an error of 4e-5.
     """
     wide = t.cpu().double() if t.device.type == "mps" else t.double()  # MPS has no float64
-    w = 10000 ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-    angle = 1000 * wide[..., None] * w.to(wide.device)  # (..., dim / 2)
+    w = 10000 ** (-torch.arange(0, dim, 2, dtype=torch.float64, device=wide.device) / dim)
+    angle = 1000 * wide[..., None] * w  # (..., dim / 2)
     return torch.cat([angle.cos(), angle.sin()], -1).float().to(t.device)
 
 

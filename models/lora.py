@@ -62,8 +62,10 @@ class Int8Product(torch.autograd.Function):
 
 
 def store_int8(net: nn.Module) -> nn.Module:
-    """Make the weights of the adapted layers of a frozen network int8, without values yet."""
-    for layer in adapted_layers(net).values():
+    """Make the linear layers in the blocks of a frozen network int8, without values yet."""
+    for layer in parallel.blocks_of(net).modules():
+        if not isinstance(layer, Linear):
+            continue
         empty = partial(torch.empty, device=layer.weight.device)
         layer.weight = nn.Parameter(empty(layer.weight.shape, dtype=torch.int8), False)
         layer.scale = nn.Parameter(empty(len(layer.weight)), False)

@@ -312,7 +312,7 @@ def make_guidance(cfg, out: Path) -> Callable[..., Tensor]:
         if scale == 1:
             return v
         null_c = {name: value for name, value in c.items() if name not in ("text", "mask")}
-        null_c["text"] = null.to(x_t.device).expand(len(x_t), -1, -1)
+        null_c["text"] = moe.to_device(null, x_t.device).expand(len(x_t), -1, -1)
         return family.guide(v, net(x_t, t, null_c), scale)
 
     return with_guidance

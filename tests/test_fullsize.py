@@ -1,0 +1,158 @@
+"""One iteration at full size, on tensors without contents: devices, dtypes, waits, peak memory.
+
+Every operation of the loop is executed, on the meta device in place of a GPU. What the host would
+wait for is counted, and so are the bytes of all tensors that are alive.
+"""
+
+import gc
+import traceback
+import weakref
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+import train
+from models import layers, lora, plan, teachers, weights
+
+ROOT, META = Path(__file__).parent.parent, torch.device("meta")
+PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm")}
+SIZES = [
+    ("wan22", "81x480x832", "float"),
+    ("wan22", "1x720x1280", "int8"),
+    ("qwen-image", "1328x1328", "int8"),
+]
+
+
+class FakeGPU(TorchDispatchMode):
+    """Take the meta device for a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits, self.copies = Counter(), Counter()  # function that causes it -> number
+        self.now, self.peak, self.sizes = 0, 0, {}  # sizes: storage -> bytes
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        on_gpu = any(x.is_meta for x in inputs)
+        name = operation._schema.name
+        if on_gpu and name == "aten::_local_scalar_dense":
+            self.waits[caller()] += 1
+            return 0.5
+        if name == "aten::_to_copy" and kwargs.get("device") not in (None, args[0].device):
+            (self.copies if kwargs.get("non_blocking") else self.waits)[caller()] += 1
+            if on_gpu:
+                return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+        if on_gpu and (name in PRODUCTS or "attention" in name) and "backward" not in name:
+            kinds = {(x.device, x.dtype) for x in inputs if x.ndim > 1 and x.is_floating_point()}
+            assert len(kinds) == 1, (name, kinds)
+        out = operation(*args, **kwargs)
+        for x in tree_leaves(out):
+            if isinstance(x, torch.Tensor) and x.is_meta:
+                self.add(x.untyped_storage())
+        return out
+
+    def add(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage until it is freed."""
+        key = storage._cdata
+        if key in self.sizes:
+            return
+        self.sizes[key] = storage.nbytes()
+        self.now += storage.nbytes()
+        weakref.finalize(storage, lambda: self.remove(key))
+        if self.now > self.peak:
+            gc.collect(1)  # recomputation leaves reference cycles under a dispatch mode
+            self.peak = max(self.peak, self.now)
+
+    def remove(self, key: int) -> None:
+        self.now -= self.sizes.pop(key)
+
+
+def caller() -> str:
+    """The innermost function of the project on the stack, but for this file."""
+    frames = reversed(traceback.extract_stack())
+    names = ((Path(f.filename), f.name) for f in frames)
+    return next(name for path, name in names if ROOT in path.parents and path != Path(__file__))
+
+
+def empty_network(teacher, dtype, device, seed, allocate, int8) -> torch.nn.Module:
+    """As weights.random_network, without values."""
+    net = plan.teacher_network(teacher, dtype, int8)
+    return weights.load_tensors(net, (), device, allocate)
+
+
+def iterate(monkeypatch, teacher: str, size: str, base: str = "float") -> tuple[FakeGPU, float]:
+    """Run an iteration of phase 2 after phase 1 has begun. Returns counts, and the planned peak."""
+    monkeypatch.setattr(weights, "random_network", empty_network)
+    cfg = train.make_config(
+        teacher, weights=("random",), size=(size,), batch=1, fake_updates=1, base=base
+    )
+    gc.collect()
+    gc.freeze()  # what exists already need not be searched again and again
+    try:
+        with FakeGPU() as gpu:
+            run = train.make_run(cfg, META, Path("nowhere"))
+            train.begin_phase(run, 1)
+            train.begin_phase(run, 2)
+            run.i, gpu.peak = 0, gpu.now
+            gpu.waits.clear(), gpu.copies.clear()
+            train.run_iteration(run)
+    finally:
+        gc.unfreeze()
+    phases, [shape] = train.phases_of(cfg), teachers.buckets(cfg)
+    memory = plan.phase_memory(cfg, teachers.active_roles(cfg, phases, 2), shape)
+    return gpu, memory.peak
+
+
+def expected_waits(teacher: str) -> dict[str, int]:
+    """One per update, and one per table of rope. Qwen-Image has two more for its text."""
+    return {"step_optimizers": 2, "rope_table": 1 if teacher.startswith("wan") else 3}
+
+
+def shrink(monkeypatch, teacher: str) -> None:
+    """Give a teacher two blocks."""
+    spec = weights.TEACHERS[teacher]
+    spec = spec._replace(settings=spec.settings | {"num_layers": 2})
+    monkeypatch.setitem(weights.TEACHERS, teacher, spec)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("teacher,size,base", SIZES)
+def test_an_iteration_at_full_size(monkeypatch, teacher, size, base):
+    """Each update waits once, for the numbers of the log; its noise and conditions are copied."""
+    layers.rope_table.cache_clear()
+    gpu, planned = iterate(monkeypatch, teacher, size, base)
+    print(f"{teacher} {size} {base}: peak {gpu.peak / 1e9:.1f} GB, plan {planned / 1e9:.1f} GB")
+    print(f"waits {dict(gpu.waits)}, copies {dict(gpu.copies)}")
+    assert gpu.waits == expected_waits(teacher)
+    assert gpu.peak == pytest.approx(planned, rel=0.1)
+
+
+@pytest.mark.parametrize("teacher,size", [("wan22", "1x720x1280"), ("qwen-image", "1328x1328")])
+@pytest.mark.parametrize("base", ["float", "int8"])
+def test_an_iteration_of_two_blocks(monkeypatch, teacher, size, base):
+    """As above, in seconds."""
+    shrink(monkeypatch, teacher)
+    layers.rope_table.cache_clear()
+    assert iterate(monkeypatch, teacher, size, base)[0].waits == expected_waits(teacher)
+
+
+def test_a_missing_cast_and_a_hidden_wait_are_seen(monkeypatch):
+    """Two negative controls: an adapter that computes in float32, and an .item() in the loss."""
+    shrink(monkeypatch, "wan22")
+
+    def without_cast(self, y, x):
+        y.addmm_(torch.nn.functional.linear(x, self.down), self.up.T)
+
+    with monkeypatch.context() as patch, pytest.raises((AssertionError, RuntimeError)):
+        patch.setattr(lora.Adapter, "add_to", without_cast)
+        iterate(patch, "wan22", "1x720x1280")
+    with monkeypatch.context() as patch:
+        loss = train.dmd_loss
+        patch.setattr(train, "dmd_loss", lambda *x: loss(*x) * loss(*x).sum().item())
+        waits = iterate(patch, "wan22", "1x720x1280")[0].waits
+        assert waits["<lambda>"] + waits["update_student"] == 1, waits
