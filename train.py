@@ -147,6 +147,7 @@ PRESETS = {  # teacher: (module, settings); CONTRIBUTING.md lists what a module 
 # fmt: on
 LEARNING_RATES = {"lora": (5e-5, 5e-5), "full": (2e-6, 4e-7)}  # of student and fake
 MAX_SKIPS = 20  # non-finite updates in a row before a run stops
+SAVE_SECONDS = 1800  # at most, between two checkpoints
 KEEP_STUDENTS = 2  # of a large teacher's previews, the newest
 
 
@@ -473,7 +474,7 @@ def run_training(run: Run, began: float, stop: common.Stop) -> float:
     cfg, module = run.cfg, module_of(run.cfg)
     log_bytes, seconds = load_state(run)
     log = common.Log(run.out / "log.jsonl", log_bytes)
-    bar, began, clock = None, began - seconds, time.time()
+    bar, began, clock, saved = None, began - seconds, time.time(), time.time()
     common.reset_peak_memory(run.device)
     for rows in train(run):
         if bar is None or rows[0]["iteration"] == -cfg.warmup:
@@ -481,18 +482,19 @@ def run_training(run: Run, began: float, stop: common.Stop) -> float:
             bar = tqdm(total=cfg.iters + cfg.warmup, initial=done, desc=text, disable=None)
             phase_rows = []
         seconds = time.time() - clock
-        memory = round(common.peak_memory(run.device) / 1e9, 3)
-        rows[-1] |= {"seconds_iteration": round(seconds, 4), "memory_gb": memory}
+        rows[-1] |= {"seconds_iteration": round(seconds, 4)} | common.peak_memory(run.device)
         rows[-1] |= module.throughput(cfg, run.phase, seconds, run.device)
         log.write([row | {"seconds": round(time.time() - began, 3)} for row in rows])
         phase_rows += rows
         bar.set_postfix({"loss": rows[0]["loss"], "distance": rows[-1].get("distance")}, False)
         bar.update()
         last, signal = run.i == cfg.iters, stop.received()
+        late = parallel.max_over_ranks(time.time() - saved > SAVE_SECONDS)
         if is_due(run, cfg.sample_every):
             save_preview(run, log)
-        if signal or is_due(run, cfg.save_every):
+        if signal or late or is_due(run, cfg.save_every):
             save_state(run, log.sync(), time.time() - began)
+            saved = time.time()
         if signal:  # the one read above: for a later one there is no checkpoint yet
             raise common.Interrupted(signal, stop.advice)
         if last:

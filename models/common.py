@@ -359,15 +359,21 @@ def pick_device(requested: str, default: str) -> str:
     available = [name for name, backend in backends.items() if backend.is_available()] + ["cpu"]
     if requested not in ("auto", *available):
         raise UserError(f"--device: expected {' or '.join(available)}, got {requested}")
-    return available[0] if requested == "auto" else requested
+    device = available[0] if requested == "auto" else requested
+    if device == "cuda" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its older name
+        # the allocator reads it when it is first used; without it, unequal sizes leave gaps
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    return device
 
 
-def peak_memory(device: torch.device) -> int:
-    """Most bytes in use so far: tensors on a GPU, the process on a CPU."""
+def peak_memory(device: torch.device) -> dict[str, float]:
+    """Most GB so far: in tensors, and what the allocator reserved; on a CPU, of the process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else 1024 * peak
+        peaks = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        return {"memory_gb": round(peaks[0] / 1e9, 3), "reserved_gb": round(peaks[1] / 1e9, 3)}
+    unit = 1 if sys.platform == "darwin" else 1024
+    peak = unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return {"memory_gb": round(peak / 1e9, 3)}
 
 
 def reset_peak_memory(device: torch.device) -> None:

@@ -5,9 +5,17 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from models import parallel
+
+BACKENDS = [  # of attention, in this order; the first takes no mask
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.MATH,
+]
 
 
 def sinusoid(t: Tensor, dim: int) -> Tensor:
@@ -79,8 +87,16 @@ def attend(
     if q.is_meta:  # models/plan.py counts bytes: as a GPU's kernel, which keeps no scores
         out = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
     else:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        with sdpa_kernel(BACKENDS, set_priority=True):
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return parallel.heads_to_tokens(out.transpose(1, 2), streams).flatten(2)
+
+
+def attention_backend(q: Tensor, mask: Tensor | None = None) -> str:
+    """The back-end that `attend` gets for such q (B, L, H, d) and mask (B, L)."""
+    x, mask = q.transpose(1, 2), None if mask is None else mask[:, None, None]
+    with sdpa_kernel(BACKENDS, set_priority=True):
+        return SDPBackend(torch._fused_sdp_choice(x, x, x, mask)).name
 
 
 def call_block(block: nn.Module, checkpointing: bool, *inputs):

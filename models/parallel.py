@@ -48,6 +48,7 @@ class Topology:
         return self.processes // self.nodes  # ranks that a tensor is sharded over
 
 
+TIMEOUT = timedelta(hours=1)  # disks differ, and all ranks wait for the slowest to load
 topology = Topology()
 groups: dict = {}  # "store"; "shards" and "tokens" (meshes); "data", "long_timeout" (groups)
 
@@ -149,7 +150,7 @@ def join(device: str, context: int) -> Topology:
         store=dist.PrefixStore("init", groups["store"]),
         rank=rank,
         world_size=processes,
-        timeout=timedelta(hours=1),  # disks differ, and all ranks wait for the slowest to load
+        timeout=TIMEOUT,
     )
     # for what rank 0 does while the others wait: to embed the prompts takes hours
     groups["long_timeout"] = dist.new_group(backend="gloo", timeout=timedelta(days=7))
@@ -170,6 +171,8 @@ def make_groups(device: str) -> None:
     sizes = topology.data_parallel, topology.context_parallel
     mesh = init_device_mesh(device, sizes, mesh_dim_names=("data", "tokens"))
     groups["data"], groups["tokens"] = mesh["data"].get_group(), mesh["tokens"]
+    for group in (*groups["shards"].get_all_groups(), *mesh.get_all_groups()):
+        dist.distributed_c10d._set_pg_timeout(TIMEOUT, group)  # new groups have 10 or 30 minutes
 
 
 def is_connection_lost(error: Exception) -> bool:

@@ -26,7 +26,6 @@ from models.qwen_image import QwenImage
 from models.weights import build, dtype_named, teacher_spec
 
 ASSUMED_FLOPS = 400e12  # per second, where there is no GPU to measure: bf16 on an H100
-RESERVED = 1.5e9  # bytes of a GPU that the CUDA context and the allocator need
 IN_FLIGHT = 3  # blocks that FSDP holds: as received, as used, and the next one
 
 # -- one sample through one network --------------------------------------------------------------
@@ -358,8 +357,9 @@ def report(cfg, phases: list, active: list, buckets: dict[tuple, float], device:
         "per process, a lower bound: only matrix products are counted"
     )
     if torch.device(device).type == "cuda":
-        available = torch.cuda.get_device_properties(device).total_memory
+        # 5 % for gaps, 3 GB for kernels' workspaces and what is not planned
+        room = 0.95 * torch.cuda.mem_get_info(device)[0] - 3e9
         peak = max(memory.peak for memory in memories)
-        verb = "fits" if peak + RESERVED < available else "does not fit"
-        lines.append(f"{peak / 1e9:.1f} GB {verb} into the {available / 1e9:.1f} GB of this GPU")
+        verb = "fits" if peak < room else "does not fit"
+        lines.append(f"{peak / 1e9:.1f} GB {verb} into the {room / 1e9:.1f} GB free on this GPU")
     return "\n".join(lines)

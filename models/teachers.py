@@ -25,6 +25,7 @@ from tqdm import tqdm
 import moe
 from models import encoders, export, lora, media, parallel, plan, qwen_image, wan, weights
 from models.common import UserError, normal, reading, stream
+from models.layers import attention_backend
 from models.qwen_image import QwenImage
 from models.weights import dtype_named, is_random, teacher_spec
 from phases import Phase, branch_at, full_time, pick_interval, renoise_times, step_times, trajectory
@@ -279,6 +280,9 @@ def load_base(
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()  # of an encoder, or of the network before
+        q = torch.empty(1, 128, 8, 128, dtype=dtype_named(cfg.dtype), device=device)
+        mask = torch.ones(1, 128, dtype=torch.bool, device=device)
+        lora.note(f"attention by {attention_backend(q)}, with a mask {attention_backend(q, mask)}")
     options = dict(dtype=dtype_named(cfg.dtype), allocate=allocate, device=device)
     options["int8"] = cfg.base == "int8"
     if is_random(cfg):

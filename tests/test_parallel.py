@@ -36,6 +36,21 @@ def run_all(folder: Path, jobs: list[dict]) -> None:
         assert all(status == 0 for status, _ in ranks), (job, ranks)
 
 
+def test_every_group_waits_an_hour_for_the_slowest_rank():
+    """A new group has PyTorch's half an hour (10 minutes with NCCL), whatever the first one has."""
+    options = dict(store=torch.distributed.HashStore(), rank=0, world_size=1)
+    torch.distributed.init_process_group("gloo", **options)
+    try:
+        parallel.make_groups("cpu")
+        meshes = parallel.groups["shards"], parallel.groups["tokens"]
+        groups = [parallel.groups["data"], *(mesh.get_group() for mesh in meshes)]
+        timeouts = [x._get_backend(torch.device("cpu")).options._timeout for x in groups]
+    finally:
+        torch.distributed.destroy_process_group()
+        parallel.groups.clear()
+    assert timeouts == 3 * [parallel.TIMEOUT]
+
+
 # -- the numbers of one process ------------------------------------------------------------------
 
 # 15 tokens: two ranks have 8 and 7. Texts of Qwen-Image are 1 to 16 tokens, so also 1 and 0.

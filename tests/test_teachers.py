@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import weakref
 from pathlib import Path
 
 import pytest
@@ -300,6 +301,19 @@ def test_an_int8_base_is_never_kept_in_another_dtype_for_backward(dtype):
     weights_size = sum(p.nbytes for p in net.parameters() if p.dtype == torch.int8)
     assert int8_base < float_base + weights_size / 20  # the scales, cast
     assert cast > int8_base + weights_size * dtype.itemsize / 2
+
+
+@pytest.mark.slow
+def test_compiled_blocks_compute_the_same_and_are_freed():
+    """Attention, rope, int8 layers and adapters in one graph per role. Needs a C++ compiler."""
+    settings = dict(teacher="wan21-tiny", base="int8", batch=2, micro_batch=1)
+    expected = iterate(begin(**settings), 1)
+    run = begin(**settings, compile=True)
+    torch.testing.assert_close(iterate(run, 1), expected, rtol=1e-4, atol=0)
+    net = weakref.ref(run.bases[1])
+    del run
+    gc.collect()
+    assert net() is None
 
 
 @pytest.mark.parametrize("teacher", ["wan22-tiny", "qwen-image-tiny"])
