@@ -394,6 +394,7 @@ MEANINGS = {  # of a metric, for print_metrics
     "frechet_classes": "the same within a class, mean over classes",
     "frechet_floor": "the teacher's 40 steps against themselves, other noise",
     "diversity": "mean distance of two samples of a class; teacher: 1",
+    "coverage": "part of the teacher's samples with an accepted one nearby",
     "latent_distance": "mean RMS distance of two samples, as latents",
     "seconds": "s of training",
     "seconds_metrics": "s of measuring",

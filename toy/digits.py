@@ -130,6 +130,17 @@ def class_spread(z: Tensor, labels: Tensor) -> Tensor:
     return torch.stack([torch.pdist(z[labels == digit]).mean() for digit in range(CLASSES)])
 
 
+def coverage(z: Tensor, centres: Tensor, k: int = 5) -> float:
+    """Part of the centres (m, D) near which a sample z (n, D) lies.
+
+    Near: in the ball to the k-th nearest of the other centres (Naeem et al., 2020). Unlike a mean
+    distance it does not rise with samples that are far from all centres.
+    """
+    radius = torch.cdist(centres, centres).kthvalue(k + 1).values  # the nearest is itself
+    nearest = torch.cdist(centres, z).amin(1) if len(z) else torch.full_like(radius, torch.inf)
+    return (nearest <= radius).double().mean().item()
+
+
 def measure(z: Tensor, predicted: Tensor, labels: Tensor, reference: dict[str, Tensor]) -> dict:
     """Compare samples of the classes `labels` (n,), with features z (n, 64), to the reference.
 
@@ -137,14 +148,19 @@ def measure(z: Tensor, predicted: Tensor, labels: Tensor, reference: dict[str, T
     frechet          Fréchet distance of all features to those of the teacher after 40 steps
     frechet_classes  the mean over classes of the distance within a class
     diversity        mean distance of two samples of a class, divided by that of the teacher
+    coverage         part of the teacher's samples of a class near which lies a sample of that class
+                     that the classifier recognises; the mean over classes
     """
     pairs = zip(reference["class_mean"], reference["class_cov"], strict=True)
     within = [frechet(moments(z[labels == digit]), pair) for digit, pair in enumerate(pairs)]
+    good = predicted == labels
+    covered = [coverage(z[good & (labels == i)], x) for i, x in enumerate(reference["features"])]
     return {
-        "accuracy": (predicted == labels).double().mean().item(),
+        "accuracy": good.double().mean().item(),
         "frechet": frechet(moments(z), (reference["mean"], reference["cov"])),
         "frechet_classes": sum(within) / CLASSES,
         "diversity": (class_spread(z, labels) / reference["spread"]).mean().item(),
+        "coverage": sum(covered) / CLASSES,
     }
 
 

@@ -188,11 +188,14 @@ def augment(x: Tensor, *key) -> Tensor:
 
 
 def statistics(z: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Moments of features (n, 64) over all samples and per class, and the spread per class."""
+    """Moments of features (n, 64) over all samples and per class, spread and features per class."""
     (mean, cov), spread = digits.moments(z), digits.class_spread(z, labels)
     by_class = [digits.moments(z[labels == digit]) for digit in range(CLASSES)]
     class_mean, class_cov = map(torch.stack, zip(*by_class, strict=True))
-    return dict(mean=mean, cov=cov, class_mean=class_mean, class_cov=class_cov, spread=spread)
+    # rounded as in the file; (10, n / 10, 64)
+    features = torch.stack([z[labels == digit] for digit in range(CLASSES)]).half().double()
+    moments = dict(mean=mean, cov=cov, class_mean=class_mean, class_cov=class_cov, spread=spread)
+    return moments | {"features": features}
 
 
 def provenance(args: Namespace) -> dict:
@@ -243,6 +246,7 @@ def make_reference(args: Namespace) -> None:
     }
     print(json.dumps(metrics, indent=1))
     tensors = {name: x.float() for name, x in reference.items()}
+    tensors["features"] = tensors["features"].half()
     write_tensors(FOLDER / "reference.safetensors", tensors, provenance(args))
     digests = {name: file_digest(FOLDER / name) for name in WEIGHTS}
     write_json(FOLDER / "reference.json", provenance(args) | metrics | {"sha256": digests})
