@@ -212,4 +212,5 @@ def cond_to(c: dict | None, device: torch.device) -> dict | None:
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
     """A tensor on another device; pinned, so that the host need not wait for the copy."""
-    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+    is_gpu = torch.device(device).type == "cuda"
+    return (x.pin_memory() if is_gpu else x).to(device, non_blocking=True)

@@ -387,7 +387,7 @@ MEANINGS = {  # of a metric, for print_metrics
     "energy_phases": "the same at the end of each phase",
     "energy_floor": "mean and sd of exact samples against other exact samples",
     "modes": "effective number of modes that the samples hit",
-    "precision": "fraction of samples within 3 standard deviations of a mode",
+    "precision": "fraction of samples inside a mode (3 standard deviations)",
     "class_accuracy": "fraction whose nearest mode is of their class",
     "accuracy": "fraction that the classifier recognises as their class",
     "frechet": "Frechet distance to the teacher's 40 steps; 0: the same",

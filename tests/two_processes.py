@@ -134,7 +134,8 @@ def make_mistake(name: str) -> None:
             module.set_gradient_divide_factor(float(parallel.topology.processes))
 
     def rope_of_first_tokens(x, *how):
-        return x[: parallel.local_length(len(x))] if x.is_complex() else redistribute(x, *how)
+        is_rope = x.ndim == 3 and x.shape[-1] == 2  # cosines and sines
+        return x[: parallel.local_length(len(x))] if is_rope else redistribute(x, *how)
 
     changes = {
         "no sum of replicated gradients": {"all_reduce_grad": lambda grad: grad},

@@ -68,11 +68,11 @@ def load_mixture(cfg) -> Mixture:
     return from_points(cfg.points) if cfg.points else TOYS[cfg.toy]()
 
 
-def make_network(cfg) -> MLP:
+def make_network(cfg, width: int = 64) -> MLP:
     """A network with the architecture of student and fake."""
     with torch.device("cpu"):  # the mixture has data even if networks are built on meta
         mixture = load_mixture(cfg)
-    return MLP(mixture.means.shape[1], classes=mixture.classes if cfg.classes == "on" else 0)
+    return MLP(mixture.means.shape[1], width, classes=mixture.classes * (cfg.classes == "on"))
 
 
 def exact_teacher(cfg, device="cpu") -> Callable:
@@ -130,7 +130,9 @@ def prepare(cfg, out: Path, device, progress: Callable) -> None:
         write_tensors(path, tensors, {"settings": to_json(cfg), "kind": "start"})
 
 
-def fit_start(cfg, progress: Callable = iter, steps=1500, batch=1024) -> dict[str, Tensor]:
+def fit_start(
+    cfg, progress: Callable = iter, steps=1500, batch=1024, width=64
+) -> dict[str, Tensor]:
     """Tensors of an MLP fitted to the exact velocity. They stand in for a pretrained teacher's.
 
     The seed is fixed: all runs on a mixture start from the same network.
@@ -138,7 +140,7 @@ def fit_start(cfg, progress: Callable = iter, steps=1500, batch=1024) -> dict[st
     mixture, data, key = load_mixture(cfg), make_data(cfg), ("start", cfg.toy, cfg.classes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # nn.Linear's initialisation takes no generator
-        net = make_network(cfg)
+        net = make_network(cfg, width)
     optimizer = torch.optim.Adam(net.parameters(), 1e-2, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for i in progress(range(steps)):
@@ -165,8 +167,9 @@ def make_roles(cfg, phases: list[Phase], device, out: Path) -> Roles:
 
 
 def roles_from(cfg, phases: list[Phase], device, start: dict[str, Tensor]) -> Roles:
-    """The roles of a run whose networks start from these tensors."""
-    teacher, network = exact_teacher(cfg, device), lambda: make_network(cfg).to(device)
+    """The roles of a run whose networks start from these tensors, and are as wide."""
+    teacher, width = exact_teacher(cfg, device), len(start["first.bias"])
+    network = lambda: make_network(cfg, width).to(device)
     return separate_roles(phases, cfg.fake_per_depth, network, start, teacher)
 
 
