@@ -2,6 +2,7 @@
 
 import random
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +19,9 @@ SCALE = 100  # 8 student updates, 100 samples
 def short_fit(monkeypatch):
     """A start network of 20 steps in place of 1500."""
     fit = claims.toy2d.fit_start
-    monkeypatch.setattr(claims.toy2d, "fit_start", lambda cfg: fit(cfg, steps=20))
+    monkeypatch.setattr(
+        claims.toy2d, "fit_start", lambda cfg, width: fit(cfg, steps=20, width=width)
+    )
     claims.start_tensors.cache_clear()
     yield
     claims.start_tensors.cache_clear()
@@ -91,8 +94,9 @@ def test_the_command_on_random_metrics_finds_only_what_is_planted(
     monkeypatch.setattr(sys, "argv", argv)
     claims.main()
     text = capsys.readouterr().out
-    assert f"claim 9 {word}: " in text and (tmp_path / "claims.md").read_text() + "\n" == text
-    assert planted or text.count(" holds: ") == 0
+    row = next(line for line in text.splitlines() if line.startswith("| 9 |"))
+    assert f" | {word} | " in row and (tmp_path / "claims.md").read_text() + "\n" == text
+    assert planted or text.count(" | holds | ") == 0
 
 
 def test_a_run_has_every_metric_that_the_claims_compare():

@@ -95,7 +95,7 @@ def test_energy_is_the_formula_and_sees_a_lost_mode():
 
 
 def test_exact_samples_are_inside_their_modes_in_any_dimension():
-    """98.9 % of them. Control: at 3 sd, which is right in the plane, hardly any in 16 dimensions."""
+    """98.9 % of them. Control: within 3 sd, right in the plane, there are hardly any."""
     assert mode_radius(2) == pytest.approx(3, abs=1e-12)
     for d in (1, 2, 3, 16, 64):
         means = 20 * torch.eye(d)[:2] if d > 1 else torch.tensor([[0.0], [20.0]])
@@ -120,7 +120,7 @@ def test_a_report_compares_student_teacher_and_exact_samples(monkeypatch):
     monkeypatch.setattr(toy2d, "draw_picture", lambda *_: b"png")
     cfg = make_config(toy="ring", steps=20, phases=2, eval_samples=2000)
     phases, reports = phases_of(cfg), []
-    roles = toy2d.roles_from(cfg, phases, "cpu", start={})
+    roles = toy2d.roles_from(cfg, phases, "cpu", toy2d.make_network(cfg).state_dict())
     for velocity in (lambda x_t, t, c: x_t, toy2d.exact_teacher(cfg)):
         for role in roles.student.values():
             role.velocity = velocity

@@ -2,11 +2,13 @@
 
     python toy/claims.py             every method on every toy, 10 seeds; an hour on two cores
     python toy/claims.py --quick     the same in miniature, to see that it works
-    python toy/claims.py --digits    three methods on digits, 3 seeds
+    python toy/claims.py --digits    five methods on digits, 5 seeds; two hours on two cores
+    python toy/claims.py --sharpness students of the grid with more steps, width or training
     python toy/claims.py --control   identical methods, and a planted difference
 
-Prints one word per claim (holds, does not hold, unclear) and the differences that decide it; writes
-claims.json and claims.md. Each run leaves a file in --out/runs and is not repeated if that exists.
+Prints a row per claim: one word (holds, does not hold, unclear) and the difference that decides it.
+Writes claims.json, claims.md and figures. Each run leaves a file in --out/runs and is not repeated
+if that exists.
 """
 
 import copy
@@ -35,6 +37,8 @@ import train
 from losses import v_target
 from models import common
 from models.common import normal, stream
+from models.media import plt, to_png
+from phases import rollout
 from sde import coefficients, diffuse, transition
 from toy import digits, figure2, toy2d
 from toy.mixtures import TOYS, Mixture, mean_distance, mode_coverage
@@ -55,40 +59,34 @@ METHODS = {  # settings of train.py; they cannot express SHARED, see train_metho
     "vanilla, t = 0.357": VANILLA | dict(fix_t=0.357),
     "vanilla, t = 0.882": VANILLA | dict(fix_t=0.882),
 }
+SHARPER = {  # width: of the networks; updates: of the student, in all phases
+    "Phased 4 / 2": dict(phases=2),
+    "8 steps": dict(phases=2, steps=8),
+    "16 steps": dict(phases=2, steps=16),
+    "width 128": dict(phases=2, width=128),
+    "width 256": dict(phases=2, width=256),
+    "10 x updates": dict(phases=2, updates=8000),
+}
 MAIN = ("ring", "grid", "conditional")
 TABLES = {  # name: settings of the distribution, methods
     "ring": (dict(toy="ring"), METHODS),
     "grid": (dict(toy="grid"), METHODS),
     "conditional": (dict(toy="ring", classes="on"), METHODS),
     "wide": (dict(toy="wide"), ("vanilla, t = 0.357", "vanilla, t = 0.882")),
-    "digits": (dict(teacher="mnist"), ("DMD2", "Phased 4 / 2", SHARED)),
+    "digits": (dict(teacher="mnist"), tuple(METHODS)[:1] + tuple(METHODS)[2:6]),
+    "sharpness": (dict(toy="grid"), SHARPER),
 }
 TEACHERS = {"teacher, 40 steps": 40, "teacher, 4 steps": 4}  # of digits
 
 
 # -- from differences over seeds to one word -------------------------------------------------------
 
+# fmt: off
 T_975 = (  # 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom
-    12.706,
-    4.303,
-    3.182,
-    2.776,
-    2.571,
-    2.447,
-    2.365,
-    2.306,
-    2.262,
-    2.228,
-    2.201,
-    2.179,
-    2.160,
-    2.145,
-    2.131,
-    2.120,
-    2.110,
-    2.101,
-    2.093,
+    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
+    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093,
 )
+# fmt: on
 
 
 class Part(NamedTuple):
@@ -121,10 +119,17 @@ def verdict(parts: list[Part]) -> str:
     return "holds" if verdicts == {"yes"} else "does not hold" if "no" in verdicts else "unclear"
 
 
+def deciding_part(parts: list[Part]) -> Part:
+    """The part that is farthest from a yes."""
+    order = ("no", "no difference that matters", "unclear", "yes")
+    low = lambda part: interval(part.differences)[1] - part.min_effect
+    return min(parts, key=lambda part: (order.index(part_verdict(part)), low(part)))
+
+
 def format_part(part: Part) -> str:
-    """ring: DMD2 - Phased 4 / 2 +0.28 [+0.26, +0.3] > 0.001 yes"""
+    """ring: DMD2 - Phased 4 / 2, energy: +0.28 [+0.26, +0.3], limit 0.001"""
     numbers = "{:+.2g} [{:+.2g}, {:+.2g}]".format(*interval(part.differences))
-    return f"{part.name} {numbers} > {part.min_effect:g} {part_verdict(part)}"
+    return f"{part.name}: {numbers}, limit {part.min_effect:g}"
 
 
 # -- the claims ----------------------------------------------------------------------------------
@@ -146,8 +151,8 @@ COMPARISONS = (  # claim, tables, greater, smaller, metric, smallest difference 
     (1, MATCHING, "naive", "Eq. 11", "bias", 0.05),
     (1, MATCHING, "naive", "Eq. 11", "error", 0.05),
     (1, MATCHING, 0.001, "Eq. 11", "bias", 0.0),
-    (2, MAIN, "vanilla DMD", "DMD2", "diversity", 0.05),
-    (2, MAIN, PHASED, "DMD2", "diversity", 0.05),
+    (2, MAIN, "vanilla DMD", "DMD2", "coverage", 0.05),
+    (2, MAIN, PHASED, "DMD2", "coverage", 0.05),
     (3, MAIN, "DMD2", PHASED, "energy", ENERGY),
     (3, MAIN, PHASED, "Phased 4 / 4", "energy", ENERGY),
     (4, MAIN, "biased target", PHASED, "energy", ENERGY),
@@ -159,7 +164,9 @@ COMPARISONS = (  # claim, tables, greater, smaller, metric, smallest difference 
     (8, ("memory",), 1.05, "phased", "growth", 0.0),
     (9, MAIN, "DMD2", SHARED, "energy", ENERGY),
 )
-CONTEXT = (  # the same, printed below the claim without deciding it
+CONTEXT = (  # the same; written to claims.json, they decide nothing
+    (2, MAIN, "vanilla DMD", "DMD2", "pairwise distance", 0.05),
+    (2, MAIN, PHASED, "DMD2", "pairwise distance", 0.05),
     (3, MAIN, "DMD2", "DMD2, a fake per depth", "energy", ENERGY),
     (4, MAIN, "biased target", PHASED, "energy of x_(t_1)", ENERGY),
     (6, MAIN, HIGH, "vanilla, t = 0.882", "energy", ENERGY),
@@ -201,18 +208,19 @@ class Job(NamedTuple):
 
 
 @cache
-def start_tensors(toy: str, classes: str) -> dict[str, Tensor]:
+def start_tensors(toy: str, classes: str, width: int) -> dict[str, Tensor]:
     """The network that all runs on a toy start from; that of train.py."""
-    return toy2d.fit_start(train.make_config(toy=toy, classes=classes))
+    return toy2d.fit_start(train.make_config(toy=toy, classes=classes), width=width)
 
 
 def new_run(job: Job, **settings) -> train.Run:
     """A run of the job's method before its first phase, without a folder."""
-    settings = TABLES[job.table][0] | METHODS.get(job.name, {}) | settings
+    settings = TABLES[job.table][0] | (METHODS | SHARPER).get(job.name, {}) | settings
+    width, updates = settings.pop("width", 64), settings.pop("updates", 800)
     warmup = 100 if job.table == "digits" else 400  # fake updates, over all phases
     cfg = train.make_config(
         **settings,
-        iters=800 // job.scale // settings["phases"],
+        iters=updates // job.scale // settings["phases"],
         seed=job.seed,
         lr=job.lr,
         warmup=warmup // job.scale // settings["phases"],
@@ -221,7 +229,7 @@ def new_run(job: Job, **settings) -> train.Run:
     train.validate(cfg)
     if job.table == "digits":
         return train.make_run(cfg, CPU, Path())
-    start = start_tensors(cfg.toy, cfg.classes)
+    start = start_tensors(cfg.toy, cfg.classes, width)
     roles = toy2d.roles_from(cfg, train.phases_of(cfg), CPU, start)
     return train.make_run(cfg, CPU, Path(), roles)
 
@@ -270,11 +278,29 @@ def measure(run: train.Run) -> dict:
     xs, c = toy2d.draw(cfg, run.nets, run.times, cfg.eval_samples, CPU)
     exact = lambda s: mixture.sample_at(s, len(xs[0]), stream("exact", cfg.seed, s or 0), c)
     metrics = dict(zip(("modes", "precision"), mode_coverage(xs[-1], mixture)))
-    metrics["energy"], metrics["diversity"] = compare(xs[-1], exact(0.0), c)
+    metrics["coverage"] = metrics["modes"] / mode_coverage(exact(0.0), mixture)[0]
+    metrics["energy"], metrics["pairwise distance"] = compare(xs[-1], exact(0.0), c)
+    for name, x in draw_depths(run, xs[0], c).items():
+        metrics[name] = compare(x, exact(0.0), c)[0]
     if len(run.phases) > 1:
         x, s = xs[run.phases[0].last], run.phases[0].s
         metrics["energy of x_(t_1)"] = compare(x, exact(s), c)[0]
     return metrics | {"score": metrics["energy"]}
+
+
+@torch.no_grad()
+def draw_depths(run: train.Run, z: Tensor, c: dict | None) -> dict[str, Tensor]:
+    """What the last phase learns from: samples of each truncation depth, and of all in turn.
+
+    Users draw the last depth. It has the noise z, the others have noise of their own.
+    """
+    phase, x = run.phase, {}
+    for depth in range(1, phase.num_steps + 1):
+        own = z if depth == phase.num_steps else normal(z.shape, "depths", run.cfg.seed, depth)
+        x[f"depth {depth}"] = rollout(run.nets, run.times, phase, own, c, depth)
+    turns = torch.arange(len(z)) // digits.CLASSES % phase.num_steps  # every class in every depth
+    all_depths = torch.stack([*x.values()])[turns, torch.arange(len(z))]
+    return x | {"all depths": all_depths}
 
 
 def compare(x: Tensor, y: Tensor, c: dict | None) -> tuple[float, float]:
@@ -351,14 +377,22 @@ def mean_target(mixture: Mixture, name: str, s: float, t: Tensor, x_t: Tensor) -
 
 def run_digits(job: Job) -> dict:
     """Train a method on digits, or take the teacher, and measure it; see digits.measure."""
-    if job.name not in TEACHERS:
-        *_, run = train_method(job)
-        metrics, _ = digits.report(run.cfg, run.phases, run.roles, run.k, CPU, run.out, True)
-        return metrics | {"lr": job.lr, "score": metrics["frechet"]}
-    teacher, n = digits.guided_teacher(2.0), 10_000
-    x = digits.sample_teacher(teacher, TEACHERS[job.name], n, CPU, "claims", job.seed)
-    features, predicted = digits.classify(digits.load_classifier(), digits.to_pixels(x))
-    return digits.measure(features, predicted, digits.cycle_labels(n), digits.load_reference())
+    n, labels = 10_000, digits.cycle_labels(10_000)
+    classifier, reference = digits.load_classifier(), digits.load_reference()
+    measured = lambda x: digits.measure(
+        *digits.classify(classifier, digits.to_pixels(x)), labels, reference
+    )
+    if job.name in TEACHERS:
+        teacher = digits.guided_teacher(2.0)
+        return measured(
+            digits.sample_teacher(teacher, TEACHERS[job.name], n, CPU, "claims", job.seed)
+        )
+    *_, run = train_method(job)
+    xs = digits.sample_digits(run.nets, run.times, n, CPU, "claims", job.seed)
+    metrics = measured(xs[-1]) | {"lr": job.lr}
+    by_depth = draw_depths(run, xs[0], digits.conditions(labels)) if job.kind == "digits" else {}
+    metrics |= {name: measured(x)["frechet"] for name, x in by_depth.items()}
+    return metrics | {"score": metrics["frechet"]}
 
 
 def run_tuning(job: Job) -> dict:
@@ -432,25 +466,52 @@ def format_table(methods: dict, metrics: tuple[str, ...]) -> str:
 
 
 def report(jobs: list[Job], args) -> None:
-    """Run the jobs, then print and write what their results mean."""
+    """Run the jobs, then print, draw and write what their results mean."""
     results = defaultdict(lambda: defaultdict(list))
     for job, result in zip(jobs, run_jobs(jobs, args)):
         results[job.table][job.name].append(result)
-    lines = []
-    for n, sentence in enumerate(() if args.digits else CLAIMS, 1):
+    claims, rows = [], ["| | claim | | the difference that decides |", "|---|---|---|---|"]
+    for n, sentence in enumerate(CLAIMS if "ring" in results else (), 1):
         parts = list_parts(COMPARISONS, n, results)
-        lines.append(f"claim {n} {verdict(parts)}: {sentence}")
-        lines += [f"    {format_part(part)}" for part in parts]
-        lines += [f"    context: {format_part(part)}" for part in list_parts(CONTEXT, n, results)]
-    metrics = ("energy", "energy of x_(t_1)", "modes", "precision", "diversity", "lr")
-    if args.digits:
-        metrics = ("accuracy", "frechet", "frechet_classes", "diversity", "lr")
+        decides = format_part(deciding_part(parts))
+        rows.append(f"| {n} | {sentence} | {verdict(parts)} | {decides} |")
+        context = list_parts(CONTEXT, n, results)
+        lines = [f"{format_part(part)} {part_verdict(part)}" for part in parts + context]
+        claims.append(dict(claim=n, verdict=verdict(parts), parts=lines, deciding=len(parts)))
+    metrics = ("energy", "energy of x_(t_1)", "modes", "precision", "coverage", "lr")
+    if "digits" in results:
+        metrics = ("accuracy", "frechet", "coverage", "diversity", "lr")
     tables = [f"**{t}**\n\n" + format_table(results[t], metrics) for t in TABLES if t in results]
-    text = "\n\n".join(["\n".join(lines), *tables])
+    text = "\n\n".join(["\n".join(rows)] * bool(claims) + tables)
     print(text)
-    how = common.environment("cpu", 1, 1) | {"seeds": args.seeds, "claims": lines}
+    how = common.environment("cpu", 1, 1) | {"seeds": args.seeds, "claims": claims}
     common.write_json(args.out / "claims.json", how | {"results": results})
     common.write_file(args.out / "claims.md", text.encode())
+    common.write_file(args.out / "depths.png", draw_laws(results))
+
+
+def draw_laws(results: dict) -> bytes:
+    """Draw the distance to the data of each truncation depth, and of all depths together."""
+    names = ("DMD2", "DMD2, a fake per depth", "Phased 4 / 2")
+    tables = [table for table in ("ring", "digits") if table in results]
+    tables = [table for table in tables if "all depths" in results[table]["DMD2"][0]]
+    figure, axes = plt.subplots(1, len(tables) or 1, squeeze=False, layout="constrained")
+    for ax, table in zip(axes[0], tables):
+        for i, name in enumerate(names):
+            runs = results[table][name]
+            depths = sorted(key for key in runs[0] if key.startswith("depth "))
+            for x, key in enumerate([*depths, "all depths"]):
+                x = 5 if key == "all depths" else x + 1
+                middle, low, high = interval([run[key] for run in runs])
+                error = [[min(middle - low, 0.9 * middle)], [high - middle]]
+                label = name if x == 1 else None
+                ax.errorbar(x + i / 8, middle, error, fmt="o^s"[i], color=f"C{i}", label=label)
+        metric = "Frechet distance" if table == "digits" else "energy distance"
+        ax.set(title=table, yscale="log", ylabel=f"{metric} to the teacher's samples")
+        ax.set_xticks([1, 2, 3, 4, 5], ["1", "2", "3", "4", "all"])
+        ax.set_xlabel("truncation depth")
+    axes[0][0].legend()
+    return to_png(figure)
 
 
 def run_control(args, repetitions: int = 20) -> None:
@@ -473,16 +534,17 @@ def main() -> None:
     add = parser.add_mutually_exclusive_group().add_argument
     add("--quick", action="store_true", help="a fifth of the training, 3 seeds, no tuning of rates")
     add("--digits", action="store_true", help="digits instead of toys")
+    add("--sharpness", action="store_true", help="more steps, width, updates on the grid, 3 seeds")
     add("--control", action="store_true", help="methods without a difference, and with one")
     add = parser.add_argument
-    add("--seeds", type=int, help="how many: 0, 1, ... (default 10; 3 with --quick or --digits)")
+    add("--seeds", type=int, help="how many: 0, 1, ... (default 10; 5 with --digits, else 3)")
     add("--processes", type=int, default=2, help="runs at once, one thread each (default 2)")
     add("--out", type=Path, help="folder (default out/claims, out/claims-quick, ...)")
     args = parser.parse_args()
-    args.seeds = args.seeds or (3 if args.quick or args.digits else 10)
+    modes = [x for x in ("quick", "digits", "sharpness", "control") if getattr(args, x)]
+    args.seeds = args.seeds or (5 if args.digits else 3 if modes else 10)
     if not 2 <= args.seeds <= 20 or args.processes < 1:
         raise common.UserError("--seeds: expected 2 to 20; --processes: expected at least 1")
-    modes = [mode for mode in ("quick", "digits", "control") if getattr(args, mode)]
     args.out = args.out or Path("-".join(["out/claims", *modes]))
     if args.control:
         return run_control(args)
@@ -490,6 +552,9 @@ def main() -> None:
         rates = tune(["digits"], (1e-4, 3e-4, 1e-3), (100,), 4, args)
         names = product((*TABLES["digits"][1], *TEACHERS), range(args.seeds))
         jobs = [Job("digits", "digits", n, i, rates.get(("digits", n), 0)) for n, i in names]
+    elif args.sharpness:
+        names = product(SHARPER, range(args.seeds))
+        jobs = [Job("toy", "sharpness", name, seed, 1e-3) for name, seed in names]
     else:
         rates = {} if args.quick else tune(MAIN[:2], (3e-4, 1e-3, 3e-3), (100, 101), 1, args)
         jobs = toy_jobs(args.seeds, rates, 5 if args.quick else 1)
