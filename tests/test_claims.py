@@ -19,9 +19,7 @@ SCALE = 100  # 8 student updates, 100 samples
 def short_fit(monkeypatch):
     """A start network of 20 steps in place of 1500."""
     fit = claims.toy2d.fit_start
-    monkeypatch.setattr(
-        claims.toy2d, "fit_start", lambda cfg, width: fit(cfg, steps=20, width=width)
-    )
+    monkeypatch.setattr(claims.toy2d, "fit_start", partial(fit, steps=20))
     claims.start_tensors.cache_clear()
     yield
     claims.start_tensors.cache_clear()
