@@ -85,7 +85,8 @@ def test_the_command_on_random_metrics_finds_only_what_is_planted(
     planted, word, monkeypatch, capsys, tmp_path
 ):
     """Claim 9 compares DMD2, whose metrics are larger by `planted`, with one shared network."""
-    source, names = random.Random(0), {c[4] for c in claims.COMPARISONS + claims.CONTEXT}
+    source = random.Random(0)
+    names = sorted({c[4] for c in claims.COMPARISONS + claims.CONTEXT})  # in one order
     fake = lambda job: {x: source.gauss(planted * (job.name == "DMD2"), 0.1) for x in names}
     monkeypatch.setattr(claims, "run_jobs", lambda jobs, args: [fake(job) for job in jobs])
     argv = ["claims.py", "--quick", "--seeds", "10", "--out", str(tmp_path)]
