@@ -33,16 +33,8 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from models.common import (
-    Parser,
-    UserError,
-    exit_status,
-    open_tensors,
-    pick_device,
-    read_json,
-    reading,
-    write_tensors,
-)
+from models import common
+from models.common import Parser, UserError, open_tensors, read_json, reading, write_tensors
 from models.wan import Wan
 from models.weights import DTYPES, TEACHERS, default_folder, download_hint, needs_extras, subfolder
 
@@ -70,12 +62,10 @@ OVERWRITE = "give --overwrite or choose another --out"
 
 
 def from_pretrained(path: Path, cls, **options):
-    """cls.from_pretrained of local files, in eval mode if it is a network. Raises UserError."""
+    """A frozen network in eval mode: cls.from_pretrained of local files. Raises UserError."""
+    options |= dict(local_files_only=True, use_safetensors=True, output_loading_info=True)
     with reading(path, DOWNLOAD):
-        loaded = cls.from_pretrained(path, local_files_only=True, **options)
-    if not options.get("output_loading_info"):
-        return loaded
-    net, report = loaded
+        net, report = cls.from_pretrained(path, **options)
     missing = sorted(map(str, {*report["missing_keys"], *report["mismatched_keys"]}))
     if missing:  # the libraries would continue with random numbers
         raise UserError(f"{path} lacks {missing[0]}, or it has another shape; {DOWNLOAD}")
@@ -91,7 +81,6 @@ class Encoder(NamedTuple):
     model: torch.nn.Module
     tokenizer: object
     is_wan: bool
-    device: str
 
 
 def load_encoder(teacher: str, folder: Path | None, device: str) -> Encoder:
@@ -105,11 +94,11 @@ def load_encoder(teacher: str, folder: Path | None, device: str) -> Encoder:
     model_type = read_json(paths[0] / "config.json", download_hint(teacher)).get("model_type")
     if model_type != expected:  # transformers would make a network of its default size
         raise UserError(f"{paths[0]}: {teacher} needs a {expected}, this is a {model_type}")
-    options = dict(use_safetensors=True, output_loading_info=True, dtype=torch.bfloat16)
-    model = from_pretrained(paths[0], getattr(transformers, kind), **options)
-    tokenizer = from_pretrained(paths[1], transformers.AutoTokenizer)
+    model = from_pretrained(paths[0], getattr(transformers, kind), dtype=torch.bfloat16)
+    with reading(paths[1], DOWNLOAD):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(paths[1], local_files_only=True)
     tokenizer.padding_side = "right"  # then padding changes nothing before it
-    return Encoder(model.to(device), tokenizer, is_wan, device)
+    return Encoder(model.to(device), tokenizer, is_wan)
 
 
 def clean_prompt(prompt: str) -> str:
@@ -135,8 +124,8 @@ def tokenize(encoder: Encoder, prompts: list[str], cut: list[str]) -> list[list[
 @torch.no_grad()
 def embed_tokens(encoder: Encoder, rows: list[list[int]]) -> list[Tensor]:
     """Embeddings (L_i, D) bf16 on the CPU, without padding, after the encoder's last norm."""
-    batch = encoder.tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(encoder.device)
     model = encoder.model if encoder.is_wan else encoder.model.model
+    batch = encoder.tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(model.device)
     states = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     states = states.last_hidden_state.bfloat16().cpu()
     if not states.isfinite().all():
@@ -348,8 +337,7 @@ def load_vae(teacher: str, folder: Path | None, device: str):
     with needs_extras("diffusers"):
         import diffusers
     kind = "AutoencoderKLWan" if TEACHERS[teacher].network is Wan else "AutoencoderKLQwenImage"
-    options = dict(use_safetensors=True, output_loading_info=True)
-    vae = from_pretrained(path, getattr(diffusers, kind), **options).to(device)
+    vae = from_pretrained(path, getattr(diffusers, kind)).to(device)
     with reading(path, DOWNLOAD):
         channels = [vae.config.z_dim, *(x.shape[1] for x in latent_statistics(vae))]
         if channels != [16, 16, 16]:
@@ -430,9 +418,8 @@ def encode_images(vae, folder: Path, sizes: list, frames: int) -> tuple[dict, di
     rows = read_csv(folder / "captions.csv", ("file",), CAPTIONS)
     nearest = [nearest_size(folder / file, sizes) for file, _ in rows]  # reads all before the work
     conditions, captions = defaultdict(list), defaultdict(list)
-    for (height, width), (file, caption) in zip(
-        nearest, tqdm(rows, unit=" pictures", disable=None)
-    ):
+    bar = tqdm(rows, unit=" pictures", disable=None)
+    for (height, width), (file, caption) in zip(nearest, bar):
         image, key = read_image(folder / file, height, width), f"image.{height}x{width}"
         conditions[key].append(encode_first_frames(vae, image[None], frames).bfloat16().cpu())
         captions[key].append(caption)
@@ -461,10 +448,8 @@ def open_first_frames(path: Path, sizes: Iterable[tuple[int, int, int]]) -> Firs
     key_of = {shape[2:]: key for key, shape in shapes.items()}
     for size in sizes:
         if tuple(size) not in key_of:
-            raise UserError(
-                f"{path}: expected {format_size(size)}, it has "
-                f"{', '.join(map(format_size, key_of))}; change --size"
-            )
+            found = ", ".join(map(format_size, key_of))
+            raise UserError(f"{path}: expected {format_size(size)}, it has {found}; change --size")
     return FirstFrames(file, key_of, captions)
 
 
@@ -500,14 +485,15 @@ def main(argv: list[str] | None = None) -> int:
         args = parser.parse_args(argv)
         run_text(args) if args.task == "text" else run_images(args)
 
-    return exit_status("encoders.py", run_command, "try a smaller --batch, --size or --device cpu")
+    advice = "try a smaller --batch, --size or --device cpu"
+    return common.exit_status("encoders.py", run_command, advice)
 
 
 def run_text(args) -> None:
     """Embed the prompts of a file. Raises UserError."""
     if not args.prompts or args.out.is_file() or args.batch < 1:
         raise UserError("text: expected --prompts FILE, a folder as --out, --batch of at least 1")
-    prompts, device = read_prompts(args.prompts), pick_device(args.device, "auto")
+    prompts, device = read_prompts(args.prompts), common.pick_device(args.device, "auto")
     options = args.negative, args.batch, args.overwrite
     embed_prompts(args.teacher, args.weights, prompts, args.out, device, *options)
     print(f"{args.out}: prompts: {len(prompts)}, the first: {shorten(prompts[0])}")
@@ -522,7 +508,7 @@ def run_images(args) -> None:
     if args.out.is_dir() or (args.out.exists() and not args.overwrite):
         raise UserError(f"{args.out} exists; {OVERWRITE}")
     sizes = [parse_height_width(text) for text in args.size]
-    vae = load_vae(args.teacher, args.weights, pick_device(args.device, "auto"))
+    vae = load_vae(args.teacher, args.weights, common.pick_device(args.device, "auto"))
     tensors, captions = encode_images(vae, args.images, sizes, args.frames)
     metadata = {"kind": "first frames", "teacher": args.teacher, "captions": captions}
     write_tensors(args.out, tensors, metadata)
