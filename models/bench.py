@@ -28,31 +28,27 @@ def diffusers_network(net: nn.Module, shape: tuple, t: Tensor, c: dict[str, Tens
         import diffusers
     device, cast = t.device, lambda x: x.to(net.dtype)  # inputs are cast as in its pipelines
     if isinstance(net, QwenImage):
+        prepare = pack
         with torch.device("meta"):
             model = diffusers.QwenImageTransformer2DModel(**net.settings)
         model.pos_embed = type(model.pos_embed)(10000, [*net.axes], scale_rope=True)  # off meta
         options = cast(c["text"]), None, cast(t), [[(1, shape[1] // 2, shape[2] // 2)]]
     else:
+        image = [c["image"]] if "image" in c else []
+        prepare = lambda x: torch.cat([x, *image], 1)
+        settings = {key: net.settings[key] for key in ("num_layers", "ffn_dim")}
+        settings |= dict(num_attention_heads=net.settings["num_heads"], text_dim=c["text"].shape[2])
+        settings |= dict(in_channels=net.patch_embedding.in_channels, out_channels=shape[0])
         with torch.device("meta"):
-            model = diffusers.WanTransformer3DModel(
-                num_attention_heads=net.settings["num_heads"],
-                attention_head_dim=net.head_dim,
-                num_layers=net.settings["num_layers"],
-                ffn_dim=net.settings["ffn_dim"],
-                in_channels=net.patch_embedding.in_channels,
-                out_channels=shape[0],
-                text_dim=c["text"].shape[2],
-            )
+            model = diffusers.WanTransformer3DModel(**settings, attention_head_dim=net.head_dim)
         model.rope = type(model.rope)(net.head_dim, (1, 2, 2), 1024).to(device)
         options = 1000 * t, cast(c["text"])
-        image = [c["image"]] if "image" in c else []
     float32 = ("time_embedder", "scale_shift_table", "norm2")  # in its bf16 networks, too
     tensors = {net.diffusers_name(name): p for name, p in net.named_parameters()}
     for name, p in tensors.items():
         if not any(part in name for part in float32):
             tensors[name] = nn.Parameter(cast(p), requires_grad=False)
     model.eval().load_state_dict(tensors, assign=True)
-    prepare = pack if isinstance(net, QwenImage) else lambda x: torch.cat([x, *image], 1)
     return lambda x: model(cast(prepare(x)), *options, return_dict=False)
 
 

@@ -7,17 +7,16 @@ from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
+import numpy
+import torch
+from PIL import Image
+from torch import Tensor
 
-matplotlib.use("Agg")  # needs no screen
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy  # noqa: E402
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
-from torch import Tensor  # noqa: E402
+from models.common import UserError, first_line, reading
+from models.weights import needs_extras
 
-from models.common import UserError, first_line, reading  # noqa: E402
-from models.weights import needs_extras  # noqa: E402
+plt.switch_backend("Agg")  # needs no screen
 
 # -- pixels --------------------------------------------------------------------------------------
 
@@ -53,10 +52,9 @@ def encode_mp4(frames: numpy.ndarray, fps: int) -> bytes:
             if count != len(frames):
                 raise OSError(f"{count} of {len(frames)} frames were written")
         except (OSError, RuntimeError) as error:
-            raise UserError(
-                f"cannot make a video in {folder} ({first_line(error)}); free disk space, or set "
-                "TMPDIR to another folder"
-            ) from error
+            advice = "free disk space, or set TMPDIR to another folder"
+            line = f"cannot make a video in {folder} ({first_line(error)}); {advice}"
+            raise UserError(line) from error
         return path.read_bytes()
 
 
@@ -80,13 +78,9 @@ def contact_sheet(rows: dict[str, numpy.ndarray | Tensor], title: str) -> bytes:
     """Draw pictures (n, h, w, 3) by name, one row per name. Returns a png."""
     columns, (h, w) = max(map(len, rows.values())), next(iter(rows.values())).shape[1:3]
     width, height = (2 * side / max(h, w) for side in (w, h))  # inches of a picture
-    figure, axes = plt.subplots(
-        len(rows),
-        columns,
-        figsize=(width * columns + 0.6, height * len(rows) + 0.6),
-        squeeze=False,
-        layout="constrained",
-    )
+    size = width * columns + 0.6, height * len(rows) + 0.6
+    options = dict(figsize=size, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(len(rows), columns, **options)
     for line, (name, pictures) in zip(axes, rows.items()):
         line[0].set_ylabel(name.replace(" at ", "\nat ").replace(", ", ",\n"), fontsize=7)
         for ax in line:
