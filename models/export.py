@@ -75,18 +75,16 @@ def check_exportable(phases: list, base_of: dict[str, int], boundary_t: float | 
     for phase in phases if boundary_t else ():
         branch = base_of[f"student{phase.k}"]
         strays = [t for t in phase.t[:-1] if (t >= boundary_t) != (branch == 1)]
+        network = f"the {NOISE[branch]}-noise transformer"
         if strays:
-            raise UserError(
-                f"cannot export: phase {phase.k} takes the step at t x 1000 = "
-                f"{1000 * strays[0]:.4g} with the {NOISE[branch]}-noise transformer, but other "
-                f"tools take the high-noise one from {1000 * boundary_t:.4g} on; "
-                "train with another --shift or --phases"
-            )
+            step = f"phase {phase.k} takes the step at t x 1000 = {1000 * strays[0]:.4g}"
+            others = f"other tools take the high-noise one from {1000 * boundary_t:.4g} on"
+            advice = "train with another --shift or --phases"
+            raise UserError(f"cannot export: {step} with {network}, but {others}; {advice}")
         if branch in branches:
-            raise UserError(
-                f"cannot export: phases {phase.k - 1} and {phase.k} are both on the {NOISE[branch]}"
-                "-noise transformer, and other tools load one LoRA for each; train with --phases 2"
-            )
+            found = f"phases {phase.k - 1} and {phase.k} are both on {network}"
+            advice = "other tools load one LoRA for each; train with --phases 2"
+            raise UserError(f"cannot export: {found}, and {advice}")
         branches.append(branch)
 
 
@@ -146,16 +144,10 @@ def whole_folder(out: Path) -> Iterator[Path]:
 def file_metadata(student: Student, phase) -> dict[str, str]:
     """The header's strings: what sample.py --lora needs to know, and what a reader wants to."""
     cfg, branch = student.cfg, student.base_of[f"student{phase.k}"]
-    metadata = {
-        "format": "pt",
-        "teacher": cfg.teacher,
-        "base": base_name(cfg),
-        "branch": str(branch),
-        "phase": str(phase.k),
-        "steps": json.dumps(list(range(phase.first, phase.last))),
-        "times": json.dumps(student.times),
-        "shift": str(cfg.shift),
-    }
+    steps = json.dumps(list(range(phase.first, phase.last)))
+    metadata = dict(format="pt", teacher=cfg.teacher, base=base_name(cfg), branch=str(branch))
+    metadata |= dict(phase=str(phase.k), steps=steps, times=json.dumps(student.times))
+    metadata["shift"] = str(cfg.shift)
     if student.boundary_t:
         metadata |= {"noise": NOISE[branch], "boundary": str(student.boundary_t)}
     return metadata
@@ -228,22 +220,14 @@ def card_values(student: Student) -> dict[str, str]:
 # -- LoRA files as roles -------------------------------------------------------------------------
 
 
-class LoraPlan(NamedTuple):
-    """LoRA files on a published base: which role takes which step."""
-
-    roles: list[str]  # of each step
-    times: tuple[float, ...]
-    base_of: dict[str, int]  # role -> branch of the teacher that it is on
-    weights_of: Callable[[str], RoleWeights]
-
-
 def assign_loras(
     cfg, names: list[str], steps_given: bool, times: tuple[float, ...], boundary_t: float | None
-) -> LoraPlan:
-    """Which file takes which steps: by its metadata if we exported it, else by t.
+) -> tuple[list[str], tuple, dict[str, int], Callable[[str], RoleWeights]]:
+    """Roles of the steps, times, branches by role, and weights_of(role), of LoRA files.
 
-    Files without such metadata, such as a style LoRA, join the exported ones. names: FILE,
-    FILE:STRENGTH or a folder. steps_given: the user asked for other steps than such metadata have.
+    A file that we exported takes the steps in its metadata, and those without, such as a style
+    LoRA, join it; else t decides. names: FILE, FILE:STRENGTH or a folder. steps_given: the user
+    asked for other steps than such metadata have.
     """
     files = []
     for name in names:
@@ -282,7 +266,7 @@ def assign_loras(
 
     for role in files_of:
         weights_of(role)  # an error in any file shows before a base is loaded
-    return LoraPlan(roles, times, base_of, weights_of)
+    return roles, times, base_of, weights_of
 
 
 def assign_by_metadata(metadata: dict[lora.LoraFile, dict]) -> tuple[list, tuple, dict, dict]:
