@@ -59,37 +59,29 @@ def cost(
     sharded: FSDP gathers full parameters in dtype, so no layer casts them from float32.
     flops_only: leave the bytes at 0; following every allocation takes seconds.
     """
-    layers = teacher_spec(teacher).settings["num_layers"]
-    with parallel.pretend_topology("1", 1):  # the caller may have several processes
-        options = shape, full, rank, dtype, checkpointing, sharded, flops_only
-        nets = (teacher_network(teacher, dtype, layers=n, int8=int8) for n in (2, 3))
-        two, three = (measure(net, *options) for net in nets)
+    layers, costs = teacher_spec(teacher).settings["num_layers"], []
+    for n in (2, 3):
+        net = teacher_network(teacher, dtype, int8, layers=n)
+        net.checkpointing = checkpointing
+        if full:
+            (net if sharded else net.float()).requires_grad_(True)
+        else:
+            lora.add_adapter(net, "role", rank, device="meta")
+        with parallel.pretend_topology("1", 1):  # the caller may have several processes
+            costs.append(measure(net, shape, None if full else "role", flops_only))
+    two, three = costs
     return Cost(*(a + (b - a) * (layers - 2) for a, b in zip(two, three)))
 
 
-def measure(
-    net: nn.Module,
-    shape: tuple,
-    full: bool,
-    rank: int,
-    dtype,
-    checkpointing: bool,
-    sharded: bool,
-    flops_only: bool,
-) -> Cost:
+def measure(net: nn.Module, shape: tuple, adapter: str | None, flops_only: bool) -> Cost:
     """Cost of a network on the meta device, by running it."""
-    net.checkpointing, adapter = checkpointing, None if full else "role"
-    if full:
-        (net if sharded else net.float()).requires_grad_(True)
-    else:
-        lora.add_adapter(net, adapter, rank, device="meta")
     x, t, c = meta_inputs(net, shape)
     for p in net.parameters():
         if p.requires_grad:  # phase_memory counts gradients: discard each as it is made
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
 
     forward, total = count_flops(lambda: net(x, t, c, adapter))
-    recomputed = forward if checkpointing else 0
+    recomputed = forward if net.checkpointing else 0
     if flops_only:
         return Cost(forward, total - recomputed, recomputed, 0, 0, 0)
     known = [x, t, *c.values(), *net.parameters()]
@@ -352,10 +344,9 @@ def report(cfg, phases: list, active: list, buckets: dict[tuple, float], device:
     lines = ["  ".join(text.rjust(n) for text, n in zip(row, widths)) for row in rows]
     latents = f"{cfg.micro_batch} x ({' x '.join(map(str, shape))}) latents"
     lines.insert(0, f"GB per process, of {topology.processes}, with micro-batches of {latents}")
-    lines.append(
-        f"{len(phases)} x {cfg.iters} iterations: {total:,.3g} days at {rate / 1e12:,.4g} TFLOP/s "
-        "per process, a lower bound: only matrix products are counted"
-    )
+    days = f"{total:,.3g} days at {rate / 1e12:,.4g} TFLOP/s per process"
+    bound = "a lower bound: only matrix products are counted"
+    lines.append(f"{len(phases)} x {cfg.iters} iterations: {days}, {bound}")
     if torch.device(device).type == "cuda":
         # 5 % for gaps, 3 GB for kernels' workspaces and what is not planned
         room = 0.95 * torch.cuda.mem_get_info(device)[0] - 3e9
