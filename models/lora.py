@@ -105,11 +105,8 @@ class Factors(NamedTuple):
 
 def adapted_layers(net: nn.Module) -> dict[str, Linear]:
     """The linear layers that published LoRAs adapt, by name."""
-    return {
-        name: module
-        for name, module in net.named_modules()
-        if isinstance(module, Linear) and net.adapted(name)
-    }
+    linears = {name: x for name, x in net.named_modules() if isinstance(x, Linear)}
+    return {name: linear for name, linear in linears.items() if net.adapted(name)}
 
 
 def add_adapter(net: nn.Module, name: str, rank: int = 64, alpha: float = 8, device=None) -> None:

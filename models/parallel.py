@@ -91,10 +91,9 @@ def pretend_topology(text: str, context: int):
 def make_topology(processes: int, per_node: int, context: int, rank: int = 0) -> Topology:
     """Return the topology. Raises UserError if these numbers do not divide each other."""
     if context < 1 or per_node % context:
-        raise UserError(
-            f"--context-parallel: expected a divisor of {per_node}, the processes of a node, got "
-            f"{context}; torchrun starts them, and --dry-run plans for --processes"
-        )
+        expected = f"a divisor of {per_node}, the processes of a node"
+        advice = "torchrun starts them, and --dry-run plans for --processes"
+        raise UserError(f"--context-parallel: expected {expected}, got {context}; {advice}")
     return Topology(processes, processes // per_node, context, rank)
 
 
@@ -145,21 +144,16 @@ def join(device: str, context: int) -> Topology:
             gpus = torch.cuda.device_count()
             raise UserError(f"expected one GPU per process, got {per_node} processes, {gpus} GPUs")
         torch.cuda.set_device(local_rank)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo",
-        store=dist.PrefixStore("init", groups["store"]),
-        rank=rank,
-        world_size=processes,
-        timeout=TIMEOUT,
-    )
+    backend = "cpu:gloo,cuda:nccl" if device == "cuda" else "gloo"
+    options = dict(rank=rank, world_size=processes, timeout=TIMEOUT)
+    dist.init_process_group(backend, store=dist.PrefixStore("init", groups["store"]), **options)
     # for what rank 0 does while the others wait: to embed the prompts takes hours
     groups["long_timeout"] = dist.new_group(backend="gloo", timeout=timedelta(days=7))
     counts = [None] * processes
     dist.all_gather_object(counts, per_node, group=groups["long_timeout"])
     if len(set(counts)) > 1:
-        raise UserError(
-            f"expected as many processes on every node, got {min(counts)} and {max(counts)}"
-        )
+        found = f"{min(counts)} and {max(counts)}"
+        raise UserError(f"expected as many processes on every node, got {found}")
     return result
 
 
@@ -380,9 +374,8 @@ def redistribute(x: Tensor, before: int | None, after: int | None, shape: tuple)
 
     before, after = (Replicate() if dim is None else Shard(dim) for dim in (before, after))
     mesh, stride = groups["tokens"], torch.empty(shape, device="meta").stride()
-    whole = DTensor.from_local(
-        x.contiguous(), mesh, [before], run_check=False, shape=torch.Size(shape), stride=stride
-    )
+    options = dict(run_check=False, shape=torch.Size(shape), stride=stride)
+    whole = DTensor.from_local(x.contiguous(), mesh, [before], **options)
     return whole.redistribute(mesh, [after]).to_local()
 
 
