@@ -65,13 +65,10 @@ def writing(path: Path):
 
 @contextlib.contextmanager
 def reading(path: Path | str, advice: str):
-    """Turn whatever goes wrong while a file is read into a UserError that ends with the advice.
-
-    Any kind of exception: a broken file makes parsers and libraries raise nearly all of them.
-    """
+    """Turn whatever goes wrong while a file is read into a UserError that ends with the advice."""
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # a broken file makes parsers raise nearly any kind
         if isinstance(error, (UserError, MemoryError)) or OUT_OF_MEMORY.search(str(error)):
             raise
         reason = getattr(error, "strerror", None) or first_line(error)
@@ -118,20 +115,13 @@ def write_json(path: Path, value) -> None:
 
 
 def finite(value):
-    """The same number, list or dict with None in place of NaN and infinity, which JSON lacks."""
-    if isinstance(value, dict):
-        return {name: finite(x) for name, x in value.items()}
-    if isinstance(value, list):
-        return [finite(x) for x in value]
-    return value if not isinstance(value, float) or math.isfinite(value) else None
+    """The same JSON value with None in place of NaN and infinity, which JSON lacks."""
+    return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
 def write_tensors(path: Path, tensors: dict, metadata: dict, all_ranks: bool = False) -> None:
-    """Write safetensors, with metadata as JSON in the header.
-
-    Ranks > 0 write nothing, unless all_ranks says that each rank has a file of its own.
-    """
-    if is_writer or all_ranks:
+    """Write safetensors, with metadata as JSON in the header; on rank 0, or on all ranks."""
+    if is_writer or all_ranks:  # all_ranks: each has a file of its own
         tensors = {name: x.detach().contiguous() for name, x in tensors.items()}
         header = {"metadata": json.dumps(metadata, ensure_ascii=False)}
         replace_file(path, lambda temporary: save_file(tensors, temporary, header))
@@ -147,12 +137,9 @@ def read_json(path: Path, advice: str) -> dict:
 
 
 def open_tensors(path: Path, kind: str, advice: str):
-    """Open a file of write_tensors whose metadata has this kind. Returns the file and metadata.
-
-    safe_open compares the header with the file's size, so a truncated file is an error.
-    """
+    """Open a file of write_tensors whose metadata has this kind. Returns the file and metadata."""
     with reading(path, advice):
-        file = safe_open(path, framework="pt")
+        file = safe_open(path, framework="pt")  # fails if the file is truncated
         header = file.metadata() or {}
         metadata = json.loads(header.get("metadata") or header.get("about") or "{}")  # old: about
         metadata.keys()  # fails unless it is a JSON object
@@ -212,9 +199,8 @@ class Parser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         for text in sys.argv[1:] if args is None else args:
             if not text.isascii() and text != text.encode(errors="ignore").decode():
-                raise UserError(
-                    f"expected arguments in UTF-8, got {text!r}; rename it or retype it"
-                )
+                found = f"got {text!r}"
+                raise UserError(f"expected arguments in UTF-8, {found}; rename it or retype it")
         return super().parse_args(args, namespace)
 
     def error(self, message: str):
@@ -225,10 +211,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_flags(parser: Parser, Config: type, presets: dict[str, dict], teacher: str) -> dict:
-    """Add a flag for every option of Config. Returns the parser's groups by name.
-
-    --help shows the defaults of this teacher's preset.
-    """
+    """Add a flag for every option of Config, with this teacher's defaults. Returns the groups."""
     groups = {name: parser.add_argument_group(name) for name in GROUPS}
     defaults = presets.get(teacher, {}) | {"teacher": teacher}
     for f in fields(Config):
@@ -466,10 +449,9 @@ def resolve_run(out: Path, cfg, explicit: dict, resume: bool, overwrite: bool, C
     for name, value in given.items():
         if name not in MOVABLE and (expected := getattr(saved, name)) != value:
             longer = " --resume trains the last phase on;" * (name == "iters" and value > expected)
-            raise UserError(
-                f"{flag_name(name)}: expected {format_value(expected)} as in the run in {out}, got "
-                f"{format_value(value)};{longer} choose another --out or {START_OVER}"
-            )
+            expected = f"{format_value(expected)} as in the run in {out}"
+            problem = f"{flag_name(name)}: expected {expected}, got {format_value(value)}"
+            raise UserError(f"{problem};{longer} choose another --out or {START_OVER}")
     if not resume and not finished:
         advice = f"continue it with --resume, choose another --out, or {START_OVER}"
         raise UserError(f"{out} contains an unfinished run; {advice}")
@@ -516,10 +498,9 @@ def config_from_json(Config: type, config: dict, out: Path):
     except (AttributeError, TypeError, KeyError, UserError) as error:
         found = re.search(r'"commit": "([^"]*)', json.dumps(config))
         commit = f" ({found[1]})" if found else ""
-        raise UserError(
-            f"{out}/config.json does not fit this version of the code: {first_line(error)}; "
-            f"continue with the version that wrote it{commit}, or {START_OVER}"
-        ) from error
+        line = f"{out}/config.json does not fit this version of the code: {first_line(error)}"
+        advice = f"continue with the version that wrote it{commit}, or {START_OVER}"
+        raise UserError(f"{line}; {advice}") from error
 
 
 def remove_files(out: Path, *patterns: str) -> None:
