@@ -354,12 +354,10 @@ def latent_statistics(vae) -> tuple[Tensor, Tensor]:
 
 @torch.no_grad()
 def encode(vae, pixels: Tensor) -> Tensor:
-    """Pixels (B, 3, 4n + 1, H, W) in [-1, 1] -> normalised latents (B, C, n + 1, h, w).
-
-    The mean of the posterior: nothing is drawn.
-    """
+    """Pixels (B, 3, 4n + 1, H, W) in [-1, 1] -> normalised latents (B, C, n + 1, h, w)."""
     mean, std = latent_statistics(vae)
-    return (vae.encode(pixels.to(vae.device)).latent_dist.mode() - mean) / std
+    latents = vae.encode(pixels.to(vae.device)).latent_dist.mode()  # the mean: nothing is drawn
+    return (latents - mean) / std
 
 
 @torch.no_grad()
@@ -373,15 +371,11 @@ def decode(vae, latents: Tensor) -> Tensor:
 
 
 def encode_first_frames(vae, image: Tensor, frames: int = 81) -> Tensor:
-    """Pictures (B, 3, H, W) in [-1, 1] -> I2V's condition (B, 20, F, h, w): mask 4, latents 16.
-
-    The latents are those of the picture followed by grey frames. The mask is 1 in the first latent
-    frame.
-    """
-    video = F.pad(image[:, :, None], (0, 0, 0, 0, 0, frames - 1))  # (B, 3, frames, H, W)
+    """Pictures (B, 3, H, W) in [-1, 1] -> I2V's condition (B, 20, F, h, w): mask 4, latents 16."""
+    video = F.pad(image[:, :, None], (0, 0, 0, 0, 0, frames - 1))  # grey after the first frame
     latents = encode(vae, video)
     mask = torch.zeros_like(latents[:, :4])
-    mask[:, :, 0] = 1
+    mask[:, :, 0] = 1  # the latent frame that is given
     return torch.cat([mask, latents], 1)
 
 
