@@ -146,13 +146,13 @@ def find_subfolder(teacher: str, folder: Path | None, part: str) -> Path | None:
 
 def subfolder(teacher: str, folder: Path | None, part: str) -> Path:
     """The same. Raises UserError if there is none."""
-    check_exists(Path(folder or default_folder(teacher)), teacher)
+    place, repository = Path(folder or default_folder(teacher)), TEACHERS[teacher].repository
+    check_exists(place, teacher)
     found = find_subfolder(teacher, folder, part)
     if found is None:
-        place, spec = Path(folder or default_folder(teacher)), TEACHERS[teacher]
         place = place if place.is_dir() else place.parent
-        hint = f'--include "{part}/*" --local-dir {place}'
-        hint = f"; get it: hf download {spec.repository} {hint}" if spec.repository else ""
+        hint = f'; get it: hf download {repository} --include "{part}/*" --local-dir {place}'
+        hint = hint if repository else ""
         raise UserError(f"{place} has no folder {part} as diffusers has{hint}")
     if folder and found.parent != Path(folder):
         lora.note(f"{part} comes from {found}")
@@ -181,9 +181,8 @@ def needs_extras(library: str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
-        raise UserError(
-            f"{library} is missing ({first_line(error)}); pip install -r models/requirements.txt"
-        ) from error
+        line = f"{library} is missing ({first_line(error)})"
+        raise UserError(f"{line}; pip install -r models/requirements.txt") from error
 
 
 def teacher_loras(cfg) -> list[list[lora.LoraFile]]:
@@ -204,6 +203,10 @@ class TensorInfo(NamedTuple):
     key: str
     shape: tuple
     dtype: str
+
+
+TensorInfos = dict[str, TensorInfo]  # by name
+NamedTensors = Iterable[tuple[str, Tensor]]
 
 
 def safetensors_in(folder: Path) -> list[Path]:
@@ -232,7 +235,7 @@ def shards(path: Path) -> list[Path]:
     return files
 
 
-def index_tensors(files: Iterable[Path]) -> dict[str, TensorInfo]:
+def index_tensors(files: Iterable[Path]) -> TensorInfos:
     """Name -> tensor, from the headers. Prefixes of single files and of checkpoints are removed."""
     tensors = {}
     for file in files:
@@ -255,7 +258,7 @@ UNPORTED += ("use_layer3d_rope", "guidance_embeds")
 NOT_SETTINGS = {"dtype", "checkpointing", "round_t"}  # arguments that a config.json does not set
 
 
-def architecture(path: Path, tensors: dict[str, TensorInfo], teacher: str) -> tuple[type, dict]:
+def architecture(path: Path, tensors: TensorInfos, teacher: str) -> tuple[type, dict]:
     """Class and settings of a network: from its config.json, or else those of the teacher."""
     file = (path.parent if path.is_file() else path) / "config.json"
     if not file.is_file():
@@ -296,9 +299,7 @@ def check_teacher(teacher: str, network: type, settings: dict, path: Path) -> No
             raise UserError(f"{teacher} has {key} {value}, but {path} has {settings[key]}")
 
 
-def inspect(
-    path: Path, dtype: torch.dtype, teacher: str = ""
-) -> tuple[nn.Module, dict[str, TensorInfo]]:
+def inspect(path: Path, dtype: torch.dtype, teacher: str = "") -> tuple[nn.Module, TensorInfos]:
     """The network on the meta device, and where each parameter is stored, from headers alone.
 
     Raises UserError unless the files hold exactly one network, of the teacher's kind if named.
@@ -312,9 +313,7 @@ def inspect(
     return net, match_tensors(net, tensors, path)
 
 
-def match_tensors(
-    net: nn.Module, tensors: dict[str, TensorInfo], path: Path
-) -> dict[str, TensorInfo]:
+def match_tensors(net: nn.Module, tensors: TensorInfos, path: Path) -> TensorInfos:
     """Our name of each parameter -> its tensor, of files in either layout."""
     expected = {name: tuple(p.shape) for name, p in net.named_parameters()}
     ours = {net.diffusers_name(name): name for name in expected} | {name: name for name in expected}
@@ -356,10 +355,7 @@ def meta_network(cfg, branch: int, dtype: torch.dtype | None = None) -> nn.Modul
 
 
 def load_tensors(
-    net: nn.Module,
-    tensors: Iterable[tuple[str, Tensor]],
-    device,
-    allocate: Callable = nn.Module.to_empty,
+    net: nn.Module, tensors: NamedTensors, device, allocate: Callable = nn.Module.to_empty
 ) -> nn.Module:
     """Fill a network on the meta device with tensors, one by one. Returns it in eval mode.
 
@@ -412,7 +408,7 @@ def load(
     net, infos = inspect(Path(path), dtype, teacher)
     merges = [read_loras(net, loras), deltas or {}]
 
-    def read_tensors() -> Iterator[tuple[str, Tensor]]:
+    def read_tensors() -> NamedTensors:
         total = sum(math.prod(info.shape) for info in infos.values())
         options = dict(unit=" weights", unit_scale=True, disable=None)
         with tqdm(total=total, desc=str(path), **options) as bar:
@@ -429,7 +425,7 @@ def load(
     return load_tensors(net, read_tensors(), device, allocate)
 
 
-def read_shards(infos: dict[str, TensorInfo]) -> Iterator[tuple[str, Tensor]]:
+def read_shards(infos: TensorInfos) -> NamedTensors:
     """Yield name and tensor, with one file open at a time."""
     file_of = lambda name: infos[name].file
     for file, names in itertools.groupby(sorted(infos, key=file_of), key=file_of):
@@ -482,7 +478,7 @@ def random_network(
     rng = torch.Generator().manual_seed(seed)  # on the CPU: the same on every device
     like = {name: (p.dtype, p.shape) for name, p in net.named_parameters()}
 
-    def make_tensors() -> Iterator[tuple[str, Tensor]]:
+    def make_tensors() -> NamedTensors:
         for name, (kind, shape) in like.items():
             tensor = torch.empty(shape, dtype=kind)
             if "norm" in name and len(shape) == 1:
@@ -504,7 +500,7 @@ class RoleWeights(NamedTuple):
 
     factors: dict[str, lora.Factors] = {}  # of an adapter, by layer
     deltas: dict[str, lora.Delta] = {}  # to be merged, by parameter
-    full: Callable[[], Iterable[tuple[str, Tensor]]] | None = None  # in place of all parameters
+    full: Callable[[], NamedTensors] | None = None  # in place of all parameters
 
 
 def student_weights(cfg, file, role: str) -> RoleWeights:
