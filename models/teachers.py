@@ -96,11 +96,10 @@ def check_config(cfg) -> None:
 def check_parallel(cfg) -> None:
     """Raise UserError for settings that several processes cannot share evenly."""
     topology, settings = parallel.topology, teacher_spec(cfg.teacher).settings
-    if num_micro_batches(cfg) % topology.data_parallel:
-        raise UserError(
-            f"--batch {cfg.batch} is {num_micro_batches(cfg)} micro-batches, which cannot be "
-            f"split evenly over {topology.data_parallel} ranks; change --batch or --micro-batch"
-        )
+    count, ranks = num_micro_batches(cfg), topology.data_parallel
+    if count % ranks:
+        problem = f"{count} micro-batches, which cannot be split evenly over {ranks} ranks"
+        raise UserError(f"--batch {cfg.batch} is {problem}; change --batch or --micro-batch")
     if cfg.depths == "mixed":
         raise UserError("--depths mixed does not work with several processes; use --depths drawn")
     if cfg.base == "int8":
@@ -148,10 +147,9 @@ def input_files(cfg) -> list[Path]:
     files, path, spec = base_files(cfg), prompts_path(cfg), teacher_spec(cfg.teacher)
     if cfg.images or (spec.is_i2v and not is_random(cfg)):
         if not (cfg.images and cfg.prompts and not is_text(path)):
-            raise UserError(
-                "image to video needs --images and --prompts, the embeddings of their "
-                "captions; make both with python -m models.encoders"
-            )
+            prompts = "--prompts, the embeddings of their captions"
+            advice = "make both with python -m models.encoders"
+            raise UserError(f"image to video needs --images and {prompts}; {advice}")
         captions = {text for texts in open_images(cfg).captions.values() for text in texts}
         absent = captions - set(open_prompts(cfg, path).prompts)
         if absent:
@@ -199,10 +197,9 @@ def open_prompts(cfg, path: Path) -> encoders.Embeddings:
     teacher = str(prompts.metadata.get("teacher"))
     network = weights.TEACHERS[teacher].network if teacher in weights.TEACHERS else None
     if network is not teacher_spec(cfg.teacher).network or prompts.negative.shape[1] != channels:
-        raise UserError(
-            f"{path}: expected embeddings of {channels} channels for {cfg.teacher}, found "
-            f"{prompts.negative.shape[1]} for {teacher}; make them with python -m models.encoders"
-        )
+        expected = f"embeddings of {channels} channels for {cfg.teacher}"
+        line = f"{path}: expected {expected}, found {prompts.negative.shape[1]} for {teacher}"
+        raise UserError(f"{line}; make them with python -m models.encoders")
     if prompts.max_length > longest:
         raise UserError(f"{path}: expected at most {longest} tokens, found {prompts.max_length}")
     return prompts
@@ -458,10 +455,9 @@ def preview_decoder(cfg, device: torch.device) -> Callable[[Tensor], Tensor] | N
 
 def has_vae(cfg) -> bool:
     """Return whether samples can be decoded: it takes published weights, and diffusers."""
-    has_files = weights.find_subfolder(cfg.teacher, weights_folder(cfg), "vae")
-    return (
-        not is_random(cfg) and bool(has_files) and importlib.util.find_spec("diffusers") is not None
-    )
+    folder = weights.find_subfolder(cfg.teacher, weights_folder(cfg), "vae")
+    has_diffusers = importlib.util.find_spec("diffusers") is not None
+    return has_diffusers and folder is not None and not is_random(cfg)
 
 
 def plan_text(cfg, phases: list[Phase], device: torch.device) -> str:
@@ -491,27 +487,21 @@ def throughput(cfg, phase: Phase, seconds: float, device: torch.device) -> dict:
     useful, recomputed = plan.step_flops(cfg, phase, shapes)
     peak = plan.peak_flops(dtype_named(cfg.dtype), str(device)) * parallel.topology.processes
     peak *= seconds
+    mfu, hfu = round(useful / peak, 4), round((useful + recomputed) / peak, 4)
     tokens = sum(p * math.prod(shape[1:]) / 4 for shape, p in shapes.items())
-    return {
-        "tokens_per_second": round((cfg.fake_updates + 1) * cfg.batch * tokens / seconds),
-        "mfu": round(useful / peak, 4),
-        "hfu": round((useful + recomputed) / peak, 4),
-    }
+    rate = round((cfg.fake_updates + 1) * cfg.batch * tokens / seconds)
+    return {"tokens_per_second": rate, "mfu": mfu, "hfu": hfu}
 
 
 def phase_summary(cfg, phases: list[Phase], k: int, rows: list[dict]) -> str:
     """Time per micro-batch, peak memory and MFU of phase k, from its log rows."""
     rows = [row for row in rows if row["role"].startswith("student")]
     rows = rows[len(rows) // 2 :]  # the first iterations allocate memory and choose kernels
-    seconds, memory, mfu, hfu = (
-        statistics.median(row[key] for row in rows)
-        for key in ("seconds_iteration", "memory_gb", "mfu", "hfu")
-    )
+    keys = "seconds_iteration", "memory_gb", "mfu", "hfu"
+    seconds, memory, mfu, hfu = (statistics.median(row[key] for row in rows) for key in keys)
     forwards = (cfg.fake_updates + 1) * num_micro_batches(cfg) / parallel.topology.data_parallel
-    return (
-        f"phase {k}: {seconds / forwards:.3g} s per micro-batch of an update, peak memory "
-        f"{memory:.4g} GB, MFU {mfu:.1%}, HFU {hfu:.1%}\n"
-    )
+    speed = f"{seconds / forwards:.3g} s per micro-batch of an update"
+    return f"phase {k}: {speed}, peak memory {memory:.4g} GB, MFU {mfu:.1%}, HFU {hfu:.1%}\n"
 
 
 # -- sample.py ------------------------------------------------------------------------------------
@@ -542,12 +532,6 @@ def check_inputs(cfg, args) -> None:
         weights.subfolder(cfg.teacher, weights_folder(cfg), "vae")
         if not has_vae(cfg):
             raise UserError("decoding needs diffusers; pip install -r models/requirements.txt")
-
-
-def num_frames(cfg) -> int:
-    """Frames of a sample in pixels."""
-    [shape] = buckets(cfg)
-    return 4 * shape[1] - 3 if len(shape) == 4 else 1
 
 
 def teacher_times(cfg, S: float | None) -> tuple[float, ...]:
@@ -596,7 +580,7 @@ def first_frame(cfg, args, shape: tuple, device: torch.device) -> Tensor:
     vae = encoders.load_vae(cfg.teacher, weights_folder(cfg), str(device))
     scale = teacher_spec(cfg.teacher).scale
     pixels = encoders.read_image(args.image, scale * shape[2], scale * shape[3])
-    return encoders.encode_first_frames(vae, pixels[None], num_frames(cfg)).cpu()
+    return encoders.encode_first_frames(vae, pixels[None], frames=4 * shape[1] - 3).cpu()
 
 
 def make_sampler(
