@@ -252,14 +252,10 @@ def check_texts(texts, count: int) -> None:
 
 
 def batch(rows: list[Tensor]) -> dict[str, Tensor]:
-    """Embeddings (L_i, D) -> {"text" (B, L, D), "mask" (B, L)}, padded with zeros to the longest.
-
-    Wan attends to the zeros and takes no mask; Qwen-Image masks them. Rows of equal length need no
-    mask, and attention is faster without one.
-    """
+    """Embeddings (L_i, D) -> {"text" (B, L, D), "mask" (B, L)}, padded with zeros."""
     text = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     lengths = torch.tensor([len(row) for row in rows])
-    if len(lengths.unique()) == 1:
+    if len(lengths.unique()) == 1:  # they need no mask, and attention is faster without one
         return {"text": text}
     return {"text": text, "mask": torch.arange(text.shape[1]) < lengths[:, None]}
 
@@ -373,7 +369,11 @@ def decode(vae, latents: Tensor) -> Tensor:
 def encode_first_frames(vae, image: Tensor, frames: int = 81) -> Tensor:
     """Pictures (B, 3, H, W) in [-1, 1] -> I2V's condition (B, 20, F, h, w): mask 4, latents 16."""
     video = F.pad(image[:, :, None], (0, 0, 0, 0, 0, frames - 1))  # grey after the first frame
-    latents = encode(vae, video)
+    return add_mask(encode(vae, video))
+
+
+def add_mask(latents: Tensor) -> Tensor:
+    """Latents (B, 16, F, h, w) of a first frame and grey -> I2V's condition (B, 20, F, h, w)."""
     mask = torch.zeros_like(latents[:, :4])
     mask[:, :, 0] = 1  # the latent frame that is given
     return torch.cat([mask, latents], 1)
