@@ -59,8 +59,8 @@ def writing(path: Path):
         yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
-        line = f"cannot write {path}: {reason}; fix this or choose another --out"
-        raise UserError(line) from error
+        advice = "fix this or choose another --out"
+        raise UserError(f"cannot write {path}: {reason}; {advice}") from error
 
 
 @contextlib.contextmanager
@@ -179,11 +179,8 @@ LIMITS = (("low", "at least", lt), ("above", "more than", le), ("high", "at most
 
 
 def option(default, help, choices=None, low=None, above=None, high=None, kind=None, group="method"):
-    """Return a dataclass field that is also a flag. Its limits: low <= x <= high, above < x.
-
-    A tuple as default makes a flag of one or more values of this kind.
-    """
-    kind = kind or type(default)
+    """Return a dataclass field that is also a flag. Its limits: low <= x <= high, above < x."""
+    kind = kind or type(default)  # a tuple as default: one or more values of this kind
     high = 2**31 - 1 if kind is int and high is None else high
     limits = dict(choices=choices, low=low, above=above, high=high)
     return field(default=default, metadata=dict(help=help, group=group, kind=kind) | limits)
