@@ -357,11 +357,8 @@ def meta_network(cfg, branch: int, dtype: torch.dtype | None = None) -> nn.Modul
 def load_tensors(
     net: nn.Module, tensors: NamedTensors, device, allocate: Callable = nn.Module.to_empty
 ) -> nn.Module:
-    """Fill a network on the meta device with tensors, one by one. Returns it in eval mode.
-
-    allocate(net, device=...): parallel.shard_and_allocate where ranks share it.
-    """
-    allocate(net, device=device)
+    """Fill a network on the meta device with tensors, one by one. Returns it in eval mode."""
+    allocate(net, device=device)  # parallel.shard_and_allocate where ranks share it
     parameters = dict(net.named_parameters())
     for name, tensor in tensors:
         if parameters[name].dtype == torch.int8:
