@@ -254,10 +254,8 @@ def make_roles(cfg, phases: list[Phase], device: torch.device, out: Path) -> moe
         new = weights.trainable_copy(net, old, device, parallel.shard_and_allocate)
         return old or configure(cfg, new)
 
-    guide = make_guidance(cfg, out)
-    return moe.shared_roles(
-        phases, cfg.fake_per_depth, boundary_t, cache(load), start_adapter, copy_base, guide
-    )
+    networks = cache(load), start_adapter, copy_base, make_guidance(cfg, out)
+    return moe.shared_roles(phases, cfg.fake_per_depth, boundary_t, *networks)
 
 
 def load_base(
@@ -345,8 +343,11 @@ def make_data(cfg, out: Path) -> Callable:
         shape = list(shapes)[torch.multinomial(probabilities, 1, generator=shared).item()]
         c = {}
         if images:
-            c["image"], captions = sample_images(images, shape, n, rng)
-            texts = [prompts.row(row_of[caption]) for caption in captions]
+            key = images.key_of[shape[1:]]
+            captions, frames = images.captions[key], images.file.get_slice(key)
+            rows = torch.randint(len(captions), (n,), generator=rng).tolist()
+            c["image"] = torch.cat([frames[i : i + 1] for i in rows])  # (n, 20, F, h, w)
+            texts = [prompts.row(row_of[captions[i]]) for i in rows]
         elif is_i2v:
             c["image"] = random_first_frames(n, shape, rng)
         if prompts and not images:
@@ -357,16 +358,6 @@ def make_data(cfg, out: Path) -> Callable:
         return c | text_cond(cfg, texts), shape
 
     return data
-
-
-def sample_images(
-    images: encoders.FirstFrames, shape: tuple, n: int, rng: torch.Generator
-) -> tuple[Tensor, list[str]]:
-    """First frames (n, 20, F, h, w) of this size, and their captions."""
-    key = images.key_of[shape[1:]]
-    captions, frames = images.captions[key], images.file.get_slice(key)
-    rows = torch.randint(len(captions), (n,), generator=rng).tolist()
-    return torch.cat([frames[i : i + 1] for i in rows]), [captions[i] for i in rows]
 
 
 def text_cond(cfg, texts: list[Tensor]) -> dict[str, Tensor]:
@@ -385,9 +376,7 @@ def random_texts(cfg, n: int, rng: torch.Generator) -> list[Tensor]:
 
 def random_first_frames(n: int, shape: tuple, rng: torch.Generator) -> Tensor:
     """n random first frames (n, 20, F, h, w): a mask of 4 channels, 16 of latents."""
-    mask = torch.zeros(n, 4, *shape[1:])
-    mask[:, :, 0] = 1  # the latent frame that is given
-    return torch.cat([mask, torch.randn(n, 16, *shape[1:], generator=rng)], 1)
+    return encoders.add_mask(torch.randn(n, 16, *shape[1:], generator=rng))
 
 
 # -- previews, plan and speed ---------------------------------------------------------------------
@@ -535,11 +524,9 @@ def check_inputs(cfg, args) -> None:
 
 
 def teacher_times(cfg, S: float | None) -> tuple[float, ...]:
-    """The times of the published sampler in cfg.steps steps, or those of the shift S.
-
-    Qwen-Image shifts by e^mu, where mu grows with the tokens, and stretches to end at 0.02.
-    """
+    """The times of the published sampler in cfg.steps steps, or those of the shift S."""
     default, [shape] = teacher_spec(cfg.teacher).sampling_defaults[1], buckets(cfg)
+    # Qwen-Image shifts by e^mu, where mu grows with the tokens, and stretches to end at 0.02
     mu = 0.5 + 0.4 * (math.prod(shape[1:]) / 4 - 256) / 7936
     times = [shift(1 - i / cfg.steps, S or default or math.exp(mu)) for i in range(cfg.steps)]
     if not (S or default) and cfg.steps > 1:
