@@ -63,9 +63,7 @@ class Int8Product(torch.autograd.Function):
 
 def store_int8(net: nn.Module) -> nn.Module:
     """Make the linear layers in the blocks of a frozen network int8, without values yet."""
-    for layer in parallel.blocks_of(net).modules():
-        if not isinstance(layer, Linear):
-            continue
+    for layer in [x for x in parallel.blocks_of(net).modules() if isinstance(x, Linear)]:
         empty = partial(torch.empty, device=layer.weight.device)
         layer.weight = nn.Parameter(empty(layer.weight.shape, dtype=torch.int8), False)
         layer.scale = nn.Parameter(empty(len(layer.weight)), False)
@@ -207,11 +205,9 @@ def delta_of(factors: Factors) -> Delta:
 def split_deltas(
     deltas: dict[str, Delta], net: nn.Module
 ) -> tuple[dict[str, Factors], dict[str, Delta]]:
-    """Changes as (factors by adapted layer, the rest, which must be merged).
-
-    As an adapter the factors stay float32 over a bf16 base.
-    """
+    """Changes as (factors by adapted layer, the rest, which must be merged)."""
     layers = {f"{name}.weight": name for name in adapted_layers(net)}
+    # as an adapter the factors stay float32 over a bf16 base
     factors = {layers[key]: d.factors for key, d in deltas.items() if key in layers and d.factors}
     rest = {key: d for key, d in deltas.items() if layers.get(key) not in factors}
     return factors, rest
