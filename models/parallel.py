@@ -70,13 +70,10 @@ def require_single_process(program: str) -> None:
 
 @contextmanager
 def pretend_topology(text: str, context: int):
-    """Pretend to be rank 0 of `8` processes or `4x8` (nodes x GPUs), so that --dry-run can plan.
-
-    Without a text: of as many processes as torchrun started.
-    """
+    """Pretend to be rank 0 of `8` processes or `4x8` (nodes x GPUs), so that --dry-run can plan."""
     global topology
     started, per_node = (int(os.environ.get(f"{name}WORLD_SIZE", 1)) for name in ("", "LOCAL_"))
-    text = text or f"{started // per_node}x{per_node}"
+    text = text or f"{started // per_node}x{per_node}"  # as many as torchrun started
     match = re.fullmatch(r"(?:([1-9]\d{0,3})x)?([1-9]\d{0,3})", text)
     if not match:
         raise UserError(f"--processes: expected a number such as 8, or NODESxN, got {text}")
@@ -427,10 +424,7 @@ class StoredTensor:
 
 
 def read_state(folder: Path, settings: dict, advice: str) -> tuple[dict[str, StoredTensor], dict]:
-    """Open the checkpoint of any number of ranks. Returns {name: StoredTensor} and its metadata.
-
-    Raises UserError if a file is missing or broken, or belongs to another run.
-    """
+    """Open the checkpoint of any number of ranks. Returns {name: StoredTensor} and its metadata."""
     metadata = common.read_json(folder / "state.json", advice)
     counts, slices = {}, defaultdict(dict)
     with common.reading(folder / "state.json", advice):
