@@ -235,13 +235,12 @@ class Memory(NamedTuple):
 
 def phase_memory(cfg, active, shape: tuple) -> Memory:
     """Peak of a phase with these moe.ActiveRoles, at cfg.micro_batch samples of this shape."""
-    dtype, topology = dtype_named(cfg.dtype), parallel.topology
-    lora_size, full_size = (
-        role_bytes(cfg.teacher, full, cfg.rank, dtype, topology, cfg.base == "int8" and not full)
-        for full in (False, True)
-    )
+    topology = parallel.topology
+    options = cfg.rank, dtype_named(cfg.dtype), topology
+    lora_size = role_bytes(cfg.teacher, False, *options, cfg.base == "int8")
+    full_size = role_bytes(cfg.teacher, True, *options)
     size_of = lambda name: full_size if role_kind(cfg, name) == "full" else lora_size
-    bases = len(active.bases)
+    bases = len(active.bases) * lora_size.base
     roles = active.frozen + 2 * active.trained  # with second moments
     if topology.processes > 1:  # FSDP shards a base together with the adapters of all phases
         loaded = [name for name, base in active.base_of.items() if base in active.bases]
@@ -251,8 +250,7 @@ def phase_memory(cfg, active, shape: tuple) -> Memory:
     memories = []  # while each of the roles is updated
     for name, activations in update_activations(cfg, active.trained, shape).items():
         size = size_of(name)
-        parts = bases * lora_size.base, roles, size.role, samples * activations, size.gathered
-        memories.append(Memory(*parts))
+        memories.append(Memory(bases, roles, size.role, samples * activations, size.gathered))
     return max(memories, key=lambda memory: memory.peak)
 
 
@@ -273,19 +271,16 @@ def update_activations(cfg, trained: list[str], shape: tuple) -> dict[str, float
 
 
 def step_flops(cfg, phase, buckets: dict[tuple, float]) -> tuple[float, float]:
-    """FLOPs of an iteration of a phase: useful, and recomputed by checkpointing. All samples.
-
-    Expectation over shapes (shape -> probability) and truncation depths.
-    """
+    """Expected FLOPs of an iteration of a phase, all samples: useful, recomputed in backward."""
     truncated = cfg.truncate == "on"
     trained = 1 if truncated else phase.num_steps
-    steps = phase.first + ((1 + phase.num_steps) / 2 if truncated else phase.num_steps)
+    steps = phase.first + ((1 + phase.num_steps) / 2 if truncated else phase.num_steps)  # mean
     rollouts = 1 if cfg.reuse_rollouts else cfg.fake_updates
     student_forwards = (rollouts + 1) * steps - trained
     teacher_forwards = 1 + any(scale != 1 for scale in cfg.guidance)
     step_recomputed = truncated and cfg.checkpointing == "on"  # see rollout
     useful = recomputed = 0.0
-    for shape, probability in buckets.items():
+    for shape, probability in buckets.items():  # the expectation over shapes
         student, fake = (role_cost(cfg, name, shape, True) for name in ("student1", "fake1"))
         n = cfg.batch * probability
         useful += n * (student_forwards * student.forward + trained * student.training)
