@@ -138,7 +138,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
             shutil.rmtree(part, ignore_errors=True)  # after an error, and after Ctrl-C
 
 
-# -- what a file says of itself ------------------------------------------------------------------
+# -- header and card of a file -------------------------------------------------------------------
 
 
 def file_metadata(student: Student, phase) -> dict[str, str]:
@@ -158,9 +158,6 @@ def base_name(cfg) -> str:
     repository = teacher_spec(cfg.teacher).repository
     name = Path(cfg.weights[0]).name if cfg.weights else repository or cfg.teacher
     return repository if name == repository.split("/")[-1] else name
-
-
-# -- the card ------------------------------------------------------------------------------------
 
 
 def make_card(student: Student) -> str:
