@@ -80,11 +80,10 @@ def contact_sheet(rows: dict[str, numpy.ndarray | Tensor], title: str) -> bytes:
     width, height = (2 * side / max(h, w) for side in (w, h))  # inches of a picture
     size = width * columns + 0.6, height * len(rows) + 0.6
     options = dict(figsize=size, squeeze=False, layout="constrained")
+    options["subplot_kw"] = dict(xticks=[], yticks=[])
     figure, axes = plt.subplots(len(rows), columns, **options)
     for line, (name, pictures) in zip(axes, rows.items()):
         line[0].set_ylabel(name.replace(" at ", "\nat ").replace(", ", ",\n"), fontsize=7)
-        for ax in line:
-            ax.set(xticks=[], yticks=[])
         for ax, picture in zip(line, pictures):
             ax.imshow(numpy.asarray(picture))
         for ax in line[len(pictures) :]:
