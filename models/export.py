@@ -138,7 +138,7 @@ def whole_folder(out: Path) -> Iterator[Path]:
             shutil.rmtree(part, ignore_errors=True)  # after an error, and after Ctrl-C
 
 
-# -- header and card of a file -------------------------------------------------------------------
+# -- header and card -----------------------------------------------------------------------------
 
 
 def file_metadata(student: Student, phase) -> dict[str, str]:

@@ -206,7 +206,7 @@ class TensorInfo(NamedTuple):
 
 
 TensorInfos = dict[str, TensorInfo]  # by name
-NamedTensors = Iterable[tuple[str, Tensor]]
+NamedTensors = Iterable[tuple[str, Tensor]]  # read or made one by one
 
 
 def safetensors_in(folder: Path) -> list[Path]:
