@@ -148,15 +148,17 @@ def curves(log: Path) -> bytes:
                     label = f"phase {row['phase']}, {row['role']}"
                     lines[key][label].append((int(row["iteration"]), float(row[key])))
     figure, axes = plt.subplots(2, 3, figsize=(11, 5.5), layout="constrained")
-    panels = [key for key in CURVES if lines[key]]
+    panels, colors = [key for key in CURVES if lines[key]], {}
     for ax in axes.flat[len(panels) :]:
         ax.set_axis_off()
     for ax, key in zip(axes.flat, panels):
         ax.set_title(CURVES[key], fontsize=9)
         for label, points in lines[key].items():
             style = "o-" if label.endswith("preview") else "-"
-            ax.plot(*zip(*points), style, lw=0.8, ms=3, label=label)
+            color = colors.setdefault(label, f"C{len(colors)}")
+            ax.plot(*zip(*points), style, lw=0.8, ms=3, label=label, color=color)
         ax.legend(fontsize=6)
         if key == "grad_norm":
             ax.set_yscale("log")
+    figure.supxlabel("iteration of the phase; below 0 the fake warms up", fontsize=9)
     return to_png(figure)
