@@ -238,7 +238,7 @@ def phase_memory(cfg, active, shape: tuple) -> Memory:
     topology = parallel.topology
     options = cfg.rank, dtype_named(cfg.dtype), topology
     lora_size = role_bytes(cfg.teacher, False, *options, cfg.base == "int8")
-    full_size = role_bytes(cfg.teacher, True, *options)
+    full_size = role_bytes(cfg.teacher, True, *options, False)
     size_of = lambda name: full_size if role_kind(cfg, name) == "full" else lora_size
     bases = len(active.bases) * lora_size.base
     roles = active.frozen + 2 * active.trained  # with second moments
