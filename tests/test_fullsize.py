@@ -27,6 +27,14 @@ SIZES = [
 ]
 
 
+@pytest.fixture(autouse=True)
+def forget():
+    """Forget tables of rope that exist, and afterwards the costs of shortened networks."""
+    layers.rope_table.cache_clear()
+    yield
+    plan.role_bytes.cache_clear(), plan.cost.cache_clear()
+
+
 class FakeGPU(TorchDispatchMode):
     """Take the meta device for a GPU."""
 
@@ -124,7 +132,6 @@ def shrink(monkeypatch, teacher: str) -> None:
 @pytest.mark.parametrize("teacher,size,base", SIZES)
 def test_an_iteration_at_full_size(monkeypatch, teacher, size, base):
     """Each update waits once, for the numbers of the log; its noise and conditions are copied."""
-    layers.rope_table.cache_clear()
     gpu, planned = iterate(monkeypatch, teacher, size, base)
     print(f"{teacher} {size} {base}: peak {gpu.peak / 1e9:.1f} GB, plan {planned / 1e9:.1f} GB")
     print(f"waits {dict(gpu.waits)}, copies {dict(gpu.copies)}")
@@ -137,7 +144,6 @@ def test_an_iteration_at_full_size(monkeypatch, teacher, size, base):
 def test_an_iteration_of_two_blocks(monkeypatch, teacher, size, base):
     """As above, in seconds."""
     shrink(monkeypatch, teacher)
-    layers.rope_table.cache_clear()
     assert iterate(monkeypatch, teacher, size, base)[0].waits == expected_waits(teacher)
 
 
