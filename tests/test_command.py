@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import pytest
 
 import sample
 import train
+from models import common
 from toy import toy2d
 
 ROOT = Path(__file__).parent.parent
@@ -262,3 +264,19 @@ def test_figure_2_comes_out_as_in_the_paper(tmp_path):
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     b, c = map(float, re.search(r"distance b (\S+) c (\S+)", done.stdout).groups())
     assert b <= 0.005 and c >= 10 * b and (tmp_path / "figure2.png").stat().st_size > 10_000
+
+
+def test_a_resumed_run_takes_the_device_of_its_own_preset(tmp_path, monkeypatch):
+    """Under torchrun the ranks meet before the settings are read; no --teacher is given."""
+    settings = common.to_json(train.make_config("wan22-tiny"))
+    config = {"settings": settings, "files": {}, "environment": {}}
+    common.write_json(tmp_path / "config.json", config)
+    devices = []
+    monkeypatch.setattr(common, "pick_device", lambda requested, default: default)
+    monkeypatch.setattr(train, "run_command", lambda *_: None)
+    join = lambda device, *_: devices.append(device) or nullcontext()
+    monkeypatch.setattr(train.parallel, "distributed", join)
+    assert train.main(["--resume", "--out", str(tmp_path)]) == 0
+    assert train.main(["--resume", "--out", str(tmp_path / "new")]) == 0
+    assert devices == [train.teachers.DEFAULT_DEVICE, train.toy2d.DEFAULT_DEVICE]
+    assert devices[0] != devices[1]
