@@ -10,6 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import sample
 import train
@@ -189,6 +191,29 @@ def test_a_file_cut_in_half_is_named(finished, capsys, name):
     assert train.main(["--resume", "--out", str(finished)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1 and name in error
+
+
+def test_tensors_and_settings_of_the_wrong_shape_are_refused_in_one_line(finished, capsys):
+    """A start network of another width, moments without rows, {} where a list belongs."""
+    (finished / "metrics.json").unlink()
+    config, start = finished / "config.json", finished / "start.safetensors"
+    state = finished / state_file(finished)
+
+    for file, change in ((start, "first"), (state, "second"), (config, '"weights": {}')):
+        content = file.read_bytes()
+        if file is config:
+            file.write_bytes(content.replace(b'"weights": []', change.encode()))
+        else:
+            with safe_open(file, "pt") as opened:
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}
+                metadata = opened.metadata()
+            name = next(name for name in tensors if change in name)
+            save_file(tensors | {name: tensors[name][:0]}, file, metadata)
+        assert file.read_bytes() != content
+        error = refusal(capsys, ["--resume", "--out", finished])
+        assert file.name in error or "state" in error or "--weights" in error
+        file.write_bytes(content)
+    assert train.main(["--resume", "--out", str(finished)]) == 0
 
 
 def test_files_of_another_run_or_kind_are_refused(finished, tmp_path, capsys):
