@@ -132,7 +132,7 @@ CURVES = {  # key of a log row -> title of its panel; a preset has at most six o
     "distance": "distance v_real - v_fake",
     "grad_norm": "gradient norm",
     "x_rms": "RMS of x at the end of the phase",
-    "latent_distance": "distance of samples",
+    "latent_distance": "latent distance of samples",
     "energy": "energy distance (toys)",
     "frechet": "Frechet distance (digits)",
 }
