@@ -1,16 +1,22 @@
-"""Latents and pixels as files to look at: png, mp4, contact sheets, and curves of a run's log."""
+"""Latents and pixels as files to look at: png, mp4, contact sheets, and curves of a run's log.
+
+Also reads pictures and videos, of other tools as well.
+"""
 
 import io
 import json
+import os
 import tempfile
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy
 import torch
-from PIL import Image
+import torch.nn.functional as F
+from PIL import Image, ImageSequence
 from torch import Tensor
 
 from models.common import UserError, first_line, reading
@@ -63,6 +69,73 @@ def pick_frames(frames: numpy.ndarray, count: int = 5) -> numpy.ndarray:
     return frames[numpy.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)]
 
 
+# -- samples of any tool -------------------------------------------------------------------------
+
+VIDEOS = (".mp4", ".webm", ".avi", ".mov")  # read by OpenCV, others by PIL
+
+
+def import_cv2():
+    """OpenCV, without messages of its own, with one thread per call. Raises UserError."""
+    os.environ["OPENCV_FFMPEG_LOGLEVEL"] = "-8"
+    with needs_extras("opencv-python-headless"):
+        import cv2
+    cv2.utils.logging.setLogLevel(0)
+    cv2.setNumThreads(1)
+    return cv2
+
+
+def read_video(path: Path) -> tuple[list[numpy.ndarray], float]:
+    """Frames (h, w, 3) of a video or picture, RGB, and frames per second; 8 if unknown."""
+    if path.suffix.lower() not in VIDEOS:
+        with Image.open(path) as file:
+            if file.mode.startswith(("I", "F")):
+                raise ValueError(f"expected 8 bits per channel, found mode {file.mode}")
+            frames = [numpy.asarray(x.convert("RGB")) for x in ImageSequence.Iterator(file)]
+            return frames, 1000 / (file.info.get("duration") or 125)
+    cv2, frames = import_cv2(), []
+    video = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
+    while (frame := video.read()[1]) is not None:
+        frames.append(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
+    expected = int(video.get(cv2.CAP_PROP_FRAME_COUNT)) if path.suffix.lower() != ".webm" else 0
+    if not frames or len(frames) < expected - 1:  # a webm stores no count
+        raise ValueError(f"{len(frames)} of {max(expected, 1)} frames can be read")
+    return frames, video.get(cv2.CAP_PROP_FPS) or 8
+
+
+def pick_five(frames: list) -> list:
+    """Five frames at equal distances, with the first and the last; of one frame, that frame."""
+    count = 5 if len(frames) > 1 else 1
+    return [frames[i] for i in numpy.linspace(0, len(frames) - 1, count).round().astype(int)]
+
+
+def shrink(pictures: list[numpy.ndarray]) -> Tensor:
+    """Pictures (h, w, 3) of any size -> (n, 3, 64, 64), uint8."""
+    small = [F.adaptive_avg_pool2d(torch.tensor(x).movedim(2, 0).float(), 64) for x in pictures]
+    return torch.stack(small).round().byte()
+
+
+def flow_lengths(frames: list[numpy.ndarray], side: int = 240) -> Iterator[numpy.ndarray]:
+    """Yield the lengths of the optical flow between neighbouring frames, sorted.
+
+    By DIS (Kroeger et al., 2016), on frames whose shorter side is reduced to `side`. The unit is
+    the shorter side. A length is 0 where moving the pixels removes less than a quarter of the
+    difference between the frames: DIS also finds flow in grain.
+    """
+    cv2, grays = import_cv2(), []
+    for frame in frames:
+        scale = min(1, side / min(frame.shape[:2]))
+        small = cv2.resize(frame, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
+        grays.append(cv2.cvtColor(small, cv2.COLOR_RGB2GRAY))
+    dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    difference = lambda a, b: cv2.blur(cv2.absdiff(a, b).astype("float32"), (31, 31))
+    for a, b in pairwise(grays):
+        flow = dis.calc(a, b, None)  # (h, w, 2): x, y
+        ends = flow + numpy.indices(a.shape, "float32")[::-1].transpose(1, 2, 0)
+        moved = cv2.remap(b, ends, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        is_motion = difference(a, moved) <= 0.75 * difference(a, b)
+        yield numpy.sort(cv2.magnitude(*cv2.split(flow)) * is_motion, axis=None) / min(a.shape)
+
+
 # -- sheets --------------------------------------------------------------------------------------
 
 
@@ -89,6 +162,33 @@ def contact_sheet(rows: dict[str, numpy.ndarray | Tensor], title: str) -> bytes:
         for ax in line[len(pictures) :]:
             ax.set_axis_off()
     figure.suptitle(title, fontsize=8)
+    return to_png(figure)
+
+
+def draw_samples(folders: dict[str, dict], pictures: dict[str, list]) -> bytes:
+    """Draw the flow over time of folders, and five pictures (h, w, 3) by title. Returns a png.
+
+    folders: what models/metrics.py measured. The line is the median of the videos, the band holds
+    half of them.
+    """
+    figure = plt.figure(figsize=(8, 2.5 + 1.2 * len(pictures)), layout="constrained")
+    grid = figure.add_gridspec(len(pictures) + 1, 5, height_ratios=[2, *[1] * len(pictures)])
+    top = figure.add_subplot(grid[0, :], xlabel="frame", ylabel="flow (px/frame)")
+    for title, groups in folders.items():
+        videos = [x["flow"] for group in groups.values() for x in group.values()]
+        rows = torch.nn.utils.rnn.pad_sequence(videos, True, torch.nan).numpy()  # (n, F - 1)
+        if rows.size:
+            low, middle, high = numpy.nanpercentile(rows, (25, 50, 75), axis=0)
+            top.plot(middle, lw=1, label=title)
+            top.fill_between(range(len(middle)), low, high, alpha=0.2, lw=0)
+    top.legend(fontsize=7) if top.lines else top.set_axis_off()
+    for line, (title, row) in enumerate(pictures.items(), 1):
+        for column, picture in enumerate(row[:5]):
+            ax = figure.add_subplot(grid[line, column], xticks=[], yticks=[])
+            ax.imshow(picture)
+            if not column:  # a title may be wider than its picture: keep room for its height only
+                ax.set_title(" ", fontsize=7)
+                ax.text(0, 1.05, title, fontsize=7, transform=ax.transAxes).set_in_layout(False)
     return to_png(figure)
 
 
