@@ -14,14 +14,15 @@ tokenizer, or vae.
 
 import contextlib
 import csv
+import hashlib
 import html
 import json
 import math
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterable
-from itertools import pairwise
+from collections.abc import Callable, Iterable
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -377,6 +378,61 @@ def add_mask(latents: Tensor) -> Tensor:
     mask = torch.zeros_like(latents[:, :4])
     mask[:, :, 0] = 1  # the latent frame that is given
     return torch.cat([mask, latents], 1)
+
+
+# -- features of samples -------------------------------------------------------------------------
+
+
+def load_dino(folder: Path, device: str) -> tuple[str, Callable]:
+    """Load a DINO. Returns a name with its digest, and pictures (h, w, 3) -> CLS features (n, D).
+
+    Raises UserError.
+    """
+    expected = "--dino: expected the folder of a DINOv2 or DINOv3, as transformers saves it"
+    kind = read_json(folder / "config.json", expected).get("model_type")
+    if not str(kind).startswith("dino"):
+        raise UserError(f"{expected}, {folder} is a {kind}")
+    with needs_extras("transformers"):
+        from transformers import AutoImageProcessor, AutoModel
+    options = dict(use_safetensors=True, output_loading_info=True)
+    net = from_pretrained(folder, AutoModel, **options).to(device)
+    processor = from_pretrained(folder, AutoImageProcessor)
+
+    @torch.no_grad()
+    def embed(pictures: list[numpy.ndarray]) -> Tensor:
+        inputs = processor(images=[Image.fromarray(x) for x in pictures], return_tensors="pt")
+        return net(**inputs.to(device)).pooler_output.cpu().double()
+
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in (".json", ".safetensors")]
+    digest = hashlib.sha256("".join(map(common.file_digest, files)).encode()).hexdigest()
+    return f"dino-{digest[:16]}", embed
+
+
+def load_lpips(device: str) -> Callable | None:
+    """Load LPIPS: lists of pictures (h, w, 3), one list per sample -> mean over pairs of samples.
+
+    None without the package or AlexNet's weights: nothing is downloaded.
+    """
+    path = Path(torch.hub.get_dir(), "checkpoints", "alexnet-owt-7be5be79.pth")
+    try:
+        import lpips
+    except Exception:  # a torchvision that does not fit raises others than ImportError
+        lpips = None
+    if not lpips or not path.is_file():
+        print(f"note: no LPIPS, which needs pip install lpips torchvision, and {path}")
+        return None
+    net = lpips.LPIPS(net="alex", verbose=False).to(device)
+
+    @torch.no_grad()
+    def distance(samples: list[list[numpy.ndarray]]) -> Tensor:
+        xs = [
+            torch.from_numpy(numpy.stack(x)).movedim(3, 1).to(device) / 127.5 - 1 for x in samples
+        ]
+        xs = [F.interpolate(x, xs[0].shape[2:], mode="bilinear", antialias=True) for x in xs]
+        bar = tqdm([*combinations(xs, 2)], "LPIPS", leave=False, disable=None)
+        return torch.stack([net(a, b).mean() for a, b in bar]).mean().cpu()
+
+    return distance
 
 
 # -- first frames --------------------------------------------------------------------------------
