@@ -1,0 +1,200 @@
+"""Measure folders of samples: motion, diversity over seeds, distance to the first folder.
+
+    python -m models.metrics out/teacher out/dmd2 out/phased --dino weights/dinov3
+
+Prints means over prompts and, in brackets, the difference to the first folder with its bootstrap
+95 % interval. 003-01.mp4 is sample 1 of prompt 3. Folders keep all flows in .metrics.safetensors.
+
+flow            mean length of the optical flow, in pixels per frame at a shorter side of 480. By
+                OpenCV's DIS at 240, and 0 where it explains little, as in grain. The paper has the
+                network UniMatch, whose numbers are others, probably larger.
+dynamic degree  part of the videos that move. As in VBench, of frames 1/8 s apart a quarter of the
+                pairs exceed 6 pixels (at a shorter side of 256) in the mean of their largest 5 % of
+                flow; but VBench takes the network RAFT, on frames of full size.
+cosine, LPIPS   of two samples of a prompt, by DINO's CLS features and by AlexNet. More diverse
+                samples have a lower cosine and a higher LPIPS.
+pixel spread    RMS difference of two samples of a prompt, as pictures of 64 x 64 in [0, 1]. Not in
+                the paper: it sees layout and colour only. Of a video, five frames are compared.
+pixel distance  the same, to the file of equal name in the first folder
+Frechet         distance of DINO's features to the first folder's, over the prompts of both. It
+                falls with more samples, and has no interval: a resample repeats prompts.
+"""
+
+import contextlib
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from multiprocessing.pool import ThreadPool
+from pathlib import Path
+
+import numpy
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from models import common, encoders, media
+from models.common import UserError
+
+PATTERN = r"(?i)(\d+)(-\d+)?\.(mp4|webm|avi|mov|gif|webp|png|jpg|jpeg)"
+CACHE, KIND = ".metrics.safetensors", "metrics of samples, version 1"
+TITLES = {"flow": "flow px/frame", "moves": "dynamic degree", "cosine": "cosine", "lpips": "LPIPS"}
+TITLES |= {"spread": "pixel spread", "distance": "pixel distance", "frechet": "Frechet"}
+
+
+def measure_file(path: Path) -> dict[str, Tensor]:
+    """flow (F - 1,), moves: 0, 1, or NaN of a picture; pictures (k, 3, 64, 64). UserError."""
+    with common.reading(path, "replace or delete it"):
+        frames, fps = media.read_video(path)
+        flow = [480 * lengths.mean() for lengths in media.flow_lengths(frames)]
+        apart = media.flow_lengths(frames[:: max(1, round(fps / 8))])
+        largest = [lengths[-(len(lengths) // 20) :].mean() for lengths in apart]
+        pictures = media.shrink(media.pick_five(frames))
+    count = sum(x > 6 / 256 * max(1, 8 / fps) for x in largest)
+    moves = float(count >= max(1, round((len(largest) + 1) / 4))) if flow else numpy.nan
+    return {"flow": torch.tensor(flow), "moves": torch.tensor(moves), "pictures": pictures}
+
+
+def measure_folder(folder: Path, pattern: re.Pattern, dino: tuple | None) -> dict[str, dict]:
+    """Prompt -> file name -> path and tensors; these are kept by digest. Raises UserError."""
+    files = sorted(folder.glob("*"))
+    prompts = {x: m[pattern.groups and 1] or "" for x in files if (m := pattern.fullmatch(x.name))}
+    if not prompts:
+        found = files[0] if files else f"no file in {folder}"
+        raise UserError(f"expected samples such as 003-01.mp4, found {found}; see --pattern")
+    cache, new, groups = defaultdict(dict), {}, defaultdict(dict)
+    with contextlib.suppress(UserError):  # there is no cache, or it is broken
+        file, _ = common.open_tensors(folder / CACHE, KIND, "")
+        for digest, name in (key.split("/") for key in file.keys()):
+            cache[digest][name] = file.get_tensor(f"{digest}/{name}")
+    digests = {path: common.file_digest(path) for path in prompts}
+    measure = lambda path: cache.get(digests[path]) or measure_file(path)
+    try:
+        with ThreadPool(4) as pool:  # each has the frames of a video in memory
+            bar = tqdm(pool.imap(measure, prompts), str(folder), len(prompts), disable=None)
+            for (path, prompt), x in zip(prompts.items(), bar):
+                new[digests[path]] = x
+                if dino and dino[0] not in x:
+                    x[dino[0]] = dino[1](media.pick_five(media.read_video(path)[0]))
+                groups[prompt][path.name] = x | {"path": path, "features": x.get(dino and dino[0])}
+    finally:  # after Ctrl-C and errors, too
+        tensors = {f"{digest}/{name}": x for digest, xs in new.items() for name, x in xs.items()}
+        with contextlib.suppress(UserError):  # the folder cannot be written
+            common.write_tensors(folder / CACHE, tensors, {"kind": KIND})
+    return groups
+
+
+def prompt_metrics(group: dict, first: dict, lpips: Callable | None = None) -> dict[str, float]:
+    """Metrics of the samples of a prompt, by file name. first: those of the first folder."""
+    stack = lambda k, xs: torch.stack([x[k].expand(5, *x[k].shape[1:]) for x in xs]).double()
+    samples, pairs = [*group.values()], sorted(group.keys() & first.keys())
+    values = {k: torch.stack([x[k].mean() for x in samples]).nanmean() for k in ("flow", "moves")}
+    x = stack("pictures", samples).flatten(1) / 255
+    values["spread"] = torch.pdist(x).mean() / x.shape[1] ** 0.5
+    if pairs:
+        a, b = (stack("pictures", map(g.get, pairs)).flatten(1) / 255 for g in (group, first))
+        values["distance"] = (a - b).square().mean(1).sqrt().mean()
+    if samples[0]["features"] is not None:
+        z = stack("features", samples)
+        z = (z / z.norm(dim=-1, keepdim=True)).flatten(1)  # |z|^2 = 5
+        values["cosine"] = 1 - torch.pdist(z).square().mean() / 10
+    if lpips and len(samples) > 1:
+        values["lpips"] = lpips([media.pick_five(media.read_video(x["path"])[0]) for x in samples])
+    return {key: x.item() for key, x in values.items() if not x.isnan()}
+
+
+def frechet(a: Tensor, b: Tensor) -> float:
+    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2) of features (n, D), (m, D)."""
+    r_a, r_b = (torch.linalg.qr(x - x.mean(0), "r")[1] / max(1, len(x) - 1) ** 0.5 for x in (a, b))
+    distance = (a.mean(0) - b.mean(0)).square().sum() + r_a.square().sum() + r_b.square().sum()
+    distance -= 2 * torch.linalg.matrix_norm(r_a @ r_b.T, "nuc")  # the last trace: C = R^T R
+    return distance.clamp(min=0).item()
+
+
+def compare(values: dict, first: dict) -> dict[str, dict]:
+    """Metric -> mean over prompts, difference to the first folder and its interval."""
+    summary, rng = {}, numpy.random.default_rng(0)
+    for key in TITLES:
+        a, b = ({p: x[key] for p, x in row.items() if key in x} for row in (values, first))
+        if a:
+            summary[key] = {"mean": numpy.mean([*a.values()])}
+        x = numpy.array([a[p] - b[p] for p in sorted(a.keys() & b.keys())])
+        if len(x) and values is not first:
+            means = x[rng.integers(len(x), size=(2000, len(x)))].mean(1)
+            interval = numpy.percentile(means, (2.5, 97.5)).tolist()
+            summary[key] |= {"difference": x.mean(), "interval": interval}
+    return summary
+
+
+def make_rows(folders: dict[str, dict], lpips: Callable | None) -> list[dict]:
+    """Numbers of each folder; folder -> what measure_folder returns. Raises UserError."""
+    rows, first = [], next(iter(folders.values()))
+    for folder, groups in folders.items():
+        if not (both := sorted(groups.keys() & first.keys())):
+            raise UserError(f"{folder} has no prompt of {[*folders][0]}; see --pattern")
+        values = {p: prompt_metrics(x, first.get(p, {}), lpips) for p, x in groups.items()}
+        row = {"folder": folder, "samples": sum(map(len, groups.values())), "values": values}
+        row["metrics"] = compare(values, rows[0]["values"] if rows else values)
+        features = [[x["features"] for p in both for x in y[p].values()] for y in (groups, first)]
+        if features[0][0] is not None:
+            row["metrics"]["frechet"] = {"mean": frechet(*map(torch.cat, features))}
+        rows.append(row)
+    return rows
+
+
+def print_table(rows: list[dict]) -> None:
+    """Print a line per folder, a column per metric."""
+    lines = [["folder", "samples", "prompts", *TITLES.values()]]
+    for row in rows:
+        lines.append([row["folder"], str(row["samples"]), str(len(row["values"]))])
+        for x in map(row["metrics"].get, TITLES):
+            text = f"{x['mean']:.4g}" if x else "-"
+            if x and "interval" in x:
+                text += " ({:+.2g} [{:+.2g}, {:+.2g}])".format(x["difference"], *x["interval"])
+            lines[-1].append(text)
+    for line in lines:
+        print(*(x.ljust(max(map(len, column))) for x, column in zip(line, zip(*lines))), sep="  ")
+
+
+def extremes(folder: str, groups: dict, values: dict) -> dict[str, list]:
+    """Title -> five frames of the prompts with least and most flow; of pictures, pixel spread."""
+    key, pictures = "flow" if any("flow" in x for x in values.values()) else "spread", {}
+    scores = {prompt: x.get(key, 0) for prompt, x in values.items()}
+    for prompt in sorted({min(scores, key=scores.get), max(scores, key=scores.get)}):
+        frames = [media.pick_five(media.read_video(x["path"])[0]) for x in groups[prompt].values()]
+        pictures[f"{folder}, prompt {prompt}: {TITLES[key]} {scores[prompt]:.3g}"] = sum(frames, [])
+    return pictures
+
+
+def run_command(args) -> None:
+    """Measure folders, print the table, write metrics.json and metrics.png. Raises UserError."""
+    with common.reading("--pattern", r"give a regular expression such as (\d+)_.*\.mp4"):
+        pattern = re.compile(args.pattern)
+    if others := common.folder_contents(args.out) - {"metrics.json", "metrics.png"}:
+        raise UserError(f"--out: expected a new folder, {args.out} contains {min(others)}")
+    device = common.pick_device(args.device, "auto")
+    dino, lpips = args.dino and encoders.load_dino(args.dino, device), encoders.load_lpips(device)
+    folders = {str(folder): measure_folder(folder, pattern, dino) for folder in args.folders}
+    rows, pictures = make_rows(folders, lpips), {}
+    print_table(rows)
+    for row, (name, groups) in zip(rows, folders.items()):
+        pictures |= extremes(name, groups, row["values"])
+    common.write_json(args.out / "metrics.json", common.finite({"folders": rows}))
+    common.write_file(args.out / "metrics.png", media.draw_samples(folders, pictures))
+    print(f"picture: {args.out / 'metrics.png'}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command. Returns the exit status."""
+    parser = common.Parser(__doc__)
+    add = parser.add_argument
+    add("folders", nargs="+", type=Path, metavar="DIR", help="samples; first those of the teacher")
+    add("--dino", type=Path, metavar="DIR", help="a DINOv2 or DINOv3 as transformers saves it")
+    add("--pattern", default=PATTERN, help="of file names; its first group, if any, is the prompt")
+    add("--out", type=Path, default=Path("out/metrics"), help="folder (default out/metrics)")
+    add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="of DINO, LPIPS")
+    return common.exit_status("metrics.py", lambda: run_command(parser.parse_args(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
