@@ -394,9 +394,9 @@ def load_dino(folder: Path, device: str) -> tuple[str, Callable]:
         raise UserError(f"{expected}, {folder} is a {kind}")
     with needs_extras("transformers"):
         from transformers import AutoImageProcessor, AutoModel
-    options = dict(use_safetensors=True, output_loading_info=True)
-    net = from_pretrained(folder, AutoModel, **options).to(device)
-    processor = from_pretrained(folder, AutoImageProcessor)
+    net = from_pretrained(folder, AutoModel).to(device)
+    with reading(folder, DOWNLOAD):
+        processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
 
     @torch.no_grad()
     def embed(pictures: list[numpy.ndarray]) -> Tensor:
