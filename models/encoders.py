@@ -394,7 +394,7 @@ def load_dino(folder: Path, device: str) -> tuple[str, Callable]:
         raise UserError(f"{expected}, {folder} is a {kind}")
     with needs_extras("transformers"):
         from transformers import AutoImageProcessor, AutoModel
-    net = from_pretrained(folder, AutoModel).to(device)
+    net = from_pretrained(folder, AutoModel, dtype=torch.float32).to(device)
     with reading(folder, DOWNLOAD):
         processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
 
