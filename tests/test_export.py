@@ -91,12 +91,15 @@ def test_an_export_that_is_stopped_leaves_nothing(tmp_path, monkeypatch, number)
             signal.raise_signal(number)
         save_file(*args)
 
+    # a shell's background jobs ignore Ctrl-C
+    interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     handlers = [signal.getsignal(number), signal.signal(signal.SIGTERM, lambda *_: None)]
     monkeypatch.setattr(export, "save_file", stop)
     with pytest.raises(KeyboardInterrupt):
         export.export_student(student, tmp_path / "out")
     signal.signal(signal.SIGTERM, handlers[1])
     assert signal.getsignal(number) == handlers[0]
+    signal.signal(signal.SIGINT, interrupt)
     assert [path.name for path in tmp_path.iterdir()] == ["student.safetensors"]
     with pytest.raises(UserError, match="not empty"):
         export.export_student(student, tmp_path)

@@ -496,7 +496,7 @@ def draw_laws(results: dict) -> bytes:
         distance = "Frechet distance" if table == "digits" else "energy distance"
         ax.set(title=table, yscale="log", xlabel="truncation depth", ylabel=distance)
         ax.set_xticks([1, 2, 3, 4, 5], ["1", "2", "3", "4", "all"])
-        ax.legend(fontsize=8)
+        ax.legend(fontsize=8) if ax.lines else None
     return to_png(figure)
 
 
