@@ -6,8 +6,8 @@ Prints means over prompts and, in brackets, the difference to the first folder w
 95 % interval. 003-01.mp4 is sample 1 of prompt 3. Folders keep all flows in .metrics.safetensors.
 
 flow            mean length of the optical flow, in pixels per frame at a shorter side of 480. By
-                OpenCV's DIS at 240, and 0 where it explains little, as in grain. The paper has the
-                network UniMatch, whose numbers are others, probably larger.
+                OpenCV's DIS at 240, and 0 where it explains little, as in grain. The paper's UniMatch
+                is a network, whose numbers are others.
 dynamic degree  part of the videos that move. As in VBench, of frames 1/8 s apart a quarter of the
                 pairs exceed 6 pixels (at a shorter side of 256) in the mean of their largest 5 % of
                 flow; but VBench takes the network RAFT, on frames of full size.
@@ -16,8 +16,7 @@ cosine, LPIPS   of two samples of a prompt, by DINO's CLS features and by AlexNe
 pixel spread    RMS difference of two samples of a prompt, as pictures of 64 x 64 in [0, 1]. Not in
                 the paper: it sees layout and colour only. Of a video, five frames are compared.
 pixel distance  the same, to the file of equal name in the first folder
-Frechet         distance of DINO's features to the first folder's, over the prompts of both. It
-                falls with more samples, and has no interval: a resample repeats prompts.
+Frechet         distance of DINO's features to the first folder's; it falls with more samples
 """
 
 import contextlib
@@ -143,11 +142,12 @@ def make_rows(folders: dict[str, dict], lpips: Callable | None) -> list[dict]:
 
 
 def print_table(rows: list[dict]) -> None:
-    """Print a line per folder, a column per metric."""
-    lines = [["folder", "samples", "prompts", *TITLES.values()]]
+    """Print a line per folder, a column per metric that any of them has."""
+    keys = [key for key in TITLES if any(key in row["metrics"] for row in rows)]
+    lines = [["folder", "samples", "prompts", *map(TITLES.get, keys)]]
     for row in rows:
         lines.append([row["folder"], str(row["samples"]), str(len(row["values"]))])
-        for x in map(row["metrics"].get, TITLES):
+        for x in map(row["metrics"].get, keys):
             text = f"{x['mean']:.4g}" if x else "-"
             if x and "interval" in x:
                 text += " ({:+.2g} [{:+.2g}, {:+.2g}])".format(x["difference"], *x["interval"])
