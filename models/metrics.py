@@ -6,8 +6,8 @@ Prints means over prompts and, in brackets, the difference to the first folder w
 95 % interval. 003-01.mp4 is sample 1 of prompt 3. Folders keep all flows in .metrics.safetensors.
 
 flow            mean length of the optical flow, in pixels per frame at a shorter side of 480. By
-                OpenCV's DIS at 240, and 0 where it explains little, as in grain. The paper's UniMatch
-                is a network, whose numbers are others.
+                OpenCV's DIS at 240, and 0 where it explains little, as in grain. The paper's
+                UniMatch is a network, whose numbers are others.
 dynamic degree  part of the videos that move. As in VBench, of frames 1/8 s apart a quarter of the
                 pairs exceed 6 pixels (at a shorter side of 256) in the mean of their largest 5 % of
                 flow; but VBench takes the network RAFT, on frames of full size.
