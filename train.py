@@ -588,7 +588,7 @@ def resolve(args: argparse.Namespace, cfg: Config) -> tuple[Config, bool]:
     """The settings to run with, and whether that run is finished. Writes or checks config.json."""
     if not args.resume:
         validate(cfg)
-    if args.resume and not (args.out / "config.json").exists():
+    elif not (args.out / "config.json").exists():
         print(f"{args.out} contains no run yet: a new one begins")
     folder_args = args.out, cfg, args.explicit, args.resume, args.overwrite, Config
     cfg, finished = common.resolve_run(*folder_args)

@@ -102,6 +102,7 @@ def test_a_run_has_every_metric_that_the_claims_compare():
     metrics = claims.run_toy(Job("toy", "conditional", "Phased 4 / 2", 0, 1e-3, SCALE))
     compared = {c[4] for c in claims.COMPARISONS + claims.CONTEXT if c[1] == claims.MAIN}
     assert compared <= set(metrics)
+    assert metrics["depth 2"] == metrics["energy"] != metrics["depth 1"]  # what users draw
 
 
 @pytest.mark.slow  # starts processes

@@ -305,3 +305,32 @@ def test_a_resumed_run_takes_the_device_of_its_own_preset(tmp_path, monkeypatch)
     assert train.main(["--resume", "--out", str(tmp_path / "new")]) == 0
     assert devices == [train.teachers.DEFAULT_DEVICE, train.toy2d.DEFAULT_DEVICE]
     assert devices[0] != devices[1]
+
+
+def test_a_checkpoint_is_written_by_time_as_well(tmp_path, monkeypatch):
+    """Control: with half an hour between two, only after the last iteration of each phase."""
+    saved, save_state = [], train.save_state
+    keep = lambda run, *rest: saved.append((run.k, run.i)) or save_state(run, *rest)
+    monkeypatch.setattr(train, "save_state", keep)
+    flags = [*QUICK, "--iters", "2", "--save-every", "1000"]
+    assert train.main([*flags, "--out", str(tmp_path / "a")]) == 0
+    assert saved == [(1, 2), (2, 2)]
+    saved.clear()
+    monkeypatch.setattr(train, "SAVE_SECONDS", -1)
+    assert train.main([*flags, "--out", str(tmp_path / "b")]) == 0
+    assert {(1, 1), (1, 2), (2, 1), (2, 2)} <= set(saved)
+
+
+def test_a_gpu_has_segments_that_grow_unless_the_user_says_otherwise(monkeypatch):
+    name = "PYTORCH_ALLOC_CONF"
+    monkeypatch.setattr(common.torch.cuda, "is_available", lambda: True)
+    for key, value, expected in (
+        (name, None, "expandable_segments:True"),
+        (name, "backend:native", "backend:native"),
+        ("PYTORCH_CUDA_ALLOC_CONF", "backend:native", None),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(common.os, "environ", {key: value} if value else {})
+            assert common.pick_device("auto", "auto") == "cuda"
+            assert common.os.environ.get(name) == expected
+            assert common.pick_device("cpu", "auto") == "cpu"

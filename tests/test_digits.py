@@ -147,6 +147,22 @@ def test_metrics_tell_samples_from_noise_copies_and_wrong_labels():
     swapped = digits.measure(samples(1).roll(1, 0), labels, labels, reference)
     assert swapped["frechet"] == pytest.approx(same["frechet"])  # only the classes show it
     assert swapped["frechet_classes"] > 100 * same["frechet_classes"]
+    refused = digits.measure(samples(1), 1 + labels, labels, reference)  # by the classifier
+    assert same["coverage"] > 0.9 and refused["coverage"] == swapped["coverage"] == 0
+
+
+def test_coverage_does_not_rise_with_broken_samples():
+    """Control: the mean distance of two samples does. Half of the modes is half of the coverage."""
+    modes = 5.0 * torch.arange(2)[:, None] * torch.ones(8)
+    z, centres = (normal((200, 8), name).double() + modes.repeat(100, 1) for name in "ab")
+    covered = digits.coverage(z, centres)
+    assert covered > 0.85 and digits.coverage(centres, centres) == 1
+    assert digits.coverage(z[::2], centres) == pytest.approx(covered / 2, abs=0.02)
+    assert digits.coverage(z[:0], centres) == 0
+    broken = z.clone()
+    broken[::2] = 50 * normal((100, 8), "far").double()  # in place of one mode
+    assert digits.coverage(broken, centres) <= covered / 2 + 0.02
+    assert torch.pdist(broken).mean() > 2 * torch.pdist(z).mean()
 
 
 def test_the_metrics_of_the_teacher_belong_to_its_settings():

@@ -78,9 +78,9 @@ class FakeGPU(TorchDispatchMode):
 
 def caller() -> str:
     """The innermost function of the project on the stack, but for this file."""
-    frames = reversed(traceback.extract_stack())
-    names = ((Path(f.filename), f.name) for f in frames)
-    return next(name for path, name in names if ROOT in path.parents and path != Path(__file__))
+    frames = [(Path(f.filename), f.name) for f in traceback.extract_stack()]
+    ours = [x for x in frames if ROOT in x[0].parents and "site-packages" not in x[0].parts]
+    return [name for path, name in ours if path != Path(__file__)][-1]
 
 
 def empty_network(teacher, dtype, device, seed, allocate, int8) -> torch.nn.Module:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend
 
 from models import layers, lora, qwen_image, wan, weights
 from models.common import normal
@@ -104,6 +105,16 @@ def test_gradients_are_those_of_the_official_code(reference):
     assert len(expected) == 9
     for name, grad in expected.items():
         assert_close(grads[name], grad, 1e-4)
+
+
+def test_attention_uses_the_first_backend_that_can(monkeypatch):
+    """Of those in BACKENDS; by itself PyTorch would choose another than the one that is left."""
+    q, mask = torch.randn(2, 8, 4, 32), torch.ones(2, 8, dtype=torch.bool)
+    names = [backend.name for backend in layers.BACKENDS]
+    assert {layers.attention_backend(q), layers.attention_backend(q, mask)} <= set(names)
+    assert layers.attention_backend(q) != "MATH"
+    monkeypatch.setattr(layers, "BACKENDS", [SDPBackend.MATH])
+    assert layers.attention_backend(q) == "MATH"
 
 
 @references

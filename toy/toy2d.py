@@ -72,7 +72,8 @@ def make_network(cfg, width: int = 64) -> MLP:
     """A network with the architecture of student and fake."""
     with torch.device("cpu"):  # the mixture has data even if networks are built on meta
         mixture = load_mixture(cfg)
-    return MLP(mixture.means.shape[1], width, classes=mixture.classes * (cfg.classes == "on"))
+    classes = mixture.classes if cfg.classes == "on" else 0
+    return MLP(mixture.means.shape[1], width, classes=classes)
 
 
 def exact_teacher(cfg, device="cpu") -> Callable:
