@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.distributions import Categorical, Independent, MixtureSameFamily, Normal
 
 from models.common import UserError
-from sde import flow, score_to_v, vp
+from sde import coefficients, flow, score_to_v, vp
 from toy import toy2d
 from toy.mixtures import (
     TOYS,
@@ -31,17 +32,27 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
+def log_density(mixture, x_t, t, c):
+    """log p(x_t) (B,) by torch.distributions."""
+    alpha_t, sigma_t = coefficients(t, x_t, mixture.p)
+    sd = (alpha_t**2 * mixture.sd**2 + sigma_t**2) ** 0.5
+    means = (alpha_t * mixture.means).expand(len(x_t), -1, -1)  # (B, M, d)
+    in_class = torch.ones(means.shape[:2]) if c is None else mixture.labels == c["class"][:, None]
+    modes = Independent(Normal(means, sd), 1)
+    return MixtureSameFamily(Categorical(in_class.double()), modes).log_prob(x_t)
+
+
 @every
 @pytest.mark.parametrize("toy", TOYS)
 @pytest.mark.parametrize("by_class", [False, True])
 def test_score_and_velocity_are_those_of_the_density(p, toy, by_class):
-    """The score is autograd's gradient of log_density, the velocity its affine image by Eq. 5."""
+    """The score is autograd's gradient of the log density, the velocity its image by Eq. 5."""
     mixture = TOYS[toy](p).double()
     labels = torch.randint(mixture.classes, (32,), generator=generator())
     c = {"class": labels} if by_class else None
     for t in (0.05, 0.5, 0.95):
         x_t = mixture.sample_at(t, 32, generator(1), c).requires_grad_()
-        score = torch.autograd.grad(mixture.log_density(x_t, t, c).sum(), x_t)[0]
+        score = torch.autograd.grad(log_density(mixture, x_t, t, c).sum(), x_t)[0]
         torch.testing.assert_close(mixture.score(x_t, t, c), score)
         torch.testing.assert_close(
             mixture.velocity(x_t, t, c), score_to_v(x_t, t, score, p), rtol=1e-6, atol=1e-6
@@ -52,12 +63,7 @@ def test_score_and_velocity_are_those_of_the_density(p, toy, by_class):
 
 
 @every
-def test_the_density_is_one_in_all_and_the_velocity_finite_at_both_ends(p):
-    axis = torch.linspace(-6, 6, 401, dtype=torch.float64)
-    x = torch.cartesian_prod(axis, axis)
-    for c in (None, {"class": torch.ones(len(x), dtype=torch.long)}):
-        total = ring(p).double().log_density(x, 0.4, c).exp().sum() * (axis[1] - axis[0]) ** 2
-        assert total.item() == pytest.approx(1, abs=1e-3)
+def test_the_velocity_is_finite_at_both_ends(p):
     for t in (0.0, 1.0):
         assert ring(p).velocity(torch.randn(8, 2, generator=generator()), t).isfinite().all()
 

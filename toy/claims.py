@@ -1,14 +1,12 @@
 """Test nine claims of the paper where the answers can be computed, with error bars over seeds.
 
-    python toy/claims.py             every method on every toy, 10 seeds; an hour on two cores
-    python toy/claims.py --quick     the same in miniature, to see that it works
+    python toy/claims.py             every method on every toy, 10 seeds; 80 minutes on two cores
+    python toy/claims.py --quick     the same in miniature
     python toy/claims.py --digits    five methods on digits, 5 seeds; two hours on two cores
     python toy/claims.py --sharpness students of the grid with more steps, width or training
-    python toy/claims.py --control   identical methods, and a planted difference
 
-Prints a row per claim: one word (holds, does not hold, unclear) and the difference that decides it.
-Writes claims.json, claims.md and figures. Each run leaves a file in --out/runs and is not repeated
-if that exists.
+A row per claim: one word (holds, does not hold, unclear) and the difference that decides it. Writes
+claims.json, claims.md, depths.png. A run leaves a file in --out/runs and is not repeated.
 """
 
 import copy
@@ -18,7 +16,7 @@ import re
 import signal
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache, partial
 from itertools import product, repeat
@@ -38,55 +36,54 @@ from losses import v_target
 from models import common
 from models.common import normal, stream
 from models.media import plt, to_png
+from moe import chunked
 from phases import rollout
-from sde import coefficients, diffuse, transition
+from sde import diffuse, transition
 from toy import digits, toy2d
-from toy.mixtures import TOYS, Mixture, mean_distance, mode_coverage
+from toy.mixtures import TOYS, mean_distance, mode_coverage
 
 CPU = torch.device("cpu")
 VANILLA, SHARED = dict(phases=1, truncate="off"), "one shared network"
+PHASED, HIGH = "Phased 4 / 2", "vanilla, t = 0.357"
 METHODS = {  # settings of train.py; they cannot express SHARED, see train_method
     "DMD, 1 step": dict(phases=1, steps=1),
     "vanilla DMD": VANILLA,
     "DMD2": dict(phases=1),
     "DMD2, a fake per depth": dict(phases=1, fake_per_depth=True),
-    "Phased 4 / 2": dict(phases=2),
+    PHASED: dict(phases=2),
     "Phased 4 / 4": dict(phases=4),
     "disjoint intervals": dict(phases=2, interval="disjoint"),
     "biased target": dict(phases=2, target="biased"),
     SHARED: dict(phases=2),
     "vanilla, t = 0.1": VANILLA | dict(fix_t=0.1),
-    "vanilla, t = 0.357": VANILLA | dict(fix_t=0.357),
+    HIGH: VANILLA | dict(fix_t=0.357),
     "vanilla, t = 0.882": VANILLA | dict(fix_t=0.882),
 }
 SHARPER = {  # width: of the networks; updates: of the student, in all phases
-    "Phased 4 / 2": dict(phases=2),
+    PHASED: dict(phases=2),
     "8 steps": dict(phases=2, steps=8),
     "16 steps": dict(phases=2, steps=16),
     "width 128": dict(phases=2, width=128),
     "width 256": dict(phases=2, width=256),
     "10 x updates": dict(phases=2, updates=8000),
 }
-MAIN = ("ring", "grid", "conditional")
+ON_DIGITS = ("DMD, 1 step", "DMD2", "DMD2, a fake per depth", PHASED, "Phased 4 / 4")
+MAIN, MATCHING = ("ring", "grid", "conditional"), ("matching ring", "matching grid")
 TABLES = {  # name: settings of the distribution, methods
     "ring": (dict(toy="ring"), METHODS),
     "grid": (dict(toy="grid"), METHODS),
     "conditional": (dict(toy="ring", classes="on"), METHODS),
-    "wide": (dict(toy="wide"), ("vanilla, t = 0.357", "vanilla, t = 0.882")),
-    "digits": (dict(teacher="mnist"), tuple(METHODS)[:1] + tuple(METHODS)[2:6]),
+    "wide": (dict(toy="wide"), (HIGH, "vanilla, t = 0.882")),
+    "memory": (dict(toy="ring"), ("vanilla", "phased")),
+    "matching ring": (dict(toy="ring"), ("Eq. 11", "naive")),
+    "matching grid": (dict(toy="grid"), ("Eq. 11", "naive")),
+    "digits": (dict(teacher="mnist"), ON_DIGITS),
     "sharpness": (dict(toy="grid"), SHARPER),
 }
-TEACHERS = {"teacher, 40 steps": 40, "teacher, 4 steps": 4}  # of digits
 
 
-# -- from differences over seeds to one word -------------------------------------------------------
-
-# fmt: off
-T_975 = (  # 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228,
-    2.201, 2.179, 2.160, 2.145, 2.131, 2.120, 2.110, 2.101, 2.093,
-)
-# fmt: on
+# 97.5 % quantiles of Student's t with 1, 2, ... degrees of freedom
+T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 class Part(NamedTuple):
@@ -95,6 +92,10 @@ class Part(NamedTuple):
     name: str
     differences: list[float]  # paired; one per seed
     min_effect: float
+
+    def __str__(self) -> str:
+        numbers = "{:+.2g} [{:+.2g}, {:+.2g}]".format(*interval(self.differences))
+        return f"{self.name}: {numbers}, limit {self.min_effect:g}"
 
 
 def interval(values: list[float]) -> tuple[float, float, float]:
@@ -105,31 +106,15 @@ def interval(values: list[float]) -> tuple[float, float, float]:
 
 def part_verdict(part: Part) -> str:
     """Where the confidence interval lies: yes, no (an opposite effect), or in between."""
-    (_, low, high), limit = interval(part.differences), abs(part.min_effect)
-    if low > part.min_effect:
-        return "yes"
-    if high < -limit:
-        return "no"
-    return "no difference that matters" if -limit <= low and high <= limit else "unclear"
+    _, low, high = interval(part.differences)
+    opposite = high < -abs(part.min_effect)
+    return "yes" if low > part.min_effect else "no" if opposite else "unclear"
 
 
 def verdict(parts: list[Part]) -> str:
     """A claim holds if all its parts do. It does not hold if one part shows the opposite effect."""
     verdicts = {part_verdict(part) for part in parts}
     return "holds" if verdicts == {"yes"} else "does not hold" if "no" in verdicts else "unclear"
-
-
-def deciding_part(parts: list[Part]) -> Part:
-    """The part that is farthest from a yes."""
-    order = ("no", "no difference that matters", "unclear", "yes")
-    low = lambda part: interval(part.differences)[1] - part.min_effect
-    return min(parts, key=lambda part: (order.index(part_verdict(part)), low(part)))
-
-
-def format_part(part: Part) -> str:
-    """ring: DMD2 - Phased 4 / 2, energy: +0.28 [+0.26, +0.3], limit 0.001"""
-    numbers = "{:+.2g} [{:+.2g}, {:+.2g}]".format(*interval(part.differences))
-    return f"{part.name}: {numbers}, limit {part.min_effect:g}"
 
 
 # -- the claims ----------------------------------------------------------------------------------
@@ -145,8 +130,7 @@ CLAIMS = (
     "the memory of a phase does not grow with N, that of vanilla does (Fig. 1)",
     "the gain is not due to parameters alone (one network instead of two)",
 )
-MATCHING, PHASED, HIGH = ("matching ring", "matching grid"), "Phased 4 / 2", "vanilla, t = 0.357"
-ENERGY, KEPT = 0.001, "part that keeps its mode"
+ENERGY, KEPT, MOVED = 0.001, "part that keeps its mode", "distance of those that do, in sd"
 COMPARISONS = (  # claim, tables, greater, smaller, metric, smallest difference that matters
     (1, MATCHING, "naive", "Eq. 11", "bias", 0.05),
     (1, MATCHING, 0.001, "Eq. 11", "bias", 0.0),
@@ -158,31 +142,24 @@ COMPARISONS = (  # claim, tables, greater, smaller, metric, smallest difference 
     (5, MAIN, "disjoint intervals", PHASED, "energy", ENERGY),
     (6, MAIN, "vanilla, t = 0.1", HIGH, "energy", ENERGY),
     (7, MAIN, PHASED, 0.95, KEPT, 0.0),
-    (7, MAIN, PHASED, 0, "distance of those that do, in sd", 0.2),
+    (7, MAIN, PHASED, 0, MOVED, 0.2),
     (8, ("memory",), "vanilla", "phased", "growth", 1.0),
     (8, ("memory",), 1.05, "phased", "growth", 0.0),
     (9, MAIN, "DMD2", SHARED, "energy", ENERGY),
 )
-CONTEXT = (  # the same; written to claims.json, they decide nothing
-    (2, MAIN, "vanilla DMD", "DMD2", "pairwise distance", 0.05),
-    (2, MAIN, PHASED, "DMD2", "pairwise distance", 0.05),
-    (3, MAIN, "DMD2", "DMD2, a fake per depth", "energy", ENERGY),
-    (4, MAIN, "biased target", PHASED, "energy of x_(t_1)", ENERGY),
-    (6, MAIN, HIGH, "vanilla, t = 0.882", "energy", ENERGY),
-    (6, ("wide",), HIGH, "vanilla, t = 0.882", "energy", 4 * ENERGY),
-    (7, MAIN, PHASED, 0.95, KEPT + ", of those within 3 sd", 0.0),
-)
+METRICS = "energy", "energy of x_(t_1)", "precision", "coverage", "pairwise distance", "lr"
+DIGIT_METRICS = "accuracy", "frechet", "coverage", "diversity", "lr"
 
 
-def list_parts(comparisons: tuple, claim: int, results: dict) -> list[Part]:
+def list_parts(claim: int, results: dict) -> list[Part]:
     """The parts of a claim, one per comparison and table, from results[table][method] = runs."""
     parts = []
-    for number, tables, greater, smaller, metric, min_effect in comparisons:
-        for table in tables if number == claim else ():
-            runs = results[table]  # a number in the place of a method is compared with each run
+    for _, tables, greater, smaller, metric, limit in (c for c in COMPARISONS if c[0] == claim):
+        for table, runs in ((table, results[table]) for table in tables):
+            # a number in the place of a method is compared with each run
             a, b = ([r[metric] for r in runs.get(x, ())] or repeat(x) for x in (greater, smaller))
             name = f"{table}: {greater} - {smaller}, {metric}"
-            parts.append(Part(name, [x - y for x, y in zip(a, b)], min_effect))
+            parts.append(Part(name, [x - y for x, y in zip(a, b)], limit))
     return parts
 
 
@@ -190,9 +167,8 @@ def list_parts(comparisons: tuple, claim: int, results: dict) -> list[Part]:
 
 
 class Job(NamedTuple):
-    """One run. Its result is one JSON file."""
+    """One run. Its result is the JSON file Job.file."""
 
-    kind: str  # a key of KINDS
     table: str
     name: str
     seed: int
@@ -200,9 +176,7 @@ class Job(NamedTuple):
     scale: int = 1  # divides updates and samples
 
     def file(self, out: Path) -> Path:
-        """The file of the result."""
-        name = re.sub(r"[^\w.]+", "-", "_".join(map(str, self)))
-        return out / "runs" / f"{name}.json"
+        return out / "runs" / (re.sub(r"[^\w.]+", "-", "_".join(map(str, self))) + ".json")
 
 
 @cache
@@ -216,19 +190,15 @@ def new_run(job: Job, **settings) -> train.Run:
     settings = TABLES[job.table][0] | (METHODS | SHARPER).get(job.name, {}) | settings
     width, updates = settings.pop("width", 64), settings.pop("updates", 800)
     warmup = 100 if job.table == "digits" else 400  # fake updates, over all phases
-    cfg = train.make_config(
-        **settings,
-        iters=updates // job.scale // settings["phases"],
-        seed=job.seed,
-        lr=job.lr,
-        warmup=warmup // job.scale // settings["phases"],
-        eval_samples=10_000 // job.scale,
-    )
+    per_phase = {"iters": updates, "warmup": warmup}
+    settings |= {name: n // job.scale // settings["phases"] for name, n in per_phase.items()}
+    settings |= dict(seed=job.seed, lr=job.lr, eval_samples=10_000 // job.scale)
+    cfg = train.make_config(**settings)
     train.validate(cfg)
-    if job.table == "digits":
-        return train.make_run(cfg, CPU, Path())
-    start = start_tensors(cfg.toy, cfg.classes, width)
-    roles = toy2d.roles_from(cfg, train.phases_of(cfg), CPU, start)
+    roles = None  # as the preset makes them
+    if job.table != "digits":
+        start = start_tensors(cfg.toy, cfg.classes, width)
+        roles = toy2d.roles_from(cfg, train.phases_of(cfg), CPU, start)
     return train.make_run(cfg, CPU, Path(), roles)
 
 
@@ -246,8 +216,8 @@ def train_method(job: Job) -> Iterator[train.Run]:
         return
     student, runs = run.roles.student[1], [run, *(new_run(job) for _ in run.phases[1:])]
     for k, run in enumerate(runs, 1):
-        for j in run.roles.student:
-            run.roles.student[j] = replace(student, name=f"student{j}")
+        shared = {j: replace(student, name=f"student{j}") for j in run.roles.student}
+        run.roles.student.update(shared)
         train.begin_phase(run, k)
         run.optimizers[f"student{k}"] = runs[0].optimizers["student1"]
     for _ in range(run.cfg.warmup + run.cfg.iters):
@@ -262,11 +232,10 @@ def train_method(job: Job) -> Iterator[train.Run]:
 
 def run_toy(job: Job) -> dict:
     """Train a method on a toy and measure it."""
-    early = {}
     for run in train_method(job):
         if run.i == run.cfg.iters // 4:
-            early[run.k] = copy.deepcopy(run.roles.student[run.k].velocity)
-    changes = compare_early(run, early[2]) if job.name == PHASED else {}
+            early = copy.deepcopy(run.roles.student[run.k].velocity)
+    changes = compare_early(run, early) if job.name == PHASED else {}
     return {"lr": job.lr} | measure(run) | changes
 
 
@@ -292,13 +261,12 @@ def draw_depths(run: train.Run, z: Tensor, c: dict | None) -> dict[str, Tensor]:
 
     Users draw the last depth. It has the noise z, the others have noise of their own.
     """
-    phase, x = run.phase, {}
+    phase, nets, x = run.phase, [chunked(net, 1000) for net in run.nets], {}
     for depth in range(1, phase.num_steps + 1):
         own = z if depth == phase.num_steps else normal(z.shape, "depths", run.cfg.seed, depth)
-        x[f"depth {depth}"] = rollout(run.nets, run.times, phase, own, c, depth)
+        x[f"depth {depth}"] = rollout(nets, run.times, phase, own, c, depth)
     turns = torch.arange(len(z)) // digits.CLASSES % phase.num_steps  # every class in every depth
-    all_depths = torch.stack([*x.values()])[turns, torch.arange(len(z))]
-    return x | {"all depths": all_depths}
+    return x | {"all depths": torch.stack([*x.values()])[turns, torch.arange(len(z))]}
 
 
 def compare(x: Tensor, y: Tensor, c: dict | None) -> tuple[float, float]:
@@ -317,77 +285,59 @@ def compare_early(run: train.Run, early: torch.nn.Module) -> dict:
     distance, mode = torch.cdist(x, mixture.means).min(1)
     kept, hit = mode == toy2d.nearest_mode(late, mixture), distance <= 3 * mixture.sd
     moved = (x - late).norm(dim=1)[kept].mean() / mixture.sd
-    return {
-        KEPT: kept.double().mean().item(),
-        KEPT + ", of those within 3 sd": kept[hit].double().mean().item(),
-        "distance of those that do, in sd": moved.item(),
-    }
+    all_kept, hits_kept = (each.double().mean().item() for each in (kept, kept[hit]))
+    return {KEPT: all_kept, KEPT + ", of those within 3 sd": hits_kept, MOVED: moved.item()}
 
 
 def run_memory(job: Job) -> dict:
     """Growth of what autograd saves for one student update, from 1 step to 8 steps."""
-    saved = {}
+    total = []
     for steps in (1, 8):
         settings = dict(phases=steps) if job.name == "phased" else VANILLA
-        run, sizes = new_run(job._replace(table="ring"), **settings, steps=steps), {}
+        run, saved = new_run(job, **settings, steps=steps), []
         train.begin_phase(run, len(run.phases))
-
-        def save(x: Tensor, sizes=sizes) -> Tensor:
-            sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-            return x
-
-        with saved_tensors_hooks(save, lambda x: x):
+        save = lambda x, saved=saved: saved.append(x) or len(saved) - 1
+        with saved_tensors_hooks(save, saved.__getitem__):
             train.update_student(run, 0)
-        saved[steps] = sum(sizes.values())
-    return {"growth": saved[8] / saved[1]}
+        storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in saved}
+        total.append(sum(storages.values()))
+    return {"growth": total[1] / total[0]}
 
 
 def run_matching(job: Job) -> dict:
-    """Rms distance in (0.5, 1) of the mean of a target from the exact velocity; no network."""
-    mixture, key, s, n = TOYS[job.table.split()[1]](), ("matching", job.seed), 0.5, 10_000
-    t = s + (1 - s) * torch.rand(n, generator=stream(*key, "test t"))
-    x_s, eps = mixture.sample_at(s, n, stream(*key, "test")), normal((n, 2), *key, "test eps")
-    x_t = diffuse(x_s, s, t, eps)
-    bias = mean_target(mixture, job.name, s, t, x_t) - mixture.velocity(x_t, t)
-    return {"bias": bias.square().sum(1).mean().sqrt().item()}
+    """Rms distance in (0.5, 1) of the mean of a target from the exact velocity; no network.
 
-
-def mean_target(mixture: Mixture, name: str, s: float, t: Tensor, x_t: Tensor) -> Tensor:
-    """E[target | x_t] of Eq. 11 or of the naive eps - x_s; exact, as both are linear in x_s.
-
-    E[x_s | x_t] = alpha_s x_0 + alpha_ts sigma_s^2 / sigma_t^2 (x_t - alpha_t x_0), x_0 a mean too
+    Eq. 11 and the naive eps - x_s are linear in x_s and eps, and E[eps | x_t] = -sigma_ts score.
     """
-    x_0, (alpha_t, sigma_t) = mixture.denoise(x_t, t)[0], coefficients(t, x_t)
-    alpha_s, sigma_s = coefficients(s, x_t)
-    alpha_ts, sigma_ts = transition(s, t, x_t)
-    x_s = alpha_s * x_0 + alpha_ts * (sigma_s / sigma_t) ** 2 * (x_t - alpha_t * x_0)
-    eps = (x_t - alpha_ts * x_s) / sigma_ts
-    return v_target(x_s, s, t, eps) if name == "Eq. 11" else eps - x_s
+    mixture = TOYS[job.table.split()[1]]().double()
+    key, s, n = ("matching", job.seed), 0.5, 10_000
+    t = s + (1 - s) * torch.rand(n, generator=stream(*key, "test t")).double()
+    x_s, eps = mixture.sample_at(s, n, stream(*key, "test")), normal((n, 2), *key, "test eps")
+    x_t, (alpha_ts, sigma_ts) = diffuse(x_s, s, t, eps), transition(s, t, x_s)
+    eps = -sigma_ts * mixture.score(x_t, t)
+    x_s = (x_t - sigma_ts * eps) / alpha_ts
+    target = v_target(x_s, s, t, eps) if job.name == "Eq. 11" else eps - x_s
+    return {"bias": (target - mixture.velocity(x_t, t)).square().sum(1).mean().sqrt().item()}
 
 
 def run_digits(job: Job) -> dict:
-    """Train a method on digits, or take the teacher, and measure it; see digits.measure."""
+    """Train a method on digits and measure it; see digits.measure."""
     classifier, reference = digits.load_classifier(), digits.load_reference()
-    n, labels, key = 10_000, digits.cycle_labels(10_000), ("claims", job.seed)
-
-    def measured(x: Tensor) -> dict:
-        found = digits.classify(classifier, digits.to_pixels(x))
-        return digits.measure(*found, labels, reference)
-
-    if job.name in TEACHERS:
-        teacher = digits.guided_teacher(2.0)
-        return measured(digits.sample_teacher(teacher, TEACHERS[job.name], n, CPU, *key))
+    labels = digits.cycle_labels(10_000)
     *_, run = train_method(job)
-    *_, x = xs = digits.sample_digits(run.nets, run.times, n, CPU, *key)
-    metrics = measured(x) | {"lr": job.lr}
-    for name, x in draw_depths(run, xs[0], digits.conditions(labels)).items():
-        metrics[name] = measured(x)["frechet"]
-    return metrics | {"score": metrics["frechet"]}
+    z = normal((len(labels), *digits.SHAPE), "claims", job.seed, "z")
+    measured = {}
+    for name, x in draw_depths(run, z, digits.conditions(labels)).items():
+        found = digits.classify(classifier, digits.to_pixels(x))
+        measured[name] = digits.measure(*found, labels, reference)
+    last = measured[f"depth {run.phase.num_steps}"]  # what users draw
+    distances = {name: metrics["frechet"] for name, metrics in measured.items()}
+    return last | distances | {"lr": job.lr, "score": last["frechet"]}
 
 
 # -- running all of it ---------------------------------------------------------------------------
 
-KINDS = dict(toy=run_toy, memory=run_memory, matching=run_matching, digits=run_digits)
+KINDS = dict(memory=run_memory, matching=run_matching, digits=run_digits)
 TUNING = 100  # the first seed that is used to choose rates
 
 
@@ -395,7 +345,7 @@ def run_job(job: Job, out: Path) -> None:
     """Run a job on one thread and write its result."""
     torch.set_num_threads(1)
     try:
-        result = KINDS[job.kind](job)
+        result = KINDS.get(job.table.split()[0], run_toy)(job)
     except common.UserError:  # diverged
         if job.seed < TUNING:
             raise
@@ -409,35 +359,20 @@ def run_jobs(jobs: list[Job], args) -> list[dict]:
     ignore = signal.SIGINT, signal.SIG_IGN  # Ctrl-C is handled by the parent
     with multiprocessing.get_context("spawn").Pool(args.processes, signal.signal, ignore) as pool:
         done = pool.imap_unordered(partial(run_job, out=args.out), todo)
-        for _ in tqdm(done, jobs[0].kind, len(todo), disable=None):
+        for _ in tqdm(done, "training", len(todo), disable=None):
             pass
     return [common.read_json(job.file(args.out), "delete it and run again") for job in jobs]
 
 
-def tune(tables: Iterable[str], rates: tuple, seeds: int, scale: int, args) -> dict:
+def tune(tables: tuple, rates: tuple, seeds: int, scale: int, args) -> dict:
     """The best rate of each (table, method), by the sum of scores over other seeds."""
     scores, seeds = defaultdict(float), range(TUNING, TUNING + seeds)
-    kinds = {table: "digits" if table == "digits" else "toy" for table in tables}
-    methods = [(kinds[table], table, name) for table in tables for name in TABLES[table][1]]
+    methods = [(table, name) for table in tables for name in TABLES[table][1] if name in METHODS]
     jobs = [Job(*m, seed, lr, scale) for m, lr, seed in product(methods, rates, seeds)]
     for job, result in zip(jobs, run_jobs(jobs, args)):
         scores[job.table, job.name, job.lr] += result["score"]
     worst_first = sorted(scores, key=scores.get, reverse=True)
     return {(table, name): lr for table, name, lr in worst_first}  # the last one stays
-
-
-def toy_jobs(seeds: int, rates: dict, scale: int) -> list[Job]:
-    """All runs on toys. The rates of conditional and wide are those of ring."""
-    jobs = []
-    for seed in range(seeds):
-        for table in (*MAIN, "wide"):
-            for name in TABLES[table][1]:
-                lr = rates.get(("grid" if table == "grid" else "ring", name), 1e-3)
-                jobs.append(Job("toy", table, name, seed, lr, scale))
-        jobs += [Job("memory", "memory", name, seed, 1e-3) for name in ("vanilla", "phased")]
-        matching = product(MATCHING, ("Eq. 11", "naive"))
-        jobs += [Job("matching", *method, seed, 0) for method in matching]
-    return jobs
 
 
 def format_table(methods: dict, metrics: tuple[str, ...]) -> str:
@@ -452,9 +387,6 @@ def format_table(methods: dict, metrics: tuple[str, ...]) -> str:
     return "\n".join(rows)
 
 
-# -- the command ---------------------------------------------------------------------------------
-
-
 def report(jobs: list[Job], args) -> None:
     """Run the jobs, then print, draw and write what their results mean."""
     results = defaultdict(lambda: defaultdict(list))
@@ -462,88 +394,69 @@ def report(jobs: list[Job], args) -> None:
         results[job.table][job.name].append(result)
     claims, rows = [], ["| | claim | | the difference that decides |", "|---|---|---|---|"]
     for n, sentence in enumerate(CLAIMS if "ring" in results else (), 1):
-        parts = list_parts(COMPARISONS, n, results)
-        decides = format_part(deciding_part(parts))
-        rows.append(f"| {n} | {sentence} | {verdict(parts)} | {decides} |")
-        context = list_parts(CONTEXT, n, results)
-        lines = [f"{format_part(part)}: {part_verdict(part)}" for part in parts + context]
-        claims.append(dict(claim=n, verdict=verdict(parts), parts=lines, deciding=len(parts)))
-    metrics = ("energy", "energy of x_(t_1)", "modes", "precision", "coverage", "lr")
-    if "digits" in results:
-        metrics = ("accuracy", "frechet", "coverage", "diversity", "lr")
+        parts = list_parts(n, results)
+        # by the alphabet: no, unclear, yes; then by the distance to the limit
+        far = lambda part: (part_verdict(part), interval(part.differences)[1] - part.min_effect)
+        rows.append(f"| {n} | {sentence} | {verdict(parts)} | {min(parts, key=far)} |")
+        lines = [f"{part}: {part_verdict(part)}" for part in sorted(parts, key=far)]
+        claims.append(dict(claim=n, verdict=verdict(parts), parts=lines))
+    metrics = DIGIT_METRICS if args.mode == "digits" else METRICS
     tables = [f"**{t}**\n\n" + format_table(results[t], metrics) for t in TABLES if t in results]
     text = "\n\n".join(["\n".join(rows)] * bool(claims) + tables)
     print(text)
     how = common.environment("cpu", 1, 1) | {"seeds": args.seeds, "claims": claims}
     common.write_json(args.out / "claims.json", how | {"results": results})
     common.write_file(args.out / "claims.md", text.encode())
-    common.write_file(args.out / "depths.png", draw_laws(results))
+    if args.mode != "sharpness":
+        common.write_file(args.out / "depths.png", draw_laws(results))
 
 
 def draw_laws(results: dict) -> bytes:
     """Draw the distance to the data of each truncation depth, and of all depths together."""
-    tables = {t: results[t] for t in ("ring", "digits") if t in results}
-    figure, axes = plt.subplots(1, max(1, len(tables)), squeeze=False, layout="constrained")
-    for ax, (table, runs) in zip(axes[0], tables.items()):
-        for i, name in enumerate(("DMD2", "DMD2, a fake per depth", PHASED)):
-            laws = [key for key in runs[name][0] if "depth" in key]
-            for key in laws:
-                x = (int(key[-1]) if key[-1].isdigit() else 5) + i / 8
-                middle, low, high = interval([run[key] for run in runs[name]])
-                low = max(low, middle / 10)  # the axis is logarithmic
-                ax.plot([x, x], [low, high], f"C{i}")
-                ax.plot(x, middle, f"C{i}o", label=name * (key == laws[0]) or "_")
-        distance = "Frechet distance" if table == "digits" else "energy distance"
-        ax.set(title=table, yscale="log", xlabel="truncation depth", ylabel=distance)
-        ax.set_xticks([1, 2, 3, 4, 5], ["1", "2", "3", "4", "all"])
-        ax.legend(fontsize=8) if ax.lines else None
+    table, distance = ("digits", "frechet") if "digits" in results else ("ring", "energy")
+    figure, ax = plt.subplots(layout="constrained")
+    for i, name in enumerate(("DMD2", "DMD2, a fake per depth", PHASED)):
+        runs = results[table].get(name, [{}])
+        laws = {key: interval([run[key] for run in runs]) for key in runs[0] if "depth" in key}
+        x = [(int(key[-1]) if key[-1].isdigit() else 5) + i / 8 for key in laws]
+        y = [middle for middle, *_ in laws.values()]
+        below = [min(y - low, 0.9 * y) for y, low, _ in laws.values()]  # the axis is logarithmic
+        ax.errorbar(x, y, (below, [high - y for y, _, high in laws.values()]), fmt="o", label=name)
+    ax.set(title=table, yscale="log", xlabel="truncation depth", ylabel=f"{distance} distance")
+    ax.set_xticks([1, 2, 3, 4, 5], ["1", "2", "3", "4", "all"])
+    ax.legend()
     return to_png(figure)
-
-
-def run_control(args, repetitions: int = 20) -> None:
-    """Compare one-step DMD with itself under other seeds, then with a rate that is too low."""
-    n = repetitions * args.seeds
-    rates = [1e-3] * 2 * n + [1e-5] * args.seeds
-    jobs = [Job("toy", "ring", "DMD, 1 step", i, lr, 10) for i, lr in enumerate(rates)]
-    energy = [result["energy"] for result in run_jobs(jobs, args)]
-    same = [a - b for a, b in zip(energy[:n], energy[n : 2 * n])]
-    groups = [Part("", same[i : i + args.seeds], ENERGY) for i in range(0, n, args.seeds)]
-    verdicts = [verdict([part]) for part in groups]
-    planted = Part("planted", [a - b for a, b in zip(energy[2 * n :], energy)], ENERGY)
-    print(f"control: identical methods unclear in {verdicts.count('unclear')} of {repetitions}")
-    print(f"control: a planted difference {verdict([planted])}: {format_part(planted)}")
 
 
 def main() -> None:
     """Run what is missing, then print what it means."""
     parser = common.Parser(__doc__)
-    add = parser.add_mutually_exclusive_group().add_argument
-    add("--quick", action="store_true", help="a fifth of the training, 3 seeds, no tuning of rates")
-    add("--digits", action="store_true", help="digits instead of toys")
-    add("--sharpness", action="store_true", help="more steps, width, updates on the grid, 3 seeds")
-    add("--control", action="store_true", help="methods without a difference, and with one")
+    mode = partial(parser.add_mutually_exclusive_group().add_argument, dest="mode")
+    mode = partial(mode, action="store_const", default="")
+    mode("--quick", const="quick", help="a fifth of the training, 3 seeds, no tuning of rates")
+    mode("--digits", const="digits", help="digits instead of toys")
+    mode("--sharpness", const="sharpness", help="more steps, width, updates on the grid, 3 seeds")
     add = parser.add_argument
     add("--seeds", type=int, help="how many: 0, 1, ... (default 10; 5 with --digits, else 3)")
     add("--processes", type=int, default=2, help="runs at once, one thread each (default 2)")
     add("--out", type=Path, help="folder (default out/claims, out/claims-quick, ...)")
     args = parser.parse_args()
-    modes = [x for x in ("quick", "digits", "sharpness", "control") if getattr(args, x)]
-    args.seeds = args.seeds or (5 if args.digits else 3 if modes else 10)
-    if not 2 <= args.seeds <= 20 or args.processes < 1:
-        raise common.UserError("--seeds: expected 2 to 20; --processes: expected at least 1")
-    args.out = args.out or Path("-".join(["out/claims", *modes]))
-    if args.control:
-        return run_control(args)
-    if args.digits:
-        rates = tune(["digits"], (1e-4, 3e-4, 1e-3), 1, 4, args)
-        names = product((*TABLES["digits"][1], *TEACHERS), range(args.seeds))
-        jobs = [Job("digits", "digits", n, i, rates.get(("digits", n), 0)) for n, i in names]
-    elif args.sharpness:
-        names = product(SHARPER, range(args.seeds))
-        jobs = [Job("toy", "sharpness", name, seed, 1e-3) for name, seed in names]
-    else:
-        rates = {} if args.quick else tune(MAIN[:2], (3e-4, 1e-3, 3e-3), 2, 1, args)
-        jobs = toy_jobs(args.seeds, rates, 5 if args.quick else 1)
+    args.seeds = args.seeds or {"": 10, "digits": 5}.get(args.mode, 3)
+    if not 2 <= args.seeds <= 10 or args.processes < 1:
+        raise common.UserError("--seeds: expected 2 to 10; --processes: expected at least 1")
+    args.out = args.out or Path("out/claims" + f"-{args.mode}" * bool(args.mode))
+    tables, rates = [args.mode], {}
+    if args.mode == "digits":
+        rates = tune(tables, (1e-4, 3e-4, 1e-3), 1, 4, args)
+    elif not args.mode:
+        rates = tune(MAIN[:2], (3e-4, 1e-3, 3e-3), 2, 1, args)
+    if args.mode in ("", "quick"):
+        tables = [*MAIN, "wide", "memory", *MATCHING]
+    jobs = []
+    for seed, table in product(range(args.seeds), tables):
+        for name in TABLES[table][1]:
+            lr = rates.get((table, name)) or rates.get(("ring", name), 1e-3)  # conditional, wide
+            jobs.append(Job(table, name, seed, lr, 5 if args.mode == "quick" else 1))
     report(jobs, args)
 
 

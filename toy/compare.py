@@ -86,10 +86,8 @@ def main() -> None:
     make_folder(args.out)
     torch.set_num_threads(1)  # a second thread only waits at this size
     cfg = train.make_config(seed=args.seed)
-    start, mixture = (
-        fit_start(cfg, lambda steps: tqdm(steps, "fitting", disable=None)),
-        load_mixture(cfg),
-    )
+    start = fit_start(cfg, lambda steps: tqdm(steps, "fitting", disable=None))
+    mixture = load_mixture(cfg)
     teacher, _ = draw(cfg, [exact_teacher(cfg)] * 40, step_times(40, cfg.shift), SAMPLES, CPU)
     rows = {"exact teacher\n40 steps": (teacher[::10], set())}
     for name, phases in (("DMD2\n4 steps, 1 phase", 1), ("Phased DMD\n4 steps, 2 phases", 2)):

