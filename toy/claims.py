@@ -21,6 +21,7 @@ from dataclasses import replace
 from functools import cache, partial
 from itertools import product, repeat
 from pathlib import Path
+from shutil import which
 from statistics import mean, stdev
 from typing import NamedTuple
 
@@ -77,7 +78,7 @@ TABLES = {  # name: settings of the distribution, methods
     "memory": (dict(toy="ring"), ("vanilla", "phased")),
     "matching ring": (dict(toy="ring"), ("Eq. 11", "naive")),
     "matching grid": (dict(toy="grid"), ("Eq. 11", "naive")),
-    "digits": (dict(teacher="mnist"), ON_DIGITS),
+    "digits": (dict(teacher="mnist", compile=which("c++") is not None), ON_DIGITS),
     "sharpness": (dict(toy="grid"), SHARPER),
 }
 
