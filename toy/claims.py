@@ -248,7 +248,7 @@ def measure(run: train.Run) -> dict:
     metrics = dict(zip(("modes", "precision"), mode_coverage(xs[-1], mixture)))
     metrics["coverage"] = metrics["modes"] / mode_coverage(exact(0.0), mixture)[0]
     metrics["energy"], metrics["pairwise distance"] = compare(xs[-1], exact(0.0), c)
-    for name, x in draw_depths(run, xs[0], c).items():
+    for name, x in sample_depths(run, xs[0], c).items():
         metrics[name] = compare(x, exact(0.0), c)[0]
     if len(run.phases) > 1:
         x, s = xs[run.phases[0].last], run.phases[0].s
@@ -257,7 +257,7 @@ def measure(run: train.Run) -> dict:
 
 
 @torch.no_grad()
-def draw_depths(run: train.Run, z: Tensor, c: dict | None) -> dict[str, Tensor]:
+def sample_depths(run: train.Run, z: Tensor, c: dict | None) -> dict[str, Tensor]:
     """What the last phase learns from: samples of each truncation depth, and of all in turn.
 
     Users draw the last depth. It has the noise z, the others have noise of their own.
@@ -328,7 +328,7 @@ def run_digits(job: Job) -> dict:
     *_, run = train_method(job)
     z = normal((len(labels), *digits.SHAPE), "claims", job.seed, "z")
     measured = {}
-    for name, x in draw_depths(run, z, digits.conditions(labels)).items():
+    for name, x in sample_depths(run, z, digits.conditions(labels)).items():
         found = digits.classify(classifier, digits.to_pixels(x))
         measured[name] = digits.measure(*found, labels, reference)
     last = measured[f"depth {run.phase.num_steps}"]  # what users draw
@@ -380,10 +380,8 @@ def format_table(methods: dict, metrics: tuple[str, ...]) -> str:
     """Markdown: a row per method, mean and half of the 95 % interval of each metric."""
     rows = ["| method | " + " | ".join(metrics) + " |", "|---" * (len(metrics) + 1) + "|"]
     for name, runs in methods.items():
-        cells = []
-        for metric in metrics:
-            middle, _, high = interval([run.get(metric, 0.0) for run in runs])
-            cells.append(f"{middle:.4g} ± {high - middle:.2g}" if metric in runs[0] else "-")
+        found = [interval([run[x] for run in runs]) if x in runs[0] else () for x in metrics]
+        cells = [f"{x[0]:.4g} ± {x[2] - x[0]:.2g}" if x else "-" for x in found]
         rows.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(rows)
 
@@ -409,23 +407,23 @@ def report(jobs: list[Job], args) -> None:
     common.write_json(args.out / "claims.json", how | {"results": results})
     common.write_file(args.out / "claims.md", text.encode())
     if args.mode != "sharpness":
-        common.write_file(args.out / "depths.png", draw_laws(results))
+        common.write_file(args.out / "depths.png", plot_depths(results))
 
 
-def draw_laws(results: dict) -> bytes:
-    """Draw the distance to the data of each truncation depth, and of all depths together."""
+def plot_depths(results: dict) -> bytes:
+    """Plot the distance to the data of each truncation depth, and of all depths together."""
     table, distance = ("digits", "frechet") if "digits" in results else ("ring", "energy")
-    figure, ax = plt.subplots(layout="constrained")
+    figure, ax = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
     for i, name in enumerate(("DMD2", "DMD2, a fake per depth", PHASED)):
         runs = results[table].get(name, [{}])
-        laws = {key: interval([run[key] for run in runs]) for key in runs[0] if "depth" in key}
-        x = [(int(key[-1]) if key[-1].isdigit() else 5) + i / 8 for key in laws]
-        y = [middle for middle, *_ in laws.values()]
-        below = [min(y - low, 0.9 * y) for y, low, _ in laws.values()]  # the axis is logarithmic
-        ax.errorbar(x, y, (below, [high - y for y, _, high in laws.values()]), fmt="o", label=name)
+        keys = [key for key in runs[0] if "depth" in key]
+        x = [(int(key[-1]) if key[-1].isdigit() else 5) + i / 8 for key in keys]
+        ends = [interval([run[key] for run in runs]) for key in keys]
+        ax.vlines(x, [max(low, y / 10) for y, low, _ in ends], [high for *_, high in ends], f"C{i}")
+        ax.plot(x, [y for y, *_ in ends], f"C{i}o", label=name)  # the axis is logarithmic
     ax.set(title=table, yscale="log", xlabel="truncation depth", ylabel=f"{distance} distance")
     ax.set_xticks([1, 2, 3, 4, 5], ["1", "2", "3", "4", "all"])
-    ax.legend()
+    ax.legend(fontsize=8)
     return to_png(figure)
 
 
@@ -453,12 +451,11 @@ def main() -> None:
         rates = tune(MAIN[:2], (3e-4, 1e-3, 3e-3), 2, 1, args)
     if args.mode in ("", "quick"):
         tables = [*MAIN, "wide", "memory", *MATCHING]
-    jobs = []
-    for seed, table in product(range(args.seeds), tables):
-        for name in TABLES[table][1]:
-            lr = rates.get((table, name)) or rates.get(("ring", name), 1e-3)  # conditional, wide
-            jobs.append(Job(table, name, seed, lr, 5 if args.mode == "quick" else 1))
-    report(jobs, args)
+    # conditional and wide have the rates of ring
+    rate = lambda table, name: rates.get((table, name)) or rates.get(("ring", name), 1e-3)
+    runs = [(table, n, i) for i in range(args.seeds) for table in tables for n in TABLES[table][1]]
+    scale = 5 if args.mode == "quick" else 1
+    report([Job(*run, rate(*run[:2]), scale) for run in runs], args)
 
 
 if __name__ == "__main__":
