@@ -150,6 +150,7 @@ COMPARISONS = (  # claim, tables, greater, smaller, metric, smallest difference 
 )
 METRICS = "energy", "energy of x_(t_1)", "precision", "coverage", "pairwise distance", "lr"
 DIGIT_METRICS = "accuracy", "frechet", "coverage", "diversity", "lr"
+DEPTHS = "depth 1", "depth 2", "depth 3", "depth 4", "all depths"
 
 
 def list_parts(claim: int, results: dict) -> list[Part]:
@@ -400,7 +401,8 @@ def report(jobs: list[Job], args) -> None:
         lines = [f"{part}: {part_verdict(part)}" for part in sorted(parts, key=far)]
         claims.append(dict(claim=n, verdict=verdict(parts), parts=lines))
     metrics = DIGIT_METRICS if args.mode == "digits" else METRICS
-    tables = [f"**{t}**\n\n" + format_table(results[t], metrics) for t in TABLES if t in results]
+    names = [t for t in TABLES if t in results and t not in ("memory", *MATCHING)]
+    tables = [f"{t}\n\n" + format_table(results[t], m) for t in names for m in (metrics, DEPTHS)]
     text = "\n\n".join(["\n".join(rows)] * bool(claims) + tables)
     print(text)
     how = common.environment("cpu", 1, 1) | {"seeds": args.seeds, "claims": claims}
@@ -416,13 +418,13 @@ def plot_depths(results: dict) -> bytes:
     figure, ax = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
     for i, name in enumerate(("DMD2", "DMD2, a fake per depth", PHASED)):
         runs = results[table].get(name, [{}])
-        keys = [key for key in runs[0] if "depth" in key]
-        x = [(int(key[-1]) if key[-1].isdigit() else 5) + i / 8 for key in keys]
+        keys = [key for key in DEPTHS if key in runs[0]]
+        x = [DEPTHS.index(key) + 1 + i / 8 for key in keys]
         ends = [interval([run[key] for run in runs]) for key in keys]
         ax.vlines(x, [max(low, y / 10) for y, low, _ in ends], [high for *_, high in ends], f"C{i}")
         ax.plot(x, [y for y, *_ in ends], f"C{i}o", label=name)  # the axis is logarithmic
     ax.set(title=table, yscale="log", xlabel="truncation depth", ylabel=f"{distance} distance")
-    ax.set_xticks([1, 2, 3, 4, 5], ["1", "2", "3", "4", "all"])
+    ax.set_xticks(range(1, 6), ["1", "2", "3", "4", "all"])
     ax.legend(fontsize=8)
     return to_png(figure)
 
@@ -442,7 +444,7 @@ def main() -> None:
     args = parser.parse_args()
     args.seeds = args.seeds or {"": 10, "digits": 5}.get(args.mode, 3)
     if not 2 <= args.seeds <= 10 or args.processes < 1:
-        raise common.UserError("--seeds: expected 2 to 10; --processes: expected at least 1")
+        raise common.UserError("expected --seeds 2 to 10 and --processes of at least 1")
     args.out = args.out or Path("out/claims" + f"-{args.mode}" * bool(args.mode))
     tables, rates = [args.mode], {}
     if args.mode == "digits":
