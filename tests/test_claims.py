@@ -129,7 +129,7 @@ def test_existing_runs_are_not_repeated_and_lost_ones_are_to_the_bit(tmp_path):
 def test_the_best_rate_has_the_smallest_sum_of_scores(monkeypatch):
     scores = {1.0: (1, 5), 2.0: (2, 2), 3.0: (0, 9)}
     answer = lambda jobs, args: [
-        {"score": scores[job.lr][job.seed - claims.TUNING]} for job in jobs
+        {"energy": scores[job.lr][job.seed - claims.TUNING]} for job in jobs
     ]
     monkeypatch.setattr(claims, "run_jobs", answer)
     rates = claims.tune(["ring"], tuple(scores), 2, 1, None)

@@ -117,8 +117,6 @@ def verdict(parts: list[Part]) -> str:
     return "holds" if verdicts == {"yes"} else "does not hold" if "no" in verdicts else "unclear"
 
 
-# -- the claims ----------------------------------------------------------------------------------
-
 CLAIMS = (
     "the subinterval target is unbiased and the naive one is not (Fig. 2)",
     "truncation lowers the diversity of DMD2, Phased DMD keeps more (Table 3)",
@@ -206,8 +204,8 @@ def new_run(job: Job, **settings) -> train.Run:
 def train_method(job: Job) -> Iterator[train.Run]:
     """Train. Yields the run after every iteration.
 
-    SHARED: one network is the expert of every phase, with one optimizer. The phases take turns,
-    iteration by iteration. Each has its own fake, in a run of its own.
+    SHARED: one network is the expert of every phase, with one optimizer. The phases take turns at
+    each iteration, and each has its own fake, in a run of its own.
     """
     run = new_run(job)
     if job.name != SHARED:
@@ -236,24 +234,19 @@ def run_toy(job: Job) -> dict:
     for run in train_method(job):
         if run.i == run.cfg.iters // 4:
             early = copy.deepcopy(run.roles.student[run.k].velocity)
-    changes = compare_early(run, early) if job.name == PHASED else {}
-    return {"lr": job.lr} | measure(run) | changes
-
-
-def measure(run: train.Run) -> dict:
-    """Metrics of a trained student."""
     cfg, mixture = run.cfg, toy2d.load_mixture(run.cfg)
     xs, c = toy2d.draw(cfg, run.nets, run.times, cfg.eval_samples, CPU)
     exact = lambda s: mixture.sample_at(s, len(xs[0]), stream("exact", cfg.seed, s or 0), c)
-    metrics = dict(zip(("modes", "precision"), mode_coverage(xs[-1], mixture)))
-    metrics["coverage"] = metrics["modes"] / mode_coverage(exact(0.0), mixture)[0]
+    modes, precision = mode_coverage(xs[-1], mixture)
+    coverage = modes / mode_coverage(exact(0.0), mixture)[0]
+    metrics = {"lr": job.lr, "precision": precision, "coverage": coverage}
     metrics["energy"], metrics["pairwise distance"] = compare(xs[-1], exact(0.0), c)
     for name, x in sample_depths(run, xs[0], c).items():
         metrics[name] = compare(x, exact(0.0), c)[0]
     if len(run.phases) > 1:
         x, s = xs[run.phases[0].last], run.phases[0].s
         metrics["energy of x_(t_1)"] = compare(x, exact(s), c)[0]
-    return metrics | {"score": metrics["energy"]}
+    return metrics | (compare_early(run, early) if job.name == PHASED else {})
 
 
 @torch.no_grad()
@@ -333,10 +326,8 @@ def run_digits(job: Job) -> dict:
         measured[name] = digits.measure(*found, labels, reference)
     last = measured[f"depth {run.phase.num_steps}"]  # what users draw
     distances = {name: metrics["frechet"] for name, metrics in measured.items()}
-    return last | distances | {"lr": job.lr, "score": last["frechet"]}
+    return last | distances | {"lr": job.lr}
 
-
-# -- running all of it ---------------------------------------------------------------------------
 
 KINDS = dict(memory=run_memory, matching=run_matching, digits=run_digits)
 TUNING = 100  # the first seed that is used to choose rates
@@ -345,13 +336,8 @@ TUNING = 100  # the first seed that is used to choose rates
 def run_job(job: Job, out: Path) -> None:
     """Run a job on one thread and write its result."""
     torch.set_num_threads(1)
-    try:
-        result = KINDS.get(job.table.split()[0], run_toy)(job)
-    except common.UserError:  # diverged
-        if job.seed < TUNING:
-            raise
-        result = {"score": math.inf}
-    common.write_json(job.file(out), result)
+    run = KINDS.get(job.table.split()[0], run_toy)
+    common.write_json(job.file(out), run(job))
 
 
 def run_jobs(jobs: list[Job], args) -> list[dict]:
@@ -371,7 +357,7 @@ def tune(tables: tuple, rates: tuple, seeds: int, scale: int, args) -> dict:
     methods = [(table, name) for table in tables for name in TABLES[table][1] if name in METHODS]
     jobs = [Job(*m, seed, lr, scale) for m, lr, seed in product(methods, rates, seeds)]
     for job, result in zip(jobs, run_jobs(jobs, args)):
-        scores[job.table, job.name, job.lr] += result["score"]
+        scores[job.table, job.name, job.lr] += result.get("energy", result.get("frechet"))
     worst_first = sorted(scores, key=scores.get, reverse=True)
     return {(table, name): lr for table, name, lr in worst_first}  # the last one stays
 
