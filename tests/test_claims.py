@@ -1,5 +1,6 @@
 """toy/claims.py: the statistics, the methods that settings cannot express, the runs."""
 
+import math
 import random
 import sys
 from functools import partial
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from models.common import UserError, read_json
 from toy import claims
 from toy.claims import Job, Part, interval, verdict
 from toy.mixtures import TOYS
@@ -37,6 +39,16 @@ def test_identical_methods_are_unclear_and_a_planted_difference_is_found():
     planted = [verdict([Part("", normals(i, mean=3), 1.0)]) for i in range(200)]
     assert 180 <= nothing.count("unclear") < 200  # 95 % intervals: wrong about 1 time in 20
     assert planted.count("holds") >= 190 and "does not hold" not in planted
+
+
+def test_differences_are_paired_by_seed():
+    """What two methods of a seed share does not widen the interval. Control: of other seeds."""
+    shared = [100 * x for x in normals(0)]
+    runs = lambda seed, mean: [{"energy": x + y} for x, y in zip(shared, normals(seed, mean))]
+    results = {table: {"DMD2": runs(1, 3), claims.SHARED: runs(2, 0)} for table in claims.MAIN}
+    assert verdict(claims.list_parts(9, results)) == "holds"
+    results["ring"]["DMD2"].reverse()
+    assert verdict(claims.list_parts(9, results)) == "unclear"
 
 
 def test_a_claim_needs_all_its_parts_and_falls_with_one():
@@ -83,8 +95,11 @@ def test_the_command_on_random_metrics_finds_only_what_is_planted(
 ):
     """Claim 9 compares DMD2, whose metrics are larger by `planted`, with one shared network."""
     source = random.Random(0)
-    names = sorted({c[4] for c in claims.COMPARISONS})  # in one order
-    fake = lambda job: {x: source.gauss(planted * (job.name == "DMD2"), 0.1) for x in names}
+    names = sorted({c[4] for c in claims.COMPARISONS} | {*claims.METRICS})  # in one order
+    fake = lambda job: (
+        {x: source.gauss(planted * (job.name == "DMD2"), 0.1) for x in names}
+        | {x: 1 + source.random() for x in claims.DEPTHS}
+    )
     monkeypatch.setattr(claims, "run_jobs", lambda jobs, args: [fake(job) for job in jobs])
     argv = ["claims.py", "--quick", "--seeds", "10", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", argv)
@@ -117,13 +132,55 @@ def test_a_method_does_not_differ_from_itself_and_a_planted_difference_is_found(
 
 @pytest.mark.slow  # starts processes
 def test_existing_runs_are_not_repeated_and_lost_ones_are_to_the_bit(tmp_path):
-    args = SimpleNamespace(out=tmp_path, processes=2)
+    args = SimpleNamespace(out=tmp_path)
     jobs = [Job("matching ring", "naive", seed, 1e-2) for seed in (0, 1)]
     results, kept = claims.run_jobs(jobs, args), jobs[1].file(tmp_path)
     time = kept.stat().st_mtime_ns
     jobs[0].file(tmp_path).unlink()
     assert claims.run_jobs(jobs, args) == results and results[0] != results[1]
     assert kept.stat().st_mtime_ns == time
+
+
+@pytest.mark.parametrize("flag, seeds, scale", [("", 5, 1), ("--quick", 3, 5), ("--digits", 5, 2)])
+def test_the_runs_of_a_table_have_the_rates_that_were_chosen(
+    flag, seeds, scale, monkeypatch, tmp_path
+):
+    """The ring with classes, and the wide one, have those of the ring; each run has a file."""
+    asked = []
+    answer = lambda jobs, args: asked.extend(jobs) or [{"energy": job.lr} for job in jobs]
+    monkeypatch.setattr(claims, "run_jobs", answer)
+    monkeypatch.setattr(claims, "report", answer)
+    monkeypatch.setattr(sys, "argv", ["claims.py", "--out", str(tmp_path), *flag.split()])
+    claims.main()
+    jobs = [job for job in asked if job.seed < claims.TUNING]
+    assert len({job.file(tmp_path) for job in asked}) == len(asked)
+    assert {job.seed for job in jobs} == set(range(seeds)) and {job.scale for job in jobs} == {
+        scale
+    }
+    tuned = {"": 3e-4, "--quick": 1e-3, "--digits": 1e-4}[flag]
+    methods = [job for job in jobs if job.name in claims.METHODS]
+    assert {job.lr for job in methods} == {tuned} and len(methods) == seeds * (
+        len(claims.ON_DIGITS) if flag == "--digits" else 3 * len(claims.METHODS) + 2
+    )
+
+
+def test_a_rate_that_diverges_is_not_chosen_and_a_run_that_does_says_which(monkeypatch, tmp_path):
+    def diverge(job):
+        raise UserError("the loss is not finite")
+
+    monkeypatch.setattr(claims, "run_toy", diverge)
+    job = Job("ring", "DMD2", claims.TUNING, 1e-3)
+    claims.run_job(job, tmp_path)
+    assert read_json(job.file(tmp_path), "")["energy"] == math.inf
+    with pytest.raises(UserError, match="ring_DMD2_0_0.001_1: the loss is not finite"):
+        claims.run_job(job._replace(seed=0), tmp_path)
+
+
+@pytest.mark.slow  # draws 150,000 digits
+def test_a_run_on_digits_measures_every_depth():
+    metrics = claims.run_digits(Job("digits", "Phased 4 / 2", 0, 1e-3, SCALE))
+    assert metrics["frechet"] == metrics["depth 2"] < metrics["depth 1"]
+    assert metrics["all depths"] < metrics["depth 1"] and metrics["coverage"] > 0.5
 
 
 def test_the_best_rate_has_the_smallest_sum_of_scores(monkeypatch):

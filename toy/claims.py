@@ -1,12 +1,12 @@
 """Test nine claims of the paper where the answers can be computed, with error bars over seeds.
 
-    python toy/claims.py             every method on every toy, 7 seeds; 80 minutes on two cores
+    python toy/claims.py             every method on every toy, 5 seeds; an hour on two cores
     python toy/claims.py --quick     the same in miniature
-    python toy/claims.py --digits    five methods on digits, half of the preset's training, 5 seeds
+    python toy/claims.py --digits    five methods on digits, 5 seeds, half of the preset's updates
     python toy/claims.py --sharpness students of the grid with more steps, width or training
 
-A row per claim: one word (holds, does not hold, unclear) and the difference that decides it. Writes
-claims.json, claims.md, depths.png. A run leaves a file in --out/runs and is not repeated.
+A row per claim: one word (holds, does not hold, unclear) and the part that decides it. Each run
+leaves a file in --out/runs and is not repeated: delete them after a change of the code.
 """
 
 import copy
@@ -44,7 +44,7 @@ from toy.mixtures import TOYS, mean_distance, mode_coverage
 
 CPU = torch.device("cpu")
 VANILLA, SHARED = dict(phases=1, truncate="off"), "one shared network"
-PHASED, HIGH = "Phased 4 / 2", "vanilla, t = 0.357"
+PHASED, MIDDLE = "Phased 4 / 2", "vanilla, t = 0.357"
 METHODS = {  # settings of train.py; they cannot express SHARED, see train_method
     "DMD, 1 step": dict(phases=1, steps=1),
     "vanilla DMD": VANILLA,
@@ -56,7 +56,7 @@ METHODS = {  # settings of train.py; they cannot express SHARED, see train_metho
     "biased target": dict(phases=2, target="biased"),
     SHARED: dict(phases=2),
     "vanilla, t = 0.1": VANILLA | dict(fix_t=0.1),
-    HIGH: VANILLA | dict(fix_t=0.357),
+    MIDDLE: VANILLA | dict(fix_t=0.357),
     "vanilla, t = 0.882": VANILLA | dict(fix_t=0.882),
 }
 SHARPER = {  # width: of the networks; updates: of the student, in all phases
@@ -73,7 +73,7 @@ TABLES = {  # name: settings of the distribution, methods
     "ring": (dict(toy="ring"), METHODS),
     "grid": (dict(toy="grid"), METHODS),
     "conditional": (dict(toy="ring", classes="on"), METHODS),
-    "wide": (dict(toy="wide"), (HIGH, "vanilla, t = 0.882")),
+    "wide": (dict(toy="wide"), (MIDDLE, "vanilla, t = 0.882")),
     "memory": (dict(toy="ring"), ("vanilla", "phased")),
     "matching ring": (dict(toy="ring"), ("Eq. 11", "naive")),
     "matching grid": (dict(toy="grid"), ("Eq. 11", "naive")),
@@ -87,7 +87,7 @@ T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 
 class Part(NamedTuple):
-    """A difference that a claim says is above min_effect, the smallest that matters."""
+    """A comparison. The claim says that the difference is above min_effect on average."""
 
     name: str
     differences: list[float]  # paired; one per seed
@@ -97,6 +97,11 @@ class Part(NamedTuple):
         numbers = "{:+.2g} [{:+.2g}, {:+.2g}]".format(*interval(self.differences))
         return f"{self.name}: {numbers}, limit {self.min_effect:g}"
 
+    def margin(self) -> float:
+        """Distance of the interval to the limit, in half widths: it has no unit."""
+        middle, low, high = interval(self.differences)
+        return (low - self.min_effect) / max(high - middle, 1e-9)
+
 
 def interval(values: list[float]) -> tuple[float, float, float]:
     """Mean over seeds, and the ends of its 95 % confidence interval."""
@@ -105,7 +110,7 @@ def interval(values: list[float]) -> tuple[float, float, float]:
 
 
 def part_verdict(part: Part) -> str:
-    """Where the confidence interval lies: yes, no (an opposite effect), or in between."""
+    """yes, no (an opposite effect) or unclear, by where the confidence interval lies."""
     _, low, high = interval(part.differences)
     opposite = high < -abs(part.min_effect)
     return "yes" if low > part.min_effect else "no" if opposite else "unclear"
@@ -123,10 +128,10 @@ CLAIMS = (
     "Phased DMD is closer to the teacher than DMD2, 4 phases closer than 2 (Tables 2, 6)",
     "the biased target harms distillation, not only scores (A2)",
     "nested intervals beat disjoint ones (Fig. 10)",
-    "high noise makes DMD converge (Fig. 11; t by sigma / alpha over the distance of modes)",
+    "noise that is large beside the distance of modes makes DMD converge (Fig. 11, other t)",
     "training the last expert longer changes detail and keeps structure (Fig. 8)",
     "the memory of a phase does not grow with N, that of vanilla does (Fig. 1)",
-    "the gain is not due to parameters alone (one network instead of two)",
+    "the gain is not due to the student's parameters (one network for both phases; two fakes)",
 )
 ENERGY, KEPT, MOVED = 0.001, "part that keeps its mode", "distance of those that do, in sd"
 COMPARISONS = (  # claim, tables, greater, smaller, metric, smallest difference that matters
@@ -138,7 +143,7 @@ COMPARISONS = (  # claim, tables, greater, smaller, metric, smallest difference 
     (3, MAIN, PHASED, "Phased 4 / 4", "energy", ENERGY),
     (4, MAIN, "biased target", PHASED, "energy", ENERGY),
     (5, MAIN, "disjoint intervals", PHASED, "energy", ENERGY),
-    (6, MAIN, "vanilla, t = 0.1", HIGH, "energy", ENERGY),
+    (6, MAIN, "vanilla, t = 0.1", MIDDLE, "energy", ENERGY),
     (7, MAIN, PHASED, 0.95, KEPT, 0.0),
     (7, MAIN, PHASED, 0, MOVED, 0.2),
     (8, ("memory",), "vanilla", "phased", "growth", 1.0),
@@ -146,7 +151,6 @@ COMPARISONS = (  # claim, tables, greater, smaller, metric, smallest difference 
     (9, MAIN, "DMD2", SHARED, "energy", ENERGY),
 )
 METRICS = "energy", "energy of x_(t_1)", "precision", "coverage", "pairwise distance", "lr"
-DIGIT_METRICS = "accuracy", "frechet", "coverage", "diversity", "lr"
 DEPTHS = "depth 1", "depth 2", "depth 3", "depth 4", "all depths"
 
 
@@ -172,7 +176,7 @@ class Job(NamedTuple):
     name: str
     seed: int
     lr: float
-    scale: int = 1  # divides updates and samples
+    scale: int = 1  # divides the updates, and the samples of a toy
 
     def file(self, out: Path) -> Path:
         return out / "runs" / (re.sub(r"[^\w.]+", "-", "_".join(map(str, self))) + ".json")
@@ -180,7 +184,7 @@ class Job(NamedTuple):
 
 @cache
 def start_tensors(toy: str, classes: str, width: int) -> dict[str, Tensor]:
-    """The network that all runs on a toy start from; that of train.py."""
+    """Tensors that all networks of a toy start from, fitted as train.py does."""
     return toy2d.fit_start(train.make_config(toy=toy, classes=classes), width=width)
 
 
@@ -226,9 +230,6 @@ def train_method(job: Job) -> Iterator[train.Run]:
         yield run
 
 
-# -- measuring -----------------------------------------------------------------------------------
-
-
 def run_toy(job: Job) -> dict:
     """Train a method on a toy and measure it."""
     for run in train_method(job):
@@ -251,7 +252,7 @@ def run_toy(job: Job) -> dict:
 
 @torch.no_grad()
 def sample_depths(run: train.Run, z: Tensor, c: dict | None) -> dict[str, Tensor]:
-    """What the last phase learns from: samples of each truncation depth, and of all in turn.
+    """Samples of each truncation depth of the last phase, and of all depths in equal parts.
 
     Users draw the last depth. It has the noise z, the others have noise of their own.
     """
@@ -277,10 +278,10 @@ def compare_early(run: train.Run, early: torch.nn.Module) -> dict:
     nets = [early if net is run.roles.student[run.k] else net for net in run.nets]
     x, late = (toy2d.draw(run.cfg, each, run.times, n, CPU)[0][-1] for each in (nets, run.nets))
     distance, mode = torch.cdist(x, mixture.means).min(1)
-    kept, hit = mode == toy2d.nearest_mode(late, mixture), distance <= 3 * mixture.sd
+    kept = mode == toy2d.nearest_mode(late, mixture)
     moved = (x - late).norm(dim=1)[kept].mean() / mixture.sd
-    all_kept, hits_kept = (each.double().mean().item() for each in (kept, kept[hit]))
-    return {KEPT: all_kept, KEPT + ", of those within 3 sd": hits_kept, MOVED: moved.item()}
+    share = {KEPT: kept, KEPT + ", of those within 3 sd": kept[distance <= 3 * mixture.sd]}
+    return {name: x.double().mean().item() for name, x in share.items()} | {MOVED: moved.item()}
 
 
 def run_memory(job: Job) -> dict:
@@ -299,7 +300,7 @@ def run_memory(job: Job) -> dict:
 
 
 def run_matching(job: Job) -> dict:
-    """Rms distance in (0.5, 1) of the mean of a target from the exact velocity; no network.
+    """Rms distance of the mean of a target from the exact velocity, over t in (0.5, 1).
 
     Eq. 11 and the naive eps - x_s are linear in x_s and eps, and E[eps | x_t] = -sigma_ts score.
     """
@@ -336,18 +337,22 @@ TUNING = 100  # the first seed that is used to choose rates
 def run_job(job: Job, out: Path) -> None:
     """Run a job on one thread and write its result."""
     torch.set_num_threads(1)
-    run = KINDS.get(job.table.split()[0], run_toy)
-    common.write_json(job.file(out), run(job))
+    try:
+        result = KINDS.get(job.table.split()[0], run_toy)(job)
+    except common.UserError as error:  # diverged
+        if job.seed < TUNING:
+            raise common.UserError(f"{job.file(out).stem}: {error}") from None
+        result = {"energy": math.inf}
+    common.write_json(job.file(out), common.environment("cpu", 1, 1) | result)
 
 
 def run_jobs(jobs: list[Job], args) -> list[dict]:
-    """The results of the jobs; those that exist are read."""
+    """The results of the jobs; those that exist are read. One process per core."""
     todo = [job for job in jobs if not job.file(args.out).exists()]
     ignore = signal.SIGINT, signal.SIG_IGN  # Ctrl-C is handled by the parent
-    with multiprocessing.get_context("spawn").Pool(args.processes, signal.signal, ignore) as pool:
+    with multiprocessing.get_context("spawn").Pool(None, signal.signal, ignore) as pool:
         done = pool.imap_unordered(partial(run_job, out=args.out), todo)
-        for _ in tqdm(done, "training", len(todo), disable=None):
-            pass
+        list(tqdm(done, "training", len(todo), disable=None))
     return [common.read_json(job.file(args.out), "delete it and run again") for job in jobs]
 
 
@@ -357,7 +362,7 @@ def tune(tables: tuple, rates: tuple, seeds: int, scale: int, args) -> dict:
     methods = [(table, name) for table in tables for name in TABLES[table][1] if name in METHODS]
     jobs = [Job(*m, seed, lr, scale) for m, lr, seed in product(methods, rates, seeds)]
     for job, result in zip(jobs, run_jobs(jobs, args)):
-        scores[job.table, job.name, job.lr] += result.get("energy", result.get("frechet"))
+        scores[job.table, job.name, job.lr] += result.get("frechet", result.get("energy"))
     worst_first = sorted(scores, key=scores.get, reverse=True)
     return {(table, name): lr for table, name, lr in worst_first}  # the last one stays
 
@@ -377,21 +382,21 @@ def report(jobs: list[Job], args) -> None:
     results = defaultdict(lambda: defaultdict(list))
     for job, result in zip(jobs, run_jobs(jobs, args)):
         results[job.table][job.name].append(result)
-    claims, rows = [], ["| | claim | | the difference that decides |", "|---|---|---|---|"]
+    claims, rows = [], ["| | claim | verdict | the part that decides |", "|---|---|---|---|"]
     for n, sentence in enumerate(CLAIMS if "ring" in results else (), 1):
         parts = list_parts(n, results)
-        # by the alphabet: no, unclear, yes; then by the distance to the limit
-        far = lambda part: (part_verdict(part), interval(part.differences)[1] - part.min_effect)
-        rows.append(f"| {n} | {sentence} | {verdict(parts)} | {min(parts, key=far)} |")
-        lines = [f"{part}: {part_verdict(part)}" for part in sorted(parts, key=far)]
+        parts.sort(key=lambda part: (part_verdict(part), part.margin()))  # "no" < "unclear" < "yes"
+        rows.append(f"| {n} | {sentence} | {verdict(parts)} | {parts[0]} |")
+        lines = [f"{part}: {part_verdict(part)}" for part in parts]
         claims.append(dict(claim=n, verdict=verdict(parts), parts=lines))
-    metrics = DIGIT_METRICS if args.mode == "digits" else METRICS
+    digit_metrics = ("accuracy", "frechet", "coverage", "diversity", "lr"), DEPTHS
+    shown = {"digits": digit_metrics, "sharpness": (METRICS,)}.get(args.mode, (METRICS, DEPTHS))
     names = [t for t in TABLES if t in results and t not in ("memory", *MATCHING)]
-    tables = [f"{t}\n\n" + format_table(results[t], m) for t in names for m in (metrics, DEPTHS)]
+    tables = [f"{t}\n\n" + format_table(results[t], m) for t in names for m in shown]
     text = "\n\n".join(["\n".join(rows)] * bool(claims) + tables)
     print(text)
-    how = common.environment("cpu", 1, 1) | {"seeds": args.seeds, "claims": claims}
-    common.write_json(args.out / "claims.json", how | {"results": results})
+    how = {"seeds": args.seeds, "claims": claims, "results": results}
+    common.write_json(args.out / "claims.json", common.environment("cpu", 1, 1) | how)
     common.write_file(args.out / "claims.md", text.encode())
     if args.mode != "sharpness":
         common.write_file(args.out / "depths.png", plot_depths(results))
@@ -399,15 +404,16 @@ def report(jobs: list[Job], args) -> None:
 
 def plot_depths(results: dict) -> bytes:
     """Plot the distance to the data of each truncation depth, and of all depths together."""
-    table, distance = ("digits", "frechet") if "digits" in results else ("ring", "energy")
+    table, distance = ("digits", "Fréchet") if "digits" in results else ("ring", "energy")
     figure, ax = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
     for i, name in enumerate(("DMD2", "DMD2, a fake per depth", PHASED)):
         runs = results[table].get(name, [{}])
         keys = [key for key in DEPTHS if key in runs[0]]
         x = [DEPTHS.index(key) + 1 + i / 8 for key in keys]
         ends = [interval([run[key] for run in runs]) for key in keys]
+        # the axis is logarithmic: intervals end at a tenth of the mean
         ax.vlines(x, [max(low, y / 10) for y, low, _ in ends], [high for *_, high in ends], f"C{i}")
-        ax.plot(x, [y for y, *_ in ends], f"C{i}o", label=name)  # the axis is logarithmic
+        ax.plot(x, [y for y, *_ in ends], f"C{i}o", label=name)
     ax.set(title=table, yscale="log", xlabel="truncation depth", ylabel=f"{distance} distance")
     ax.set_xticks(range(1, 6), ["1", "2", "3", "4", "all"])
     ax.legend(fontsize=8)
@@ -423,13 +429,13 @@ def main() -> None:
     mode("--digits", const="digits", help="digits instead of toys")
     mode("--sharpness", const="sharpness", help="more steps, width, updates on the grid, 3 seeds")
     add = parser.add_argument
-    add("--seeds", type=int, help="how many: 0, 1, ... (default 7; 5 with --digits, else 3)")
-    add("--processes", type=int, default=2, help="runs at once, one thread each (default 2)")
+    add("--seeds", type=int, help="how many: 0, 1, ... (default 5; 3 with --quick, --sharpness)")
     add("--out", type=Path, help="folder (default out/claims, out/claims-quick, ...)")
     args = parser.parse_args()
-    args.seeds = args.seeds or {"": 7, "digits": 5}.get(args.mode, 3)
-    if not 2 <= args.seeds <= 10 or args.processes < 1:
-        raise common.UserError("expected --seeds 2 to 10 and --processes of at least 1")
+    if args.seeds is None:
+        args.seeds = 5 if args.mode in ("", "digits") else 3
+    if not 2 <= args.seeds <= 10:
+        raise common.UserError(f"--seeds: expected 2 to 10, got {args.seeds}")
     args.out = args.out or Path("out/claims" + f"-{args.mode}" * bool(args.mode))
     tables, rates = [args.mode], {}
     if args.mode == "digits":
