@@ -126,8 +126,8 @@ def test_a_method_does_not_differ_from_itself_and_a_planted_difference_is_found(
     same = [a - b for a, b in zip(energy[:60], energy[60:])]
     verdicts = [verdict([Part("", same[i : i + 3], claims.ENERGY)]) for i in range(0, 60, 3)]
     planted = Part("", [a - b for a, b in zip(slow, energy)], claims.ENERGY)
-    print(f"identical methods: unclear in {verdicts.count('unclear')} of 20; planted:{planted}")
-    assert verdicts.count("unclear") >= 17 and verdict([planted]) == "holds"
+    print(f"identical methods: unclear in {verdicts.count('unclear')} of 20; planted{planted}")
+    assert verdicts.count("unclear") >= 18 and verdict([planted]) == "holds"
 
 
 @pytest.mark.slow  # starts processes
