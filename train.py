@@ -77,6 +77,9 @@ class Config:
     truncate: str       = method("on", "gradient through one step (SGTS), or through all", ON_OFF)
     depths: str         = method("drawn", "truncation depth: one drawn per batch, or every one in "
                                  "each batch", ("drawn", "mixed"))
+    fake_rollout: str   = method("complete", "samples of the fake: of complete rollouts, truncated "
+                                 "as the student's, or these with a fake per depth",
+                                 ("complete", "truncated", "per-depth"))
     target: str         = method("unbiased", "target of the fake: Eq. 11, or Fig. 2(c)",
                                  ("unbiased", "biased"))
     weight: str         = method("paper", "weight of the student's gradient; paper: Eq. 10",
@@ -84,7 +87,6 @@ class Config:
 
     iters: int          = training(400, "student updates per phase", low=1)
     fake_updates: int   = training(5, "fake updates per student update", low=1)
-    fake_per_depth: bool = training(False, "one fake per truncation depth (not in the paper)")
     reuse_rollouts: bool = training(False, "fake updates of an iteration share their samples")
     warmup: int         = training(0, "fake updates before a phase's first student update", low=0)
     batch: int          = training(64, "samples per update", low=1)
@@ -109,6 +111,11 @@ class Config:
     sample_every: int   = output(0, "iterations between previews; 0: none", low=0)
     eval_samples: int   = output(10_000, "samples behind each metric", low=2)
 # fmt: on
+
+    @property
+    def fake_per_depth(self) -> bool:
+        """Whether every truncation depth has a fake of its own."""
+        return self.fake_rollout == "per-depth"
 
 
 TOY = dict(  # what a mixture in the plane needs in place of the paper's settings
@@ -266,7 +273,7 @@ def run_iteration(run: Run) -> list[dict]:
 
 def simulate(run: Run, u: int) -> Iterator[tuple]:
     """Yield micro-batches with the student's samples x_s at the end of the phase (Eq. 9)."""
-    for batch in micro_batches(run, u):
+    for batch in micro_batches(run, u, truncate=run.cfg.fake_rollout != "complete"):
         with torch.no_grad():
             x_s = rollout(run.nets, run.times, run.phase, batch.z, batch.c, batch.depth)
         yield x_s, batch
@@ -315,19 +322,19 @@ class MicroBatch(NamedTuple):
 
     z: Tensor  # (n, ...) noise
     c: dict | None  # conditions
-    depth: int | None  # truncation depth; None: every step of the phase has a gradient
+    depth: int | None  # truncation depth; None: all steps of the phase
     rng: torch.Generator  # gives t and eps next
     share: float  # n / batch
 
 
-def micro_batches(run: Run, u: int) -> Iterator[MicroBatch]:
-    """The micro-batches of update u that this rank computes.
+def micro_batches(run: Run, u: int, truncate: bool = True) -> Iterator[MicroBatch]:
+    """The micro-batches of update u that this rank computes; truncate: with a truncation depth.
 
     Each has a random stream of its own, so numbers do not depend on how many ranks there are. What
     all ranks must agree on (shape, depth, branch) comes from streams whose key has no m.
     """
     cfg, r = run.cfg, uniform((), *run.key(u), "depth").item()
-    depths = 0 if cfg.truncate == "off" else run.phase.num_steps
+    depths = run.phase.num_steps if truncate and cfg.truncate == "on" else 0
     sizes = split_batch(cfg.batch, cfg.micro_batch, depths, cfg.depths == "mixed", r)
     for m, (n, depth) in parallel.my_share(list(enumerate(sizes))):
         rng = stream(*run.key(u), m)
@@ -574,7 +581,7 @@ def validate(cfg: Config, files: bool = True) -> None:
     if files:
         module_of(cfg).input_files(cfg)
     if cfg.truncate == "off" and cfg.fake_per_depth:
-        raise UserError("--fake-per-depth needs --truncate on: without it there are no depths")
+        raise UserError("--fake-rollout per-depth needs --truncate on: there are no depths without")
     depths = phases_of(cfg)[0].num_steps
     count = -(-cfg.batch // cfg.micro_batch) if cfg.micro_batch else min(depths, cfg.batch)
     if cfg.depths == "mixed" and count % depths:

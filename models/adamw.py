@@ -6,11 +6,13 @@ import torch
 
 from models.parallel import local
 
-BETA, EPS = 0.999, 1e-8
+# eps only prevents 0 / 0. The usual 1e-8 is larger than the gradients of an adapter at full size,
+# since a loss is the mean over the elements of a latent: updates would be far below the rate
+BETA, EPS = 0.999, 1e-20
 
 
 class AdamW:
-    """AdamW with betas (0, 0.999), no weight decay and eps 1e-8, as in the paper.
+    """AdamW with the paper's betas (0, 0.999) and without weight decay.
 
     With beta1 = 0 the first moment is the gradient itself, so only the second one is stored.
     """

@@ -114,7 +114,7 @@ def test_overwrite_replaces_a_run_and_touches_nothing_else(finished):
 
 def test_a_dry_run_prints_the_phases_and_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert train.main(["--dry-run", "--phases", "4", "--fake-per-depth"]) == 0
+    assert train.main(["--dry-run", "--phases", "4", "--fake-rollout", "per-depth"]) == 0
     printed = capsys.readouterr().out
     assert re.search(r"student4 +[\d,]+ parameters", printed) and not list(tmp_path.iterdir())
 
@@ -142,7 +142,7 @@ WRONG = {
     "--fix-t 0.3": "where phase 1 ends",
     "--steps 60 --phases 60": "no room",
     "--depths mixed --micro-batch 100": "multiple of 2",
-    "--truncate off --phases 1 --fake-per-depth": "needs --truncate on",
+    "--truncate off --phases 1 --fake-rollout per-depth": "needs --truncate on",
     "--resume --overwrite": "one of them",
     "--processes 8": "--dry-run",
     "--device tpu": "--device: expected",

@@ -87,7 +87,9 @@ OTHER_STEPS = dict(truncate="off", reuse_rollouts=True, warmup=1)
             "wan22-tiny", "full", "lora", MORE_WAYS, dict(checkpointing="off"), marks=SLOW
         ),
         pytest.param("qwen-image-tiny", "lora", "full", MORE_WAYS, OTHER_STEPS, marks=SLOW),
-        pytest.param("wan22-i2v-tiny", "lora", "lora", WAYS, dict(fake_per_depth=True), marks=SLOW),
+        pytest.param(
+            "wan22-i2v-tiny", "lora", "lora", WAYS, dict(fake_rollout="per-depth"), marks=SLOW
+        ),
     ],
 )
 def test_two_processes_have_the_numbers_of_one(tmp_path, teacher, generator, fake, ways, settings):

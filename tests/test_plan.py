@@ -135,7 +135,7 @@ def test_a_checkpointed_step_keeps_its_input_and_costs_one_more_forward():
 def test_int8_bases_are_half_as_large_and_a_fake_per_depth_costs_its_weight():
     peak = peak_of(2, **PICTURE)
     assert peak - peak_of(2, **PICTURE, base="int8") == pytest.approx(28e9, rel=2e-2)
-    two_fakes = peak_of(2, **PICTURE, fake_per_depth=True) - peak
+    two_fakes = peak_of(2, **PICTURE, fake_rollout="per-depth") - peak
     assert two_fakes == pytest.approx(4 * 1.227e9, rel=1e-3)  # each with its second moments
 
 

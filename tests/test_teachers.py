@@ -231,7 +231,11 @@ def test_guidance_is_its_closed_form_with_the_scale_of_each_branch(teacher):
         assert (guided - (v_null + (scale + 1) * (v - v_null))).abs().max() > 0.01
 
 
-WAYS = [dict(phases=1, truncate="off"), dict(phases=4), dict(depths="mixed", fake_per_depth=True)]
+WAYS = [
+    dict(phases=1, truncate="off"),
+    dict(phases=4),
+    dict(depths="mixed", fake_rollout="per-depth"),
+]
 
 
 @pytest.mark.parametrize("settings", WAYS)

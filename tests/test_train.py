@@ -185,7 +185,7 @@ def test_a_teacher_of_two_branches_has_a_fake_beside_each(new_run, monkeypatch):
     [
         {},
         dict(depths="drawn"),
-        dict(fake_per_depth=True),
+        dict(fake_rollout="per-depth"),
         dict(phases=4),
         dict(truncate="off", phases=1),
         dict(reuse_rollouts=True, micro_batch=8),

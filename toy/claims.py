@@ -49,7 +49,7 @@ METHODS = {  # settings of train.py; they cannot express SHARED, see train_metho
     "DMD, 1 step": dict(phases=1, steps=1),
     "vanilla DMD": VANILLA,
     "DMD2": dict(phases=1),
-    "DMD2, a fake per depth": dict(phases=1, fake_per_depth=True),
+    "DMD2, a fake per depth": dict(phases=1, fake_rollout="per-depth"),
     PHASED: dict(phases=2),
     "Phased 4 / 4": dict(phases=4),
     "disjoint intervals": dict(phases=2, interval="disjoint"),
