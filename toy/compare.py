@@ -52,7 +52,7 @@ def figure(rows: dict[str, tuple[list, set]], mixture) -> bytes:
     limits = (2.6, 2.4, 2.4, 2.5, 2.6)
     for line, (name, (xs, matched)) in zip(axes, rows.items()):
         colors = nearest_mode(xs[-1], mixture)
-        modes, precision = mode_coverage(xs[-1], mixture)
+        modes, precision, _ = mode_coverage(xs[-1], mixture)
         for i, (ax, x, t) in enumerate(zip(line, xs, TIMES)):
             plot_points(ax, x, colors, len(mixture.means), limits[i])
             exact = mixture.sample_at(t, len(x), stream("compare", i))

@@ -265,16 +265,27 @@ def mode_radius(d: int) -> float:
     return high
 
 
-def mode_coverage(x: Tensor, mixture: Mixture) -> tuple[float, float]:
-    """Effective number of modes, and precision: the fraction of x inside a mode.
+def mode_coverage(x: Tensor, mixture: Mixture) -> tuple[float, float, float]:
+    """Effective number of modes, precision, and spread of samples x (n, d).
 
-    Inside is what 98.9 % of a mode's own samples are: within 3 sd in the plane. The number of modes
-    is the exponential of the entropy of the nearest modes of the samples inside; 0 without any.
+    precision   fraction of x inside a mode, where 98.9 % of its own samples are: 3 sd in the plane
+    modes       exponential of the entropy of the nearest modes of the samples inside; 0 without any
+    spread      their standard deviation around the centre of the samples of the same mode, over
+                that of exact samples inside: 1 is exact, less is too narrow
     """
     means = mixture.means.to(x)
     parts = [torch.cdist(rows, means).min(1) for rows in x.split(1000)]
     distance, nearest = (torch.cat(part) for part in zip(*parts))
-    hit = distance <= mode_radius(x.shape[1]) * mixture.sd
-    share = torch.bincount(nearest[hit], minlength=len(means)) / hit.sum().clamp(min=1)
+    radius, half = mode_radius(x.shape[1]), x.shape[1] / 2
+    hit = distance <= radius * mixture.sd
+    x, nearest = x[hit].double(), nearest[hit]
+    counts = torch.bincount(nearest, minlength=len(means))
+    share = counts / hit.sum().clamp(min=1)
     number = torch.special.entr(share).sum().exp().item() if hit.any() else 0.0
-    return number, hit.double().mean().item()
+    sums = torch.zeros(len(means), x.shape[1], dtype=x.dtype).index_add_(0, nearest, x)
+    variance = (x - sums[nearest] / counts[nearest, None]).square().mean()
+    # variance of a Gaussian inside the radius, in units of sd^2
+    a, r = torch.tensor([[half, half + 1], [radius**2 / 2] * 2], dtype=torch.float64)
+    mass, moment = torch.special.gammainc(a, r)
+    spread = (variance / (mixture.sd**2 * moment / mass)).sqrt().item()
+    return number, hit.double().mean().item(), spread

@@ -284,8 +284,7 @@ def nearest_mode(x: Tensor, mixture: Mixture) -> Tensor:
 
 def metrics(mixture: Mixture, x: Tensor, c: dict | None) -> dict:
     """How well samples x (n, d) hit the modes, and their class if they have one."""
-    modes, precision = mode_coverage(x, mixture)
-    values = {"modes": modes, "precision": precision}
+    values = dict(zip(("modes", "precision", "spread"), mode_coverage(x, mixture), strict=True))
     if c is not None:
         correct = mixture.labels[nearest_mode(x, mixture)] == c["class"]
         values["class_accuracy"] = correct.double().mean().item()
@@ -324,7 +323,7 @@ def report(
         values["energy_floor"] = [floor.mean().item(), floor.std().item()]
         teacher = {"energy": distance["teacher"]} | metrics(mixture, x_teacher, c)
         values |= {f"{name}_teacher_same_steps": value for name, value in teacher.items()}
-        values["modes_exact"], values["precision_exact"] = mode_coverage(y, mixture)
+        values["modes_exact"], values["precision_exact"], _ = mode_coverage(y, mixture)
     return values, draw_picture(cfg, nets, phases, device)
 
 
