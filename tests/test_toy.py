@@ -113,12 +113,24 @@ def test_exact_samples_are_inside_their_modes_in_any_dimension():
 
 def test_mode_coverage_counts_modes_and_hits():
     exact = ring().sample(10_000, generator())
-    number, precision = mode_coverage(exact, ring())
+    number, precision, spread = mode_coverage(exact, ring())
     assert number == pytest.approx(8, abs=0.02)
+    assert spread == pytest.approx(1, abs=0.01)
     assert precision == pytest.approx(1 - math.exp(-4.5), abs=0.005)
     single = exact[torch.cdist(exact, ring().means).argmin(1) == 3]
     assert mode_coverage(single, ring())[0] == pytest.approx(1)
-    assert mode_coverage(torch.zeros(10, 2), ring()) == (0.0, 0.0)
+    assert mode_coverage(torch.zeros(10, 2), ring())[:2] == (0.0, 0.0)
+
+
+def test_spread_is_that_of_exact_samples_or_of_samples_shrunk_by_a_known_factor():
+    """Around the centre of a mode's samples: a mode that is moved is not wider."""
+    x = ring().sample(20_000, generator())
+    centre = ring().means[torch.cdist(x, ring().means).argmin(1)]
+    spread = lambda factor, move: mode_coverage(centre + factor * (x - centre) + move, ring())[2]
+    # inside 3 sd, where 1 - e^-4.5 of the samples are, the sd is 0.9744 of that of all
+    assert spread(1, 0) == pytest.approx(1, abs=0.01)
+    assert spread(0.5, 0) == pytest.approx(0.5 / 0.9744, abs=0.005)
+    assert spread(0.5, 0.05) == pytest.approx(0.5 / 0.9744, abs=0.005)
 
 
 def test_a_report_compares_student_teacher_and_exact_samples(monkeypatch):
