@@ -107,7 +107,7 @@ def separate_roles(
 ) -> Roles:
     """A network of its own for every trained role, from the tensors `start`; for small networks.
 
-    teacher: v = teacher(x_t, t, c), which may be an exact formula.
+    teacher: v = teacher(x_t, t, c), which may be an exact formula; both branches, if it has two.
     """
 
     def make_role(name: str) -> Role:
@@ -119,7 +119,8 @@ def separate_roles(
 
         return Role(name, network, reset)
 
-    return collect_roles(phases, per_depth, {1: Role("teacher1", teacher)}, make_role)
+    teachers = {branch: Role(f"teacher{branch}", teacher) for branch in (1, 2)}
+    return collect_roles(phases, per_depth, teachers, make_role)
 
 
 def shared_roles(

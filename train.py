@@ -57,6 +57,8 @@ class Config:
     toy: str            = data("ring", "distribution of toy2d", tuple(toy2d.TOYS))
     points: str         = data("", "your own data for toy2d: csv or npy, n x d, n <= 2000")
     classes: str        = data("off", "toys: condition on the class", ON_OFF)
+    boundary: float     = data(0.0, "toy2d: the teacher has two branches, which meet at this t; 0: "
+                               "one branch", low=0, high=1)
     guidance: tuple     = data((1.0,), "CFG scale of the teacher, or two: high noise, low noise",
                                kind=float, low=0)
     weights: tuple      = data((), "published weights: a folder, or a path per branch (high noise "

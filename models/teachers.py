@@ -82,6 +82,8 @@ def check_config(cfg) -> None:
     if not cfg.size:
         raise UserError("--size: expected at least one size such as 480x832")
     buckets(cfg)
+    if cfg.boundary:
+        raise UserError(f"--boundary is for toy2d; that of {cfg.teacher} is known; drop it")
     if cfg.images and not spec.is_i2v:
         raise UserError(f"--images is for image to video, and {cfg.teacher} is not; drop it")
     if cfg.teacher_lora and is_random(cfg):

@@ -187,3 +187,44 @@ def test_a_matched_student_stays_put(p, s, t):
     t = torch.tensor(t, dtype=torch.float64)
     assert student_gradient(a, b, s, t, real, p)[0].abs().max() < 1e-9
     assert student_gradient(a, 1.1 * b, s, t, real, p)[0].abs().max() > 1e-3
+
+
+def test_what_each_fake_makes_stationary():
+    """Two depths, exact fakes: the gradient's RMS at samples of each depth, at t = 0.5.
+
+    First the deepest depth, which users draw, is the data, and the shallow one has half of the
+    modes. Only a fake that sees both moves the deepest away from the data. Then each depth has the
+    other half, and both together are the data: for that fake, all is well.
+    """
+    data = ring().double()
+    modes = lambda rows: replace(data, means=data.means[rows])
+    left, right, everywhere = [0, 1, 2, 3], [4, 5, 6, 7], [*range(8)]
+
+    def gradients(deep, shallow):
+        """RMS at the deep and at the shallow samples, for each fake."""
+        together = modes(deep * (8 // len(deep)) + shallow * (8 // len(shallow)))
+        fakes = {
+            "complete": (modes(deep), modes(deep)),
+            "truncated": (together, together),
+            "per-depth": (modes(deep), modes(shallow)),
+        }
+        for name, pair in fakes.items():
+            rms = []
+            for rows, fake in zip((deep, shallow), pair, strict=True):
+                x_s, eps = (
+                    modes(rows).sample(2000, torch.Generator().manual_seed(0)),
+                    normal(2000, 2),
+                )
+                x_t = diffuse(x_s, 0.0, 0.5, eps)
+                v_real, v_fake = data.velocity(x_t, 0.5), fake.velocity(x_t, 0.5)
+                gradient = losses.dmd_gradient(x_s, x_t, 0.0, 0.5, v_real, v_fake, "xs")
+                rms.append(gradient.square().mean().sqrt().item())
+            yield name, rms
+
+    found = dict(gradients(everywhere, left))
+    assert max(found["complete"]) < 1e-9  # nothing moves the shallow depth, which nobody draws
+    assert found["per-depth"][0] < 1e-9 < 0.1 < found["per-depth"][1]
+    assert min(found["truncated"]) > 0.1
+    found = dict(gradients(left, right))
+    assert max(found["truncated"]) < 1e-9  # although users would draw half of the modes
+    assert min(found["complete"]) > 0.1 and min(found["per-depth"]) > 0.1

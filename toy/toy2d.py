@@ -115,9 +115,9 @@ def base_files(cfg) -> list[Path]:
     return input_files(cfg)
 
 
-def boundary_of(cfg) -> None:
-    """The time where the teacher's branch changes: it has only one."""
-    return None
+def boundary_of(cfg) -> float | None:
+    """The time at which the teacher changes its branch, or None. Both branches are exact."""
+    return cfg.boundary or None
 
 
 def prepare(cfg, out: Path, device, progress: Callable) -> None:
