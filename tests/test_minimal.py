@@ -1,0 +1,40 @@
+"""toy/minimal.py is the loop of train.py: the same random numbers give the same parameters."""
+
+import pytest
+
+import train
+from toy import minimal, toy2d
+
+
+@pytest.fixture
+def largest_difference(new_run, start):
+    """Largest difference of the two files' parameters, after few iterations of both phases."""
+
+    def compare(**settings):
+        run = new_run(iters=4, warmup=3, **settings)
+        for _ in train.train(run):
+            pass
+        network, experts = toy2d.make_network(run.cfg), []
+        network.load_state_dict(start(run.cfg))
+        for phase in minimal.phases:
+            minimal.train_phase(phase, experts, network, iters=4, warmup=3)
+        pairs = [
+            (a, b)
+            for expert, role in zip(experts, run.roles.student.values(), strict=True)
+            for a, b in zip(expert.parameters(), role.parameters.values(), strict=True)
+        ]
+        return max((a - b).abs().max().item() for a, b in pairs)
+
+    return compare
+
+
+def test_the_file_that_shows_it_all_trains_as_train_py_does(largest_difference):
+    """The rate is 1e-3. Controls: another weight, or a fake of truncated rollouts."""
+    assert largest_difference() < 2e-5
+    assert largest_difference(weight="none") > 1e-3
+    assert largest_difference(fake_rollout="truncated") > 1e-3
+
+
+def test_the_start_network_is_that_of_the_preset():
+    net, tensors = minimal.fit_start(20), toy2d.fit_start(train.make_config(), steps=20)
+    assert all((p - tensors[name]).abs().max() < 1e-4 for name, p in net.state_dict().items())
