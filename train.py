@@ -27,7 +27,7 @@ import moe
 from losses import dmd_gradient, dmd_loss, naive_matching, subinterval_matching
 from models import common, media, parallel, teachers
 from models.adamw import AdamW
-from models.common import UserError, stream, uniform
+from models.common import START_OVER, UserError, stream, uniform
 from phases import (
     Interval,
     Phase,
@@ -338,7 +338,8 @@ def micro_batches(run: Run, u: int, truncate: bool = True) -> Iterator[MicroBatc
     cfg, r = run.cfg, uniform((), *run.key(u), "depth").item()
     depths = run.phase.num_steps if truncate and cfg.truncate == "on" else 0
     sizes = split_batch(cfg.batch, cfg.micro_batch, depths, cfg.depths == "mixed", r)
-    for m, (n, depth) in parallel.my_share(list(enumerate(sizes))):
+    share, updates = parallel.my_share(list(enumerate(sizes))), cfg.fake_updates + 1
+    for m, (n, depth) in common.watch_update(share, u, updates if run.i >= 0 else 1):
         rng = stream(*run.key(u), m)
         c, shape = run.data(n, stream(*run.key(u), "data"), rng)
         z = moe.to_device(torch.randn(n, *shape, generator=rng), run.device)
@@ -437,8 +438,8 @@ def load_state(run: Run) -> tuple[int, float]:
     if not parallel.on_rank0((folder / "state.json").exists):
         begin_phase(run, 1)
         return 0, 0.0
-    tensors, metadata = parallel.read_state(folder, common.to_json(run.cfg), common.START_OVER)
-    with common.reading(folder / "state.json", common.START_OVER):  # a wrong type fails here
+    tensors, metadata = parallel.read_state(folder, common.to_json(run.cfg), START_OVER)
+    with common.reading(folder / "state.json", START_OVER):  # a wrong type fails here
         [k] = [phase.k for phase in run.phases if phase.k == metadata["phase"]]
         i, log_bytes = int(metadata["iteration"]), int(metadata["log_bytes"])
         seconds = float(metadata["seconds"])
@@ -450,12 +451,12 @@ def load_state(run: Run) -> tuple[int, float]:
     run.i, run.skips = i, skips
     for name, optimizer in run.optimizers.items():
         if name not in steps:
-            raise UserError(f"{folder}: expected the steps of {name}; {common.START_OVER}")
+            raise UserError(f"{folder}: expected the steps of {name}; {START_OVER}")
         optimizer.steps = steps[name]
     for name, tensor in state_tensors(run).items():
         if name not in tensors or tensors[name].shape != tensor.shape:
-            raise UserError(f"{folder}: expected a tensor {name}; {common.START_OVER}")
-        with common.reading(folder, common.START_OVER):
+            raise UserError(f"{folder}: expected a tensor {name}; {START_OVER}")
+        with common.reading(folder, START_OVER):
             parallel.copy_to_local(tensor, tensors[name])
     return log_bytes, seconds
 
@@ -483,35 +484,36 @@ def run_training(run: Run, began: float, stop: common.Stop) -> float:
     cfg, module = run.cfg, module_of(run.cfg)
     log_bytes, seconds = load_state(run)
     log = common.Log(run.out / "log.jsonl", log_bytes)
-    bar, began, clock, saved = None, began - seconds, time.time(), time.time()
+    module.throughput(cfg, run.phase, 1.0, run.device)  # measures the GPU's speed, once
+    bar, began, clock, saved = None, began - seconds, time.monotonic(), time.monotonic()
     common.reset_peak_memory(run.device)
     for rows in train(run):
         if bar is None or rows[0]["iteration"] == -cfg.warmup:
             text, done = f"phase {run.k} of {len(run.phases)}", run.i + cfg.warmup - 1
             bar = tqdm(total=cfg.iters + cfg.warmup, initial=done, desc=text, disable=None)
             phase_rows = []
-        seconds = time.time() - clock
+        seconds = time.monotonic() - clock
         rows[-1] |= {"seconds_iteration": round(seconds, 4)} | common.peak_memory(run.device)
         rows[-1] |= module.throughput(cfg, run.phase, seconds, run.device)
-        log.write([row | {"seconds": round(time.time() - began, 3)} for row in rows])
+        log.write([row | {"seconds": round(time.monotonic() - began, 3)} for row in rows])
         phase_rows += rows
         bar.set_postfix({"loss": rows[0]["loss"], "distance": rows[-1].get("distance")}, False)
         bar.update()
         last, signal = run.i == cfg.iters, stop.received()
-        late = parallel.max_over_ranks(time.time() - saved > SAVE_SECONDS)
+        late = parallel.max_over_ranks(time.monotonic() - saved > SAVE_SECONDS)
         if is_due(run, cfg.sample_every):
             save_preview(run, log)
         if signal or late or is_due(run, cfg.save_every):
-            save_state(run, log.sync(), time.time() - began)
-            saved = time.time()
+            save_state(run, log.sync(), time.monotonic() - began)
+            saved = time.monotonic()
         if signal:  # the one read above: for a later one there is no checkpoint yet
             raise common.Interrupted(signal, stop.advice)
         if last:
             bar.close()
-            print(f"{text}: {cfg.iters} iterations, {time.time() - began:.0f} s so far")
+            print(f"{text}: {cfg.iters} iterations, {time.monotonic() - began:.0f} s so far")
             print(module.phase_summary(cfg, run.phases, run.k, phase_rows), end="")
-        clock = time.time()  # previews and checkpoints belong to no iteration
-    return time.time() - began
+        clock = time.monotonic()  # previews and checkpoints belong to no iteration
+    return time.monotonic() - began
 
 
 def is_due(run: Run, every: int) -> bool:
@@ -543,9 +545,9 @@ def save_results(run: Run, seconds: float, stop: common.Stop) -> dict:
     """Write student, picture and metrics. metrics.json comes last: it marks a finished run."""
     save_student(run, run.out / "student.safetensors")
     stop.check()
-    began = time.time()
+    began = time.monotonic()
     metrics, picture = report(run)
-    metrics |= {"seconds": round(seconds, 1), "seconds_metrics": round(time.time() - began, 1)}
+    metrics |= {"seconds": round(seconds, 1), "seconds_metrics": round(time.monotonic() - began, 1)}
     stop.check()
     common.write_file(run.out / "samples.png", picture)
     metrics = common.finite(metrics)
@@ -565,6 +567,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     presets = {name: settings for name, (_, settings) in PRESETS.items()}
     common.add_run_flags(common.add_flags(parser, Config, presets, teacher))
     args = parser.parse_args(argv)
+    args.argv = sys.argv[1:] if argv is None else argv
     args.explicit = explicit = common.explicit_flags(args, Config)
     for name in {"points", "prompts", "images", "weights", "teacher_lora"} & set(explicit):
         explicit[name] = common.absolute_paths(explicit[name])  # a run may be resumed elsewhere
@@ -593,7 +596,7 @@ def validate(cfg: Config, files: bool = True) -> None:
         )
 
 
-def resolve(args: argparse.Namespace, cfg: Config) -> tuple[Config, bool]:
+def resolve(args: argparse.Namespace, cfg: Config, device: str) -> tuple[Config, bool]:
     """The settings to run with, and whether that run is finished. Writes or checks config.json."""
     if not args.resume:
         validate(cfg)
@@ -603,7 +606,6 @@ def resolve(args: argparse.Namespace, cfg: Config) -> tuple[Config, bool]:
     cfg, finished = common.resolve_run(*folder_args)
     if args.resume:
         validate(cfg)
-    device = common.pick_device(args.device, module_of(cfg).DEFAULT_DEVICE)
     ranks = parallel.topology.processes, parallel.topology.context_parallel
     environment = {} if finished else common.environment(device, *ranks)
     files = module_of(cfg).input_files(cfg)
@@ -611,16 +613,15 @@ def resolve(args: argparse.Namespace, cfg: Config) -> tuple[Config, bool]:
     return cfg, finished
 
 
-def run_command(args: argparse.Namespace, cfg: Config) -> None:
+def run_command(args: argparse.Namespace, cfg: Config, device: str) -> None:
     """Train, or continue, or print the metrics of a finished run."""
-    cfg, finished = parallel.on_rank0(lambda: resolve(args, cfg))
+    cfg, finished = parallel.on_rank0(lambda: resolve(args, cfg, device))
     if finished:
         print("This run is already finished. Use --overwrite to train it again.")
         file = args.out / "metrics.json"
-        with common.reading(file, common.START_OVER):
-            return common.print_metrics(common.read_json(file, common.START_OVER), args.out)
-    module, began = module_of(cfg), time.time()
-    device = torch.device(common.pick_device(args.device, module.DEFAULT_DEVICE))
+        with common.reading(file, START_OVER):
+            return common.print_metrics(common.read_json(file, START_OVER), args.out)
+    module, device, began = module_of(cfg), torch.device(device), time.monotonic()
     torch.set_num_threads(module.THREADS or torch.get_num_threads())
     print(format_phases(phases_of(cfg), cfg.shift))
     flags = f" --context-parallel {args.context_parallel}" * (args.context_parallel > 1)
@@ -641,20 +642,20 @@ def main(argv: list[str] | None = None) -> int:
         args, cfg = parse(argv)
         file = args.out / "config.json"
         if args.resume and file.exists():  # the command need not name the teacher
-            settings = common.read_json(file, common.START_OVER)
-            cfg = common.config_from_json(Config, settings, args.out)
+            cfg = common.config_from_json(Config, common.read_json(file, START_OVER), args.out)
         device = common.pick_device(args.device, module_of(cfg).DEFAULT_DEVICE)
         if not args.dry_run:
             with parallel.distributed(device, args.context_parallel, "train.py"):
-                return run_command(args, cfg)
+                validate(cfg, files=False)
+                with teachers.watch_memory(args, cfg, phases_of(cfg), device):
+                    return run_command(args, cfg, device)
         with parallel.pretend_topology(args.processes, args.context_parallel):
             validate(cfg, files=False)
             print(format_phases(phases_of(cfg), cfg.shift))
             print(module_of(cfg).plan_text(cfg, phases_of(cfg), torch.device(device)))
 
     parallel.silence_other_ranks()
-    advice = "try --micro-batch 1 or --base int8 (--dry-run estimates what fits)"
-    return common.exit_status("train.py", work, advice)
+    return common.exit_status("train.py", work, "try a smaller --batch or --eval-samples")
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import Field, asdict, field, fields, replace
 from operator import gt, le, lt
@@ -29,6 +30,8 @@ from tqdm import tqdm
 
 # as PyTorch, CUDA, cuBLAS and NCCL say it
 OUT_OF_MEMORY = re.compile("out of memory|allocate memory|ALLOC_FAILED|CUDA malloc", re.I)
+
+SLOW_UPDATE = 60  # seconds from which an update is worth a line
 
 is_writer = True  # models/parallel.py sets it to False on ranks > 0
 
@@ -47,6 +50,11 @@ class Interrupted(Exception):
 def first_line(error: BaseException) -> str:
     """First line of an error's text, or its type if it has none."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory is short, on any device."""
+    return isinstance(error, MemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
 
 
 # -- files ---------------------------------------------------------------------------------------
@@ -69,7 +77,7 @@ def reading(path: Path | str, advice: str):
     try:
         yield
     except Exception as error:  # a broken file makes parsers raise nearly any kind
-        if isinstance(error, (UserError, MemoryError)) or OUT_OF_MEMORY.search(str(error)):
+        if isinstance(error, UserError) or is_out_of_memory(error):
             raise
         reason = getattr(error, "strerror", None) or first_line(error)
         raise UserError(f"cannot read {path} ({reason}); {advice}") from error
@@ -232,6 +240,7 @@ def add_run_flags(groups: dict) -> None:
     add("--overwrite", action="store_true", help="replace the run in --out")
     add("--dry-run", action="store_true", help="print phases, memory and time; write nothing")
     add = groups["memory"].add_argument
+    add("--ignore-plan", action="store_true", help="start even if the plan says it does not fit")
     devices = ("auto", "cpu", "cuda", "mps")
     add("--device", default="auto", choices=devices, help="auto: the fastest; toys: cpu")
     help = "under torchrun: ranks that share the tokens of a sample (default 1)"
@@ -310,12 +319,14 @@ def exit_status(
     restart_advice: str = "run the same command again to continue or restart",
 ) -> int:
     """Run work() and return the exit status: 0, 2 for a user's error, 130 or 143 for a signal."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(line_buffering=True)  # a log file is written while a run goes on
     try:
         return work() or 0
     except UserError as error:
         line, status = str(error), 2
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and not OUT_OF_MEMORY.search(str(error)):
+        if not is_out_of_memory(error):
             raise
         line, status = f"out of memory; {memory_advice}", 2
     except (KeyboardInterrupt, Interrupted) as error:
@@ -588,6 +599,21 @@ class Log:
         with writing(self.path):
             os.fsync(self.file.fileno())
             return self.file.seek(0, os.SEEK_END)
+
+
+def watch_update(micro_batches: list, u: int, updates: int) -> Iterator:
+    """Iterate over the micro-batches of update u of an iteration, with a bar for the iteration.
+
+    Many micro-batches are slow: then it shows at once. Where no bar is drawn, a slow update prints
+    a line.
+    """
+    n, began, text = len(micro_batches), time.monotonic(), f"update {u + 1} of {updates}"
+    options = dict(total=n * updates, initial=n * u, delay=0 if n > 2 else 1, disable=None)
+    yield from tqdm(micro_batches, text, leave=False, unit=" micro-batches", **options)
+    seconds = time.monotonic() - began
+    if seconds > SLOW_UPDATE and not sys.stderr.isatty():
+        left = (updates - u - 1) * seconds / 60
+        print(f"{text} took {seconds:.0f} s; about {left:.0f} minutes left in this iteration")
 
 
 def with_progress(steps: Iterable, text: str, stop: Stop) -> Iterator:

@@ -349,11 +349,27 @@ def latent_statistics(vae) -> tuple[Tensor, Tensor]:
     return mean, std
 
 
+def in_tiles_if_short(vae, call: Callable[[], Tensor]) -> Tensor:
+    """Call the VAE; where memory is short once more in tiles, its own, with blended borders."""
+    try:
+        return call()
+    except (RuntimeError, MemoryError) as error:
+        if not common.is_out_of_memory(error) or vae.use_tiling:
+            raise
+    vae.enable_tiling()
+    vae.clear_cache()  # features of the frames before
+    if vae.device.type == "cuda":
+        torch.cuda.empty_cache()
+    print("note: memory is short, so the VAE works in tiles; their borders are blended")
+    return call()
+
+
 @torch.no_grad()
 def encode(vae, pixels: Tensor) -> Tensor:
     """Pixels (B, 3, 4n + 1, H, W) in [-1, 1] -> normalised latents (B, C, n + 1, h, w)."""
     mean, std = latent_statistics(vae)
-    latents = vae.encode(pixels.to(vae.device)).latent_dist.mode()  # the mean: nothing is drawn
+    encode_mean = lambda: vae.encode(pixels.to(vae.device)).latent_dist.mode()  # nothing is drawn
+    latents = in_tiles_if_short(vae, encode_mean)
     return (latents - mean) / std
 
 
@@ -363,7 +379,8 @@ def decode(vae, latents: Tensor) -> Tensor:
     is_picture = latents.ndim == 4
     latents = latents[:, :, None] if is_picture else latents
     mean, std = latent_statistics(vae)
-    pixels = vae.decode(latents.to(vae.device).float() * std + mean).sample.clamp(-1, 1)
+    z = latents.to(vae.device).float() * std + mean
+    pixels = in_tiles_if_short(vae, lambda: vae.decode(z).sample).clamp(-1, 1)
     return pixels[:, :, 0] if is_picture else pixels
 
 

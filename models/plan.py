@@ -6,10 +6,13 @@ blocks are identical. Only matrix products count as FLOPs.
 
 import gc
 import math
+import shlex
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -19,7 +22,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import lora, parallel
+from models import common, lora, parallel
+from models.common import UserError
 from models.encoders import MAX_TOKENS
 from models.parallel import Topology, blocks_of
 from models.qwen_image import QwenImage
@@ -51,13 +55,13 @@ def cost(
     dtype: torch.dtype,
     checkpointing: bool,
     sharded: bool = False,
-    flops_only: bool = False,
+    counted: str = "both",
     int8: bool = False,
 ) -> Cost:
     """Cost of a sample of this shape (C, ...) through a role: a LoRA, or all parameters (full).
 
     sharded: FSDP gathers full parameters in dtype, so no layer casts them from float32.
-    flops_only: leave the bytes at 0; following every allocation takes seconds.
+    counted: "flops", "bytes" or "both"; the others are 0. Each takes seconds.
     """
     layers, costs = teacher_spec(teacher).settings["num_layers"], []
     for n in (2, 3):
@@ -68,21 +72,23 @@ def cost(
         else:
             lora.add_adapter(net, "role", rank, device="meta")
         with parallel.pretend_topology("1", 1):  # the caller may have several processes
-            costs.append(measure(net, shape, None if full else "role", flops_only))
+            costs.append(measure(net, shape, None if full else "role", counted))
     two, three = costs
     return Cost(*(a + (b - a) * (layers - 2) for a, b in zip(two, three)))
 
 
-def measure(net: nn.Module, shape: tuple, adapter: str | None, flops_only: bool) -> Cost:
+def measure(net: nn.Module, shape: tuple, adapter: str | None, counted: str) -> Cost:
     """Cost of a network on the meta device, by running it."""
     x, t, c = meta_inputs(net, shape)
     for p in net.parameters():
         if p.requires_grad:  # phase_memory counts gradients: discard each as it is made
             p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
 
-    forward, total = count_flops(lambda: net(x, t, c, adapter))
+    forward = total = 0.0
+    if counted != "bytes":
+        forward, total = count_flops(lambda: net(x, t, c, adapter))
     recomputed = forward if net.checkpointing else 0
-    if flops_only:
+    if counted == "flops":
         return Cost(forward, total - recomputed, recomputed, 0, 0, 0)
     known = [x, t, *c.values(), *net.parameters()]
     with MemoryTracker(known) as tracker, torch.no_grad():
@@ -211,11 +217,11 @@ def role_kind(cfg, name: str) -> str:
     return cfg.generator if name.startswith("student") else cfg.fake
 
 
-def role_cost(cfg, name: str, shape: tuple, flops_only: bool = False) -> Cost:
+def role_cost(cfg, name: str, shape: tuple, counted: str) -> Cost:
     """Cost of a sample of this shape through a trained role."""
     full, checkpointing = role_kind(cfg, name) == "full", cfg.checkpointing == "on"
     sharded = full and parallel.topology.processes > 1
-    options = cfg.rank, dtype_named(cfg.dtype), checkpointing, sharded, flops_only
+    options = cfg.rank, dtype_named(cfg.dtype), checkpointing, sharded, counted
     return cost(cfg.teacher, shape, full, *options, cfg.base == "int8")
 
 
@@ -233,14 +239,16 @@ class Memory(NamedTuple):
         return sum(self)
 
 
-def phase_memory(cfg, active, shape: tuple) -> Memory:
-    """Peak of a phase with these moe.ActiveRoles, at cfg.micro_batch samples of this shape."""
+def phase_memory(cfg, active, shape: tuple | None) -> Memory:
+    """Peak of a phase with these moe.ActiveRoles, at cfg.micro_batch samples of this shape.
+
+    shape None: without activations, which is quick.
+    """
     topology = parallel.topology
-    options = cfg.rank, dtype_named(cfg.dtype), topology
-    lora_size = role_bytes(cfg.teacher, False, *options, cfg.base == "int8")
-    full_size = role_bytes(cfg.teacher, True, *options, False)
-    size_of = lambda name: full_size if role_kind(cfg, name) == "full" else lora_size
-    bases = len(active.bases) * lora_size.base
+    options = cfg.rank, dtype_named(cfg.dtype), replace(topology, context_parallel=1)  # as cached
+    size = lambda full: role_bytes(cfg.teacher, full, *options, cfg.base == "int8" and not full)
+    size_of = lambda name: size(role_kind(cfg, name) == "full")
+    bases = len(active.bases) * size(False).base
     roles = active.frozen + 2 * active.trained  # with second moments
     if topology.processes > 1:  # FSDP shards a base together with the adapters of all phases
         loaded = [name for name, base in active.base_of.items() if base in active.bases]
@@ -249,14 +257,16 @@ def phase_memory(cfg, active, shape: tuple) -> Memory:
     samples = cfg.micro_batch / topology.context_parallel
     memories = []  # while each of the roles is updated
     for name, activations in update_activations(cfg, active.trained, shape).items():
-        size = size_of(name)
-        memories.append(Memory(bases, roles, size.role, samples * activations, size.gathered))
+        one = size_of(name)
+        memories.append(Memory(bases, roles, one.role, samples * activations, one.gathered))
     return max(memories, key=lambda memory: memory.peak)
 
 
-def update_activations(cfg, trained: list[str], shape: tuple) -> dict[str, float]:
+def update_activations(cfg, trained: list[str], shape: tuple | None) -> dict[str, float]:
     """Peak bytes of activations of one sample while each of the roles is updated."""
-    costs = {name: role_cost(cfg, name, shape) for name in trained}
+    if shape is None:
+        return dict.fromkeys(trained, 0.0)
+    costs = {name: role_cost(cfg, name, shape, "bytes") for name in trained}
     forward_peak = max(x.forward_peak for x in costs.values())  # rollouts, v_real, v_fake
     peaks = {name: max(forward_peak, x.backward_peak) for name, x in costs.items()}
     student, steps = costs[trained[0]], cfg.steps // cfg.phases
@@ -281,7 +291,7 @@ def step_flops(cfg, phase, buckets: dict[tuple, float]) -> tuple[float, float]:
     step_recomputed = truncated and cfg.checkpointing == "on"  # see rollout
     useful = recomputed = 0.0
     for shape, probability in buckets.items():  # the expectation over shapes
-        student, fake = (role_cost(cfg, name, shape, True) for name in ("student1", "fake1"))
+        student, fake = (role_cost(cfg, name, shape, "flops") for name in ("student1", "fake1"))
         n = cfg.batch * probability
         useful += n * (student_forwards * student.forward + trained * student.training)
         useful += n * (teacher_forwards * student.forward + fake.forward)
@@ -294,10 +304,40 @@ def step_flops(cfg, phase, buckets: dict[tuple, float]) -> tuple[float, float]:
 # -- the device ----------------------------------------------------------------------------------
 
 
+class Machine(NamedTuple):
+    """The GPUs of a node."""
+
+    gpus: int  # 0: none
+    room: float  # bytes that a process can plan with
+
+
+def find_gpus(device: torch.device) -> Machine:
+    """The GPUs beside this device, and the room on this one."""
+    gpus, free = 0, 0
+    if device.type == "cuda":
+        gpus, free = torch.cuda.device_count(), torch.cuda.mem_get_info(device)[0]
+    elif device.type == "mps":
+        gpus, free = 1, torch.mps.recommended_max_memory()
+    return Machine(gpus, room_of(free))
+
+
+def room_of(free: float) -> float:
+    """Bytes to plan with where `free` bytes are free."""
+    return 0.95 * free - 3e9  # gaps; kernels' workspaces and what is not planned
+
+
+def card(gigabytes: int) -> float:
+    """Room on an idle card that is sold with so many GB."""
+    return room_of(gigabytes * 2**30 - 5e8)
+
+
 @lru_cache
 def peak_flops(dtype: torch.dtype, device: str) -> float:
     """FLOP/s to compute MFU with: measured on a GPU, assumed elsewhere."""
-    return matmul_flops(dtype, device) if torch.device(device).type == "cuda" else ASSUMED_FLOPS
+    if torch.device(device).type != "cuda":
+        return ASSUMED_FLOPS
+    print("measuring the speed of the GPU, for MFU")
+    return matmul_flops(dtype, device)
 
 
 def matmul_flops(dtype: torch.dtype, device: str) -> float:
@@ -315,6 +355,78 @@ def time_call(call: Callable, device: str) -> float:
     call()
     synchronize()
     return time.perf_counter() - start
+
+
+# -- what to change where a run does not fit -----------------------------------------------------
+
+
+class Change(NamedTuple):
+    """Another way to do a run."""
+
+    settings: dict  # that differ
+    ranks: int  # processes per node
+    context: int  # of these share the tokens of a sample
+
+    def pretend(self):
+        """A context in which the topology is that of the change."""
+        return parallel.pretend_topology(f"{parallel.topology.nodes}x{self.ranks}", self.context)
+
+
+def changes(cfg, gpus: int) -> Iterator[Change]:
+    """What saves memory at the same sizes, the cheapest first; the first changes nothing."""
+    now = parallel.topology
+    saving = {} if cfg.micro_batch == 1 else {"micro_batch": 1}
+    saving |= {} if cfg.checkpointing == "on" else {"checkpointing": "on"}
+    adapters = {name: "lora" for name in ("generator", "fake") if getattr(cfg, name) == "full"}
+    no_int8 = {} if cfg.base == "float" else {"base": "float"}  # it is for one process
+    for settings in ({}, saving, saving | adapters):
+        yield Change(settings, now.shard_group, now.context_parallel)
+        count = -(-cfg.batch // (settings.get("micro_batch", cfg.micro_batch) or cfg.batch))
+        for context in (1, 2, 4, 8):
+            counts = range(context, gpus + 1, context)
+            counts = [n for n in counts if count % (n * now.nodes // context) == 0]
+            if max(counts, default=1) > 1:
+                yield Change(settings | no_int8, max(counts), context)
+    yield Change(saving | adapters | {"base": "int8"}, 1, 1)
+
+
+def changes_that_fit(
+    cfg, gpus: int, room: float, sizes: list[tuple], peak_of: Callable, fixed: bool = False
+) -> list[Change]:
+    """The cheapest change that fits for each of the sizes, of the first two that have one.
+
+    peak_of(cfg, room): planned bytes, or UserError. fixed: the settings cannot change.
+    """
+    found = []
+    for size in sizes:
+        resized = {} if size == cfg.size else {"size": size}
+        for change in changes(cfg, gpus):
+            change = change._replace(settings=change.settings | resized)
+            if fixed and change.settings:
+                continue
+            with suppress(UserError), change.pretend():
+                if peak_of(replace(cfg, **change.settings), room) < room:
+                    found.append(change)
+                    break
+        if len(found) == 2:
+            break
+    return found
+
+
+def command_line(argv: list[str], change: Change) -> str:
+    """The command `train.py argv` with the change, on the GPU."""
+    settings = change.settings | (
+        {"context_parallel": change.context} if change.context > 1 else {}
+    )
+    flags = {"--device", "--context-parallel", *map(common.flag_name, settings)}
+    words, keep = [], True
+    for word in argv:
+        keep = word.partition("=")[0] not in flags if word.startswith("--") else keep
+        words += [word] if keep else []
+    for name, value in settings.items():
+        words += [common.flag_name(name), *common.format_value(value).split()]
+    with change.pretend():
+        return f"{parallel.launch_command()} train.py {shlex.join(words)}".strip()
 
 
 # -- the report ----------------------------------------------------------------------------------
@@ -342,9 +454,8 @@ def report(cfg, phases: list, active: list, buckets: dict[tuple, float], device:
     days = f"{total:,.3g} days at {rate / 1e12:,.4g} TFLOP/s per process"
     bound = "a lower bound: only matrix products are counted"
     lines.append(f"{len(phases)} x {cfg.iters} iterations: {days}, {bound}")
-    if torch.device(device).type == "cuda":
-        # 5 % for gaps, 3 GB for kernels' workspaces and what is not planned
-        room = 0.95 * torch.cuda.mem_get_info(device)[0] - 3e9
+    gpus, room = find_gpus(torch.device(device))
+    if gpus:
         peak = max(memory.peak for memory in memories)
         verb = "fits" if peak < room else "does not fit"
         lines.append(f"{peak / 1e9:.1f} GB {verb} into the {room / 1e9:.1f} GB free on this GPU")

@@ -13,6 +13,7 @@ import math
 import re
 import statistics
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from tqdm import tqdm
 
 import moe
 from models import encoders, export, lora, media, parallel, plan, qwen_image, wan, weights
-from models.common import UserError, normal, reading, stream
+from models.common import UserError, is_out_of_memory, normal, reading, stream
 from models.layers import attention_backend
 from models.qwen_image import QwenImage
 from models.weights import dtype_named, is_random, teacher_spec
@@ -225,8 +226,6 @@ def prepare(cfg, out: Path, device: torch.device, progress: Callable) -> None:
     """Embed the prompts of a text file into the run's folder, unless that has been done."""
     path = prompts_path(cfg)
     if path and is_text(path):
-        if path == EXAMPLE_PROMPTS:
-            print("using the example prompts of models/prompts.txt; give your own as --prompts")
         prompts, folder = encoders.read_prompts(path), weights_folder(cfg)
         encoders.embed_prompts(cfg.teacher, folder, prompts, out / "prompts", str(device))
     if path:
@@ -381,6 +380,103 @@ def random_first_frames(n: int, shape: tuple, rng: torch.Generator) -> Tensor:
     return encoders.add_mask(torch.randn(n, 16, *shape[1:], generator=rng))
 
 
+# -- before and around a run ---------------------------------------------------------------------
+
+EXAMPLES = (
+    "warning: the thirty example prompts of models/prompts.txt are for a trial of the pipeline; a "
+    "student needs tens of thousands: --prompts FILE"
+)
+SMALL = 1e9  # bytes of a network that needs neither a plan nor a GPU
+
+
+@contextmanager
+def watch_memory(args, cfg, phases: list[Phase], device: str):
+    """Plan a run before it reads weights, and say what to change if it runs out of memory.
+
+    args: train.py's; --ignore-plan skips the plan. Raises UserError if the run does not fit.
+    """
+    spec = weights.TEACHERS.get(cfg.teacher)  # None: a toy
+    options = cfg.rank, torch.bfloat16, parallel.Topology()
+    if not spec or plan.role_bytes(cfg.teacher, False, *options).base < SMALL:
+        yield
+        return
+    machine = plan.find_gpus(torch.device(device))
+    machine = machine._replace(room=min(parallel.gather(machine.room)))
+    finished = (args.out / "metrics.json").exists() and not args.overwrite
+    warning = f"{EXAMPLES}\n" if prompts_path(cfg) == EXAMPLE_PROMPTS else ""
+    text = ""
+    if not (args.ignore_plan or finished):
+        with tqdm(desc="planning memory", bar_format="{desc}", leave=False, disable=None):
+            text = parallel.on_rank0(lambda: check_memory(args, cfg, phases, machine))
+    print(end=warning + text)
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) or not machine.gpus:
+            raise
+        peak = planned_peak(cfg, phases)
+        room = min(machine.room, 0.8 * peak)  # the plan was wrong, or was ignored
+        found = f"out of memory; the plan was {peak / 1e9:.1f} GB on each GPU, there was room for"
+        advice = memory_advice(args, cfg, phases, machine._replace(room=room))
+        raise UserError(f"{found} {machine.room / 1e9:.1f} GB; {advice}") from error
+    finally:
+        print(end=warning)
+
+
+def check_memory(args, cfg, phases: list[Phase], machine: plan.Machine) -> str:
+    """The plan in one line, with a note if GPUs would be idle. Raises UserError if it is too much.
+
+    It is planned for the ranks of parallel.topology.
+    """
+    if not machine.gpus:
+        raise UserError(no_gpu_advice(args, cfg, phases))
+    peak = planned_peak(cfg, phases)
+    gigabytes = f"{peak / 1e9:.1f} GB", f"{machine.room / 1e9:.1f} GB"
+    if peak >= machine.room:
+        found = "the plan needs {} on each GPU, there is room for {}".format(*gigabytes)
+        raise UserError(f"{found}; {memory_advice(args, cfg, phases, machine)}")
+    text = "memory: {} of {} on each GPU, by the plan\n".format(*gigabytes)
+    ranks = parallel.topology.shard_group
+    for change in plan.changes(cfg, machine.gpus):
+        with suppress(UserError), change.pretend():
+            if change.ranks > ranks:
+                check_config(replace(cfg, **change.settings))
+                command = plan.command_line(args.argv, change)
+                return (
+                    f"{text}note: {ranks} of {machine.gpus} GPUs are in use; for all: {command}\n"
+                )
+    return text
+
+
+def memory_advice(args, cfg, phases: list[Phase], machine: plan.Machine) -> str:
+    """The two cheapest changes that fit by the plan, as commands; on eight GPUs if none does."""
+    for gpus in (machine.gpus, 8):
+        lines = suggestions(args, cfg, phases, gpus, machine.room)
+        if lines:
+            where = "" if gpus == machine.gpus else f" on {gpus} such GPUs"
+            go_on = [] if args.ignore_plan else ["go on all the same with --ignore-plan"]
+            return f"try{where}: {'; or: '.join(lines + go_on)}"
+    return "nothing smaller fits on 8 such GPUs; models/README.md has a table of what fits"
+
+
+def suggestions(args, cfg, phases: list[Phase], gpus: int, room: float) -> list[str]:
+    """Commands that fit by the plan, the cheapest first."""
+    sizes, peak_of = smaller_sizes(cfg), lambda cfg, room: planned_peak(cfg, phases, room)
+    fits = plan.changes_that_fit(cfg, gpus, room, sizes, peak_of, fixed=args.resume)
+    return [plan.command_line(args.argv, change) for change in fits]
+
+
+def no_gpu_advice(args, cfg, phases: list[Phase]) -> str:
+    """What would work in place of a large teacher on a CPU."""
+    family = cfg.teacher if f"{cfg.teacher}-tiny" in weights.TEACHERS else cfg.teacher.split("-")[0]
+    text = f"{cfg.teacher} needs a GPU, found none; here: python train.py --teacher {family}-tiny"
+    for gpus, size in ((1, 24), (1, 80), (8, 80)):
+        lines = suggestions(args, cfg, phases, gpus, plan.card(size))
+        if lines:
+            text += f"; on {gpus} of {size} GB: {lines[0]}"
+    return f"{text}; --ignore-plan starts it here"
+
+
 # -- previews, plan and speed ---------------------------------------------------------------------
 
 
@@ -463,6 +559,36 @@ def plan_text(cfg, phases: list[Phase], device: torch.device) -> str:
     return text
 
 
+def planned_peak(cfg, phases: list[Phase], room: float = math.inf) -> float:
+    """Bytes that a process of the run needs at most. Where weights alone exceed the room, theirs.
+
+    Raises UserError for settings that cannot make a run on parallel.topology.
+    """
+    check_config(cfg)
+    cfg = replace(cfg, micro_batch=cfg.micro_batch or cfg.batch)
+    active = [active_roles(cfg, phases, phase.k) for phase in phases]
+    peak_at = lambda shape: max(plan.phase_memory(cfg, roles, shape).peak for roles in active)
+    without_activations = peak_at(None)
+    if without_activations >= room:
+        return without_activations
+    return peak_at(max(buckets(cfg), key=math.prod))
+
+
+def smaller_sizes(cfg) -> list[tuple[str, ...]]:
+    """The sizes of a run, then smaller ones: the smallest of its own, one picture."""
+    tokens = lambda text: math.prod(parse_size(cfg, text)[0])
+    smallest = tuple(x for x in cfg.size if tokens(x) == min(map(tokens, cfg.size)))
+    choices, result = [smallest], [cfg.size]
+    if not cfg.images:  # its first frames were made for its own sizes
+        picture = max(cfg.size, key=tokens).partition(":")[0].split("x")[-2:]
+        prefix = "" if teacher_spec(cfg.teacher).network is QwenImage else "1x"
+        choices += [(prefix + "x".join(picture),), (prefix + "480x832",)]
+    for size in choices:
+        if max(map(tokens, size)) < max(map(tokens, result[-1])):
+            result.append(size)
+    return result
+
+
 def active_roles(cfg, phases: list[Phase], k: int) -> moe.ActiveRoles:
     """The active roles of phase k."""
     return moe.active_roles(phases, k, cfg.fake_per_depth, boundary_of(cfg))
@@ -475,9 +601,10 @@ def throughput(cfg, phase: Phase, seconds: float, device: torch.device) -> dict:
     tokens_per_second: tokens of the samples that fakes and student learn from.
     """
     shapes = buckets(cfg)
-    useful, recomputed = plan.step_flops(cfg, phase, shapes)
+    seconds = max(seconds, 1e-9)
     peak = plan.peak_flops(dtype_named(cfg.dtype), str(device)) * parallel.topology.processes
     peak *= seconds
+    useful, recomputed = plan.step_flops(cfg, phase, shapes)
     mfu, hfu = round(useful / peak, 4), round((useful + recomputed) / peak, 4)
     tokens = sum(p * math.prod(shape[1:]) / 4 for shape, p in shapes.items())
     rate = round((cfg.fake_updates + 1) * cfg.batch * tokens / seconds)

@@ -152,7 +152,7 @@ def test_expected_flops_are_those_of_the_forwards_of_an_iteration(settings, monk
     cfg = train.make_config("wan22-tiny", batch=2, size=("48x64",), dtype="float32", **settings)
     run = train.make_run(cfg, CPU, Path("nowhere"))
     shapes, flops = teachers.buckets(cfg), []
-    costs = {shape: plan.role_cost(cfg, "student1", shape, flops_only=True) for shape in shapes}
+    costs = {shape: plan.role_cost(cfg, "student1", shape, counted="flops") for shape in shapes}
     expected = [plan.step_flops(cfg, phase, shapes)[0] for phase in run.phases]
 
     def count(role):
