@@ -284,9 +284,11 @@ def step_flops(cfg, phase, buckets: dict[tuple, float]) -> tuple[float, float]:
     """Expected FLOPs of an iteration of a phase, all samples: useful, recomputed in backward."""
     truncated = cfg.truncate == "on"
     trained = 1 if truncated else phase.num_steps
-    steps = phase.first + ((1 + phase.num_steps) / 2 if truncated else phase.num_steps)  # mean
+    complete = phase.first + phase.num_steps  # steps of a rollout
+    mean = phase.first + (1 + phase.num_steps) / 2 if truncated else complete
     rollouts = 1 if cfg.reuse_rollouts else cfg.fake_updates
-    student_forwards = (rollouts + 1) * steps - trained
+    student_forwards = rollouts * (complete if cfg.fake_rollout == "complete" else mean)
+    student_forwards += mean - trained
     teacher_forwards = 1 + any(scale != 1 for scale in cfg.guidance)
     step_recomputed = truncated and cfg.checkpointing == "on"  # see rollout
     useful = recomputed = 0.0

@@ -131,7 +131,10 @@ def test_without_truncation_every_step_is_kept():
     assert peak_of(1, **PICTURE, phases=1, truncate="off") == pytest.approx(one + 3 * cost.saved)
 
 
-@pytest.mark.parametrize("settings", [{}, dict(truncate="off"), dict(reuse_rollouts=True)])
+@pytest.mark.parametrize(
+    "settings",
+    [dict(fake_rollout="truncated"), dict(truncate="off"), dict(reuse_rollouts=True)],
+)
 def test_expected_flops_are_those_of_the_forwards_of_an_iteration(settings, monkeypatch):
     """The mean over many random depths and shapes of what the roles are called for."""
     cfg = train.make_config("wan22-tiny", batch=2, size=("48x64",), dtype="float32", **settings)
