@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import moe
-import train
+from config import Config, make_config, module_of, phases_of, validate
 from models import common, export, parallel, teachers
 from models.common import UserError, normal
 from models.wan import Wan
@@ -34,7 +34,7 @@ from phases import branch_at, step_times, trajectory
 class Job(NamedTuple):
     """What is sampled: which role takes which step. No network is loaded yet."""
 
-    cfg: train.Config
+    cfg: Config
     roles: list[str]  # the name of the role of each step
     times: tuple[float, ...]
     base_of: dict[str, int]  # role -> the teacher's branch whose network it is on
@@ -66,7 +66,7 @@ def open_student(args) -> tuple[export.Student, Path]:
         raise UserError(f"--student: expected {expected}, got {args.student}")
     advice = f"train it again with: python train.py --out {run_dir} --overwrite"
     config = common.read_json(run_dir / "config.json", advice)
-    cfg = common.config_from_json(train.Config, config, run_dir)
+    cfg = common.config_from_json(Config, config, run_dir)
     tensors, metadata = common.open_tensors(file, "student", advice)
     with common.reading(file, advice):
         last_phase = int(metadata["phase"])
@@ -74,8 +74,8 @@ def open_student(args) -> tuple[export.Student, Path]:
             raise UserError(f"{file} belongs to a run with other settings; {advice}")
     if args.weights:
         cfg = replace(cfg, weights=common.absolute_paths(tuple(args.weights)))
-    train.validate(cfg, files=False)
-    module, phases = train.module_of(cfg), train.phases_of(cfg)
+    validate(cfg, files=False)
+    module, phases = module_of(cfg), phases_of(cfg)
     check_base(config["files"], module.base_files(cfg), bool(args.weights))
     if last_phase < len(phases):
         found = f"{last_phase} of {len(phases)} phases"
@@ -110,10 +110,10 @@ def teacher_job(args) -> Job:
     settings |= {name: value for name, value in given.items() if value is not None}
     settings |= {"guidance": tuple(args.guidance)} if args.guidance else {}
     weights = common.absolute_paths(tuple(args.weights))
-    cfg = train.make_config(args.teacher, **settings, weights=weights, phases=1, depths="drawn")
+    cfg = make_config(args.teacher, **settings, weights=weights, phases=1, depths="drawn")
     cfg = override_config(cfg, args)
-    train.validate(cfg, files=False)
-    module = train.module_of(cfg)
+    validate(cfg, files=False)
+    module = module_of(cfg)
     module.base_files(cfg)
     run_dir = args.out or Path("out") / f"{args.teacher}-{'lora' if args.lora else 'samples'}"
     boundary_t, times = module.boundary_of(cfg), step_times(cfg.steps, cfg.shift)
@@ -126,9 +126,9 @@ def teacher_job(args) -> Job:
     return Job(cfg, roles, times, {"teacher1": 1, "teacher2": 2}, lambda _: RoleWeights(), run_dir)
 
 
-def override_config(cfg: train.Config, args) -> train.Config:
+def override_config(cfg: Config, args) -> Config:
     """The settings with the flags of this command."""
-    module = train.module_of(cfg)
+    module = module_of(cfg)
     args.n = args.n or module.NUM_SAMPLES
     given = {name: getattr(args, name) for name in ("dtype", "base") if getattr(args, name)}
     return module.apply_flags(replace(cfg, **given), args)
@@ -136,9 +136,7 @@ def override_config(cfg: train.Config, args) -> train.Config:
 
 def generate(job: Job, args, out: Path, device: torch.device) -> tuple:
     """Settings, conditions, names and x at every time of the samples. Prints the NFE."""
-    cfg, c, shape, names = train.module_of(job.cfg).sample_inputs(
-        job.cfg, args, out, job.run_dir, device
-    )
+    cfg, c, shape, names = module_of(job.cfg).sample_inputs(job.cfg, args, out, job.run_dir, device)
     common.make_folder(out)  # fails before the networks are loaded
     job, total, began = job._replace(cfg=cfg), len(names) or args.n, time.time()
     xs = run_sampler(job, c, shape, total, args, device)
@@ -152,7 +150,7 @@ def generate(job: Job, args, out: Path, device: torch.device) -> tuple:
 def run_sampler(job: Job, c, shape: tuple, total: int, args, device) -> list[Tensor]:
     """x at every time if --trajectory, else at the last, on the CPU."""
     cfg = job.cfg
-    velocity = train.module_of(job.cfg).make_sampler(
+    velocity = module_of(job.cfg).make_sampler(
         cfg, job.base_of, job.weights_of, device, job.run_dir
     )
     z = torch.stack([normal(shape, args.seed, "sample", j, "z") for j in range(args.n)])
@@ -217,9 +215,9 @@ def run_command(args) -> None:
     check_out(out)
     args.metadata = sample_metadata(job, args)
     args.title = f"{args.student or args.teacher}, {len(job.roles)} steps"
-    device = torch.device(common.pick_device(args.device, train.module_of(job.cfg).DEFAULT_DEVICE))
+    device = torch.device(common.pick_device(args.device, module_of(job.cfg).DEFAULT_DEVICE))
     cfg, c, names, xs = generate(job, args, out, device)
-    metrics, files = train.module_of(job.cfg).save_samples(cfg, c, xs, args, names, device)
+    metrics, files = module_of(job.cfg).save_samples(cfg, c, xs, args, names, device)
     common.clear_samples(out)
     for name, content in files:
         common.write_file(out / name, content)

@@ -11,7 +11,7 @@ SOURCES = {
     for folder in (ROOT, ROOT / "models", ROOT / "toy")
     for path in sorted(folder.glob("*.py"))
 }
-CORE = {"sde", "losses", "phases", "moe", "train", "sample"}
+CORE = {"sde", "losses", "phases", "moe", "config", "train", "sample"}
 ALLOWED = {"models.teachers": {"sde", "moe", "phases"}}  # a preset; the other models/ know sde only
 PRESETS = ("models.teachers", "toy.toy2d", "toy.digits")
 

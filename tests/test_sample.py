@@ -1,6 +1,7 @@
 """Claims about sampling: students, teachers, LoRA files, one network in memory at a time."""
 
 import json
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -69,7 +70,7 @@ def load_run(folder) -> train.Run:
     """Load the run with all of its roles, as training has them."""
     settings = json.loads((folder / "config.json").read_text())["settings"]
     cfg = train.make_config(**train.common.from_json(settings))
-    run = train.make_run(train.replace(cfg, size=cfg.size[:1]), CPU, folder)
+    run = train.make_run(replace(cfg, size=cfg.size[:1]), CPU, folder)
     run.k, tensors = len(run.phases), load_file(folder / "student.safetensors")
     for role in run.roles.student.values():
         role.start()
