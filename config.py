@@ -1,7 +1,6 @@
 """The settings of a run, and the presets: what each teacher needs in place of the paper's values.
 
-A preset is a module, such as toy/toy2d.py, and settings. CONTRIBUTING.md lists what the module
-provides.
+A preset is what a module such as toy/toy2d.py provides (common.Preset), and settings.
 """
 
 from dataclasses import dataclass, replace
@@ -109,26 +108,26 @@ TINY = LARGE | dict(
 )
 CLIP = TINY | dict(frames=9, size=("48x64", "64x48"))
 # fmt: off
-PRESETS = {  # teacher: (module, settings); CONTRIBUTING.md lists what a module provides
-    "toy2d":           (toy2d,    TOY),
-    "mnist":           (digits,   DIGIT_SETTINGS),
-    "wan21-1.3b":      (teachers, VIDEO | dict(guidance=(6.0,))),
-    "wan21":           (teachers, LARGE | dict(guidance=(5.0,), size=("720x1280",))),
-    "wan22":           (teachers, VIDEO | dict(guidance=(4.0, 3.0))),
-    "wan22-i2v":       (teachers, VIDEO | dict(guidance=(3.5, 3.5))),
-    "wan22-5b":        (teachers, VIDEO | dict(guidance=(5.0,), size=("704x1280",))),
-    "qwen-image":      (teachers, LARGE | QWEN),
-    "wan21-tiny":      (teachers, CLIP | dict(guidance=(5.0,))),
-    "wan22-tiny":      (teachers, CLIP | dict(guidance=(4.0, 3.0))),
-    "wan22-i2v-tiny":  (teachers, CLIP | dict(guidance=(3.5, 3.5))),
-    "qwen-image-tiny": (teachers, TINY | QWEN | dict(size=("64x96", "96x64"))),
+PRESETS = {  # teacher: (what it provides, settings)
+    "toy2d":           (toy2d.PRESET,    TOY),
+    "mnist":           (digits.PRESET,   DIGIT_SETTINGS),
+    "wan21-1.3b":      (teachers.PRESET, VIDEO | dict(guidance=(6.0,))),
+    "wan21":           (teachers.PRESET, LARGE | dict(guidance=(5.0,), size=("720x1280",))),
+    "wan22":           (teachers.PRESET, VIDEO | dict(guidance=(4.0, 3.0))),
+    "wan22-i2v":       (teachers.PRESET, VIDEO | dict(guidance=(3.5, 3.5))),
+    "wan22-5b":        (teachers.PRESET, VIDEO | dict(guidance=(5.0,), size=("704x1280",))),
+    "qwen-image":      (teachers.PRESET, LARGE | QWEN),
+    "wan21-tiny":      (teachers.PRESET, CLIP | dict(guidance=(5.0,))),
+    "wan22-tiny":      (teachers.PRESET, CLIP | dict(guidance=(4.0, 3.0))),
+    "wan22-i2v-tiny":  (teachers.PRESET, CLIP | dict(guidance=(3.5, 3.5))),
+    "qwen-image-tiny": (teachers.PRESET, TINY | QWEN | dict(size=("64x96", "96x64"))),
 }
 # fmt: on
 LEARNING_RATES = {"lora": (5e-5, 5e-5), "full": (2e-6, 4e-7)}  # of student and fake
 
 
-def preset_of(teacher: str) -> tuple:
-    """Module and settings of a preset. Raises UserError."""
+def find_preset(teacher: str) -> tuple[common.Preset, dict]:
+    """A preset and its settings, by name. Raises UserError."""
     if teacher not in PRESETS:
         raise UserError(f"--teacher: expected one of {', '.join(PRESETS)}, got {teacher}")
     return PRESETS[teacher]
@@ -136,20 +135,20 @@ def preset_of(teacher: str) -> tuple:
 
 def make_config(teacher: str = "toy2d", **settings) -> Config:
     """The settings of a preset, changed where `settings` says so. Raises UserError."""
-    settings = preset_of(teacher)[1] | {"teacher": teacher} | settings
+    settings = find_preset(teacher)[1] | {"teacher": teacher} | settings
     cfg = Config(**settings)
     rates = {"lr": LEARNING_RATES[cfg.generator][0], "fake_lr": LEARNING_RATES[cfg.fake][1]}
     return replace(cfg, **{name: lr for name, lr in rates.items() if name not in settings})
 
 
-def module_of(cfg: Config):
-    """The preset's module: toy2d, digits or teachers."""
-    return preset_of(cfg.teacher)[0]
+def preset_of(cfg: Config) -> common.Preset:
+    """What the teacher of the settings provides."""
+    return find_preset(cfg.teacher)[0]
 
 
 def phases_of(cfg: Config) -> list[Phase]:
     """The phases of the settings. Raises UserError if they make none."""
-    boundary_t = module_of(cfg).boundary_of(cfg)
+    boundary_t = preset_of(cfg).boundary_of(cfg)
     try:
         return make_phases(cfg.steps, cfg.phases, cfg.shift, cfg.interval, boundary_t, cfg.fix_t)
     except ValueError as error:
@@ -159,9 +158,9 @@ def phases_of(cfg: Config) -> list[Phase]:
 def validate(cfg: Config, files: bool = True) -> None:
     """Raise UserError for settings, or input files, that cannot make a run."""
     common.check_values(cfg)
-    module_of(cfg).check_config(cfg)
+    preset_of(cfg).check_config(cfg)
     if files:
-        module_of(cfg).input_files(cfg)
+        preset_of(cfg).input_files(cfg)
     if cfg.truncate == "off" and cfg.fake_per_depth:
         raise UserError("--fake-rollout per-depth needs --truncate on: there are no depths without")
     depths = phases_of(cfg)[0].num_steps

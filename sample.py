@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import moe
-from config import Config, make_config, module_of, phases_of, validate
+from config import Config, make_config, phases_of, preset_of, validate
 from models import common, export, parallel, teachers
 from models.common import UserError, normal
 from models.wan import Wan
@@ -75,12 +75,12 @@ def open_student(args) -> tuple[export.Student, Path]:
     if args.weights:
         cfg = replace(cfg, weights=common.absolute_paths(tuple(args.weights)))
     validate(cfg, files=False)
-    module, phases = module_of(cfg), phases_of(cfg)
-    check_base(config["files"], module.base_files(cfg), bool(args.weights))
+    preset, phases = preset_of(cfg), phases_of(cfg)
+    check_base(config["files"], preset.base_files(cfg), bool(args.weights))
     if last_phase < len(phases):
         found = f"{last_phase} of {len(phases)} phases"
         raise UserError(f"{file} contains {found}; wait for a later preview")
-    boundary_t = module.boundary_of(cfg)
+    boundary_t = preset.boundary_of(cfg)
     base_of = {f"student{phase.k}": moe.start_branch(phase, boundary_t) for phase in phases}
     return export.Student(cfg, phases, boundary_t, base_of, tensors), run_dir
 
@@ -113,10 +113,10 @@ def teacher_job(args) -> Job:
     cfg = make_config(args.teacher, **settings, weights=weights, phases=1, depths="drawn")
     cfg = override_config(cfg, args)
     validate(cfg, files=False)
-    module = module_of(cfg)
-    module.base_files(cfg)
+    preset = preset_of(cfg)
+    preset.base_files(cfg)
     run_dir = args.out or Path("out") / f"{args.teacher}-{'lora' if args.lora else 'samples'}"
-    boundary_t, times = module.boundary_of(cfg), step_times(cfg.steps, cfg.shift)
+    boundary_t, times = preset.boundary_of(cfg), step_times(cfg.steps, cfg.shift)
     if args.lora:
         steps_given = any(value is not None for value in given.values())
         plan = export.assign_loras(cfg, args.lora, steps_given, times, boundary_t)
@@ -128,15 +128,15 @@ def teacher_job(args) -> Job:
 
 def override_config(cfg: Config, args) -> Config:
     """The settings with the flags of this command."""
-    module = module_of(cfg)
-    args.n = args.n or module.NUM_SAMPLES
+    preset = preset_of(cfg)
+    args.n = args.n or preset.num_samples
     given = {name: getattr(args, name) for name in ("dtype", "base") if getattr(args, name)}
-    return module.apply_flags(replace(cfg, **given), args)
+    return preset.apply_flags(replace(cfg, **given), args)
 
 
 def generate(job: Job, args, out: Path, device: torch.device) -> tuple:
     """Settings, conditions, names and x at every time of the samples. Prints the NFE."""
-    cfg, c, shape, names = module_of(job.cfg).sample_inputs(job.cfg, args, out, job.run_dir, device)
+    cfg, c, shape, names = preset_of(job.cfg).sample_inputs(job.cfg, args, out, job.run_dir, device)
     common.make_folder(out)  # fails before the networks are loaded
     job, total, began = job._replace(cfg=cfg), len(names) or args.n, time.time()
     xs = run_sampler(job, c, shape, total, args, device)
@@ -150,7 +150,7 @@ def generate(job: Job, args, out: Path, device: torch.device) -> tuple:
 def run_sampler(job: Job, c, shape: tuple, total: int, args, device) -> list[Tensor]:
     """x at every time if --trajectory, else at the last, on the CPU."""
     cfg = job.cfg
-    velocity = module_of(job.cfg).make_sampler(
+    velocity = preset_of(job.cfg).make_sampler(
         cfg, job.base_of, job.weights_of, device, job.run_dir
     )
     z = torch.stack([normal(shape, args.seed, "sample", j, "z") for j in range(args.n)])
@@ -215,9 +215,9 @@ def run_command(args) -> None:
     check_out(out)
     args.metadata = sample_metadata(job, args)
     args.title = f"{args.student or args.teacher}, {len(job.roles)} steps"
-    device = torch.device(common.pick_device(args.device, module_of(job.cfg).DEFAULT_DEVICE))
+    device = torch.device(common.pick_device(args.device, preset_of(job.cfg).device))
     cfg, c, names, xs = generate(job, args, out, device)
-    metrics, files = module_of(job.cfg).save_samples(cfg, c, xs, args, names, device)
+    metrics, files = preset_of(job.cfg).save_samples(cfg, c, xs, args, names, device)
     common.clear_samples(out)
     for name, content in files:
         common.write_file(out / name, content)

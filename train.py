@@ -24,7 +24,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import moe
-from config import PRESETS, Config, make_config, module_of, phases_of, validate
+from config import PRESETS, Config, make_config, phases_of, preset_of, validate
 from losses import dmd_gradient, dmd_loss, naive_matching, subinterval_matching
 from models import common, media, parallel, teachers
 from models.adamw import AdamW
@@ -43,7 +43,6 @@ from sde import diffuse
 
 MAX_SKIPS = 20  # non-finite updates in a row before a run stops
 SAVE_SECONDS = 1800  # at most, between two checkpoints
-KEEP_STUDENTS = 2  # of a large teacher's previews, the newest
 
 
 @dataclass
@@ -331,17 +330,17 @@ def save_student(run: Run, path: Path) -> None:
 
 def make_run(cfg: Config, device: torch.device, out: Path, roles: moe.Roles | None = None) -> Run:
     """A run before its first phase. Without roles, `prepare` must have been called for `out`."""
-    module, phases = module_of(cfg), phases_of(cfg)
-    roles = roles or module.make_roles(cfg, phases, device, out)
-    return Run(cfg, phases, roles, module.make_data(cfg, out), device, out)
+    preset, phases = preset_of(cfg), phases_of(cfg)
+    roles = roles or preset.make_roles(cfg, phases, device, out)
+    return Run(cfg, phases, roles, preset.make_data(cfg, out), device, out)
 
 
 def run_training(run: Run, began: float, stop: common.Stop) -> float:
     """Train with progress bar, log, previews and checkpoints. Returns the seconds it took."""
-    cfg, module = run.cfg, module_of(run.cfg)
+    cfg, preset = run.cfg, preset_of(run.cfg)
     log_bytes, seconds = load_state(run)
     log = common.Log(run.out / "log.jsonl", log_bytes)
-    module.throughput(cfg, run.phase, 1.0, run.device)  # measures the GPU's speed, once
+    preset.throughput(cfg, run.phase, 1.0, run.device)  # measures the GPU's speed, once
     bar, began, clock, saved = None, began - seconds, time.monotonic(), time.monotonic()
     common.reset_peak_memory(run.device)
     for rows in train(run):
@@ -351,7 +350,7 @@ def run_training(run: Run, began: float, stop: common.Stop) -> float:
             phase_rows = []
         seconds = time.monotonic() - clock
         rows[-1] |= {"seconds_iteration": round(seconds, 4)} | common.peak_memory(run.device)
-        rows[-1] |= module.throughput(cfg, run.phase, seconds, run.device)
+        rows[-1] |= preset.throughput(cfg, run.phase, seconds, run.device)
         log.write([row | {"seconds": round(time.monotonic() - began, 3)} for row in rows])
         phase_rows += rows
         bar.set_postfix({"loss": rows[0]["loss"], "distance": rows[-1].get("distance")}, False)
@@ -368,7 +367,7 @@ def run_training(run: Run, began: float, stop: common.Stop) -> float:
         if last:
             bar.close()
             print(f"{text}: {cfg.iters} iterations, {time.monotonic() - began:.0f} s so far")
-            print(module.phase_summary(cfg, run.phases, run.k, phase_rows), end="")
+            print(preset.phase_summary(cfg, run.phases, run.k, phase_rows), end="")
         clock = time.monotonic()  # previews and checkpoints belong to no iteration
     return time.monotonic() - began
 
@@ -379,9 +378,9 @@ def is_due(run: Run, every: int) -> bool:
 
 
 def report(run: Run) -> tuple[dict, bytes]:
-    """Metrics and a picture of the student so far, by the preset's module."""
-    module, progress = module_of(run.cfg), (run.k, run.device, run.out, run.finished)
-    return module.report(run.cfg, run.phases, run.roles, *progress)
+    """Metrics and a picture of the student so far, by the preset."""
+    preset, progress = preset_of(run.cfg), (run.k, run.device, run.out, run.finished)
+    return preset.report(run.cfg, run.phases, run.roles, *progress)
 
 
 def save_preview(run: Run, log: common.Log) -> None:
@@ -390,11 +389,12 @@ def save_preview(run: Run, log: common.Log) -> None:
     log.write([{"phase": run.k, "iteration": run.i, "role": "preview"} | common.finite(metrics)])
     file = run.out / "previews" / f"phase{run.k}-{run.i:06}.png"
     common.write_file(file, picture)
-    if module_of(run.cfg) is teachers:
+    keep = preset_of(run.cfg).keep_students
+    if keep:
         save_student(run, file.with_suffix(".safetensors"))
     if common.is_writer:
         common.write_file(run.out / "curves.png", media.curves(run.out / "log.jsonl"))
-        for old in sorted(file.parent.glob("*.safetensors"))[:-KEEP_STUDENTS]:
+        for old in sorted(file.parent.glob("*.safetensors"))[:-keep]:
             old.unlink()
 
 
@@ -448,7 +448,7 @@ def resolve(args: argparse.Namespace, cfg: Config, device: str) -> tuple[Config,
         validate(cfg)
     ranks = parallel.topology.processes, parallel.topology.context_parallel
     environment = {} if finished else common.environment(device, *ranks)
-    files = module_of(cfg).input_files(cfg)
+    files = preset_of(cfg).input_files(cfg)
     common.record_run(args.out, cfg, environment, files, args.overwrite)
     return cfg, finished
 
@@ -461,14 +461,14 @@ def run_command(args: argparse.Namespace, cfg: Config, device: str) -> None:
         file = args.out / "metrics.json"
         with common.reading(file, START_OVER):
             return common.print_metrics(common.read_json(file, START_OVER), args.out)
-    module, device, began = module_of(cfg), torch.device(device), time.monotonic()
-    torch.set_num_threads(module.THREADS or torch.get_num_threads())
+    preset, device, began = preset_of(cfg), torch.device(device), time.monotonic()
+    torch.set_num_threads(preset.threads or torch.get_num_threads())
     print(format_phases(phases_of(cfg), cfg.shift))
     flags = f" --context-parallel {args.context_parallel}" * (args.context_parallel > 1)
     command = f"{parallel.launch_command()} train.py --resume --out {shlex.quote(str(args.out))}"
     with common.Stop(f"continue with: {command}{flags}", parallel.max_over_ranks) as stop:
         progress = partial(common.with_progress, stop=stop)
-        parallel.on_rank0(lambda: module.prepare(cfg, args.out, device, progress))
+        parallel.on_rank0(lambda: preset.prepare(cfg, args.out, device, progress))
         stop.check()
         run = make_run(cfg, device, args.out)
         seconds = run_training(run, began, stop)
@@ -483,7 +483,7 @@ def main(argv: list[str] | None = None) -> int:
         file = args.out / "config.json"
         if args.resume and file.exists():  # the command need not name the teacher
             cfg = common.config_from_json(Config, common.read_json(file, START_OVER), args.out)
-        device = common.pick_device(args.device, module_of(cfg).DEFAULT_DEVICE)
+        device = common.pick_device(args.device, preset_of(cfg).device)
         if not args.dry_run:
             with parallel.distributed(device, args.context_parallel, "train.py"):
                 validate(cfg, files=False)
@@ -492,7 +492,7 @@ def main(argv: list[str] | None = None) -> int:
         with parallel.pretend_topology(args.processes, args.context_parallel):
             validate(cfg, files=False)
             print(format_phases(phases_of(cfg), cfg.shift))
-            print(module_of(cfg).plan_text(cfg, phases_of(cfg), torch.device(device)))
+            print(preset_of(cfg).plan_text(cfg, phases_of(cfg), torch.device(device)))
 
     parallel.silence_other_ranks()
     return common.exit_status("train.py", work, "try a smaller --batch or --eval-samples")

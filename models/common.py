@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import Field, asdict, field, fields, replace
+from dataclasses import Field, asdict, dataclass, field, fields, replace
 from operator import gt, le, lt
 from pathlib import Path
 
@@ -55,6 +55,36 @@ def first_line(error: BaseException) -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that memory is short, on any device."""
     return isinstance(error, MemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What a kind of teacher provides to train.py and sample.py.
+
+    cfg is a config.Config, phases a list of phases.Phase, out the run's folder, device a
+    torch.device, args the parsed flags of sample.py. Settings that do not go together, and files
+    that cannot be read, raise UserError.
+    """
+
+    check_config: Callable  # (cfg); reads no file
+    input_files: Callable  # (cfg) -> the files that a run reads
+    base_files: Callable  # (cfg) -> those that the teacher is made of
+    make_roles: Callable  # (cfg, phases, device, out) -> moe.Roles
+    make_data: Callable  # (cfg, out) -> data(n, shared, rng) -> conditions of n, shape of one
+    report: Callable  # (cfg, phases, roles, k, device, out, finished) -> metrics, png
+    plan_text: Callable  # (cfg, phases, device) -> the text of --dry-run
+    apply_flags: Callable  # (cfg, args) -> cfg, for sampling
+    sample_inputs: Callable  # (cfg, args, out, run_dir, device) -> cfg, conditions, shape, names
+    make_sampler: Callable  # (cfg, base_of, weights_of, device, run_dir) -> velocity(name, x, t, c)
+    save_samples: Callable  # (cfg, c, xs, args, names, device) -> metrics, files
+    prepare: Callable  # (cfg, out, device, progress): what a run needs before its first phase
+    num_samples: int  # of sample.py
+    boundary_of: Callable = lambda cfg: None  # -> where the teacher's branch changes, or None
+    throughput: Callable = lambda *_: {}  # (cfg, phase, seconds, device) -> fields for the log
+    phase_summary: Callable = lambda *_: ""  # (cfg, phases, k, rows) -> text after a phase
+    device: str = "cpu"
+    threads: int = 1  # 0: as many as there are
+    keep_students: int = 0  # of the previews, the newest
 
 
 # -- files ---------------------------------------------------------------------------------------

@@ -25,14 +25,13 @@ from tqdm import tqdm
 
 import moe
 from models import encoders, export, lora, media, parallel, plan, qwen_image, wan, weights
-from models.common import UserError, is_out_of_memory, normal, reading, stream
+from models.common import Preset, UserError, is_out_of_memory, normal, reading, stream
 from models.layers import attention_backend
 from models.qwen_image import QwenImage
 from models.weights import dtype_named, is_random, teacher_spec
 from phases import Phase, branch_at, full_time, pick_interval, renoise_times, step_times, trajectory
 from sde import diffuse, shift, v_to_x0
 
-DEFAULT_DEVICE, THREADS, NUM_SAMPLES = "auto", 0, 4
 EXAMPLE_PROMPTS = Path(__file__).parent / "prompts.txt"
 SIZE = re.compile(r"(?:(\d{1,4})x)?(\d{1,5})x(\d{1,5})(?::(\d{0,9}\.?\d{1,9}))?")
 SHEET_ROWS = 16  # samples in the contact sheet of sample.py
@@ -769,3 +768,26 @@ def encode_samples(cfg, xs, args, names: list[str], device) -> Iterator[tuple[st
         if len(rows) < SHEET_ROWS:
             rows[name] = media.pick_frames(frames)
     yield "samples.png", media.contact_sheet(rows, args.title)
+
+
+PRESET = Preset(
+    check_config=check_config,
+    input_files=input_files,
+    base_files=base_files,
+    make_roles=make_roles,
+    make_data=make_data,
+    report=report,
+    plan_text=plan_text,
+    apply_flags=apply_flags,
+    sample_inputs=sample_inputs,
+    make_sampler=make_sampler,
+    save_samples=save_samples,
+    prepare=prepare,
+    num_samples=4,
+    boundary_of=boundary_of,
+    throughput=throughput,
+    phase_summary=phase_summary,
+    device="auto",
+    threads=0,
+    keep_students=2,
+)

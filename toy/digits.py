@@ -6,6 +6,7 @@ toy/mnist; toy/make_digits.py makes them. A run needs no data.
 
 import io
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,13 +28,6 @@ from toy import toy2d
 FOLDER = weights.TEACHERS["mnist"].folder
 CLASSES, SHAPE = 10, (16, 1, 8, 8)  # of a sample: channels, frames, rows, columns
 SHIFT = 3.0  # of the times at which the teacher is trained and sampled
-
-DEFAULT_DEVICE, THREADS, NUM_SAMPLES = "cpu", 1, 1000
-# the network is a Wan, so that most of the preset is that of the large teachers
-base_files, boundary_of, prepare = teachers.base_files, teachers.boundary_of, teachers.prepare
-make_roles, make_data, make_sampler = teachers.make_roles, teachers.make_data, teachers.make_sampler
-plan_text = teachers.plan_text
-throughput, phase_summary = toy2d.throughput, toy2d.phase_summary  # MFU means nothing on a CPU
 
 
 # -- pixels, latents, conditions -----------------------------------------------------------------
@@ -303,3 +297,21 @@ def save_samples(cfg, c, xs: list[Tensor], args, names, device) -> tuple[dict, l
     if len(z) >= 1000:  # with fewer, the covariance of a class means nothing
         metrics = measure(z, predicted, labels, load_reference()) | {"samples": len(z)}
     return metrics, [("samples.png", draw_sheet({"samples": x})), ("samples.npy", array.getvalue())]
+
+
+# the network is a Wan, so that most of the preset is that of the large teachers
+PRESET = replace(
+    teachers.PRESET,
+    check_config=check_config,
+    input_files=input_files,
+    report=report,
+    apply_flags=apply_flags,
+    sample_inputs=sample_inputs,
+    save_samples=save_samples,
+    num_samples=1000,
+    throughput=toy2d.PRESET.throughput,  # MFU means nothing on a CPU
+    phase_summary=toy2d.PRESET.phase_summary,
+    device="cpu",
+    threads=1,
+    keep_students=0,
+)

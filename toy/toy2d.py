@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from models import parallel
 from models.common import (
+    Preset,
     UserError,
     flag_name,
     normal,
@@ -26,8 +27,6 @@ from moe import Roles, cond_to, separate_roles, student_nets, trained_names
 from phases import Phase, step_times, trajectory
 from sde import diffuse
 from toy.mixtures import TOYS, Mixture, energy, energy_distances, from_points, mode_coverage
-
-DEFAULT_DEVICE, THREADS, NUM_SAMPLES = "cpu", 1, 10_000  # a second thread only waits at this size
 
 
 class MLP(nn.Module):
@@ -110,11 +109,6 @@ def input_files(cfg) -> list[Path]:
     return [Path(cfg.points)] if cfg.points else []
 
 
-def base_files(cfg) -> list[Path]:
-    """The files that the teacher is made of: the same."""
-    return input_files(cfg)
-
-
 def boundary_of(cfg) -> float | None:
     """The time at which the teacher changes its branch, or None. Both branches are exact."""
     return cfg.boundary or None
@@ -193,16 +187,6 @@ def plan_text(cfg, phases: list[Phase], device) -> str:
         count = sum(p.numel() for p in make_network(cfg).parameters())
     names = trained_names(phases, cfg.fake_per_depth)
     return "\n".join(f"{name:16}{count:16,} parameters" for name in names)
-
-
-def throughput(cfg, phase: Phase, seconds: float, device) -> dict:
-    """Fields for the log: none, small networks are bound by overhead."""
-    return {}
-
-
-def phase_summary(cfg, phases: list[Phase], k: int, rows: list[dict]) -> str:
-    """Text to print after a phase: none."""
-    return ""
 
 
 # -- what sample.py calls ------------------------------------------------------------------------
@@ -374,3 +358,21 @@ def draw_picture(cfg, nets: list, phases: list[Phase], device, n: int = 3000) ->
         for ax in row[len(xs) :]:  # steps of phases that a preview does not have yet
             ax.axis("off")
     return to_png(figure)
+
+
+PRESET = Preset(
+    check_config=check_config,
+    input_files=input_files,
+    base_files=input_files,
+    make_roles=make_roles,
+    make_data=make_data,
+    report=report,
+    plan_text=plan_text,
+    apply_flags=apply_flags,
+    sample_inputs=sample_inputs,
+    make_sampler=make_sampler,
+    save_samples=save_samples,
+    prepare=prepare,
+    num_samples=10_000,
+    boundary_of=boundary_of,
+)
