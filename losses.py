@@ -135,7 +135,8 @@ def dmd_gradient(
 def dmd_loss(x_s: Tensor, gradient: Tensor) -> Tensor:
     """Surrogate loss (B,) whose gradient with respect to x_s is `gradient` / number of elements.
 
-    AdamW ignores that constant factor. The loss's value means nothing. The gradient is detached:
-    only x_s depends on the student, so the networks inside `gradient` need no graph.
+    AdamW ignores that factor as long as its eps is far below the gradients (models/adamw.py). The
+    loss's value means nothing. The gradient is detached: only x_s depends on the student, so the
+    networks inside `gradient` need no graph.
     """
     return mean_per_sample(x_s * gradient.detach())

@@ -9,7 +9,6 @@ python train.py --resume                       continue the run in the output fo
 """
 
 import argparse
-import math
 import shlex
 import sys
 import time
@@ -27,7 +26,7 @@ import moe
 from config import PRESETS, Config, make_config, phases_of, preset_of, validate
 from losses import dmd_gradient, dmd_loss, naive_matching, subinterval_matching
 from models import common, media, parallel, teachers
-from models.adamw import AdamW
+from models.adamw import AdamW, note_if_slow
 from models.common import START_OVER, UserError, stream, uniform
 from phases import (
     Interval,
@@ -223,31 +222,31 @@ def fake_of(run: Run, interval: Interval, batch: MicroBatch) -> moe.Role:
 
 
 def step_optimizers(run: Run, name: str, values: dict[str, Tensor]) -> dict:
-    """Step every role that has gradients, under one name in the log.
+    """Step every role that has gradients, under one name in the log. Returns the log row.
 
-    The update is skipped if one of `values`, or the norm of the gradients, is not finite. Returns
-    the update's log row.
+    Nothing moves if one of `values`, or the norm of the gradients, is not finite.
     """
     has_grad = lambda o: any(p.grad is not None for p in o.parameters.values())
     optimizers = [o for o in run.optimizers.values() if has_grad(o)]  # all others were cleared
     grads = [p.grad for o in optimizers for p in o.parameters.values() if p.grad is not None]
     values = values | {"grad_norm": parallel.grad_norm(grads)}
-    numbers = torch.stack(list(values.values())).tolist()  # the update's only GPU sync
-    finite = all(map(math.isfinite, numbers))
+    finite = torch.stack(list(values.values())).isfinite().all()  # a tensor
+    for optimizer in optimizers:
+        optimizer.step(lr_factor(run.cfg, run.i), finite)
+    values["update_rms"] = parallel.rms(grads)  # these are now the updates over the rate
+    *numbers, finite = torch.stack([*values.values(), finite]).tolist()  # the only GPU sync
     run.skips[name] = 0 if finite else run.skips.get(name, 0) + 1
     if run.skips[name] > MAX_SKIPS:
         raise UserError(
             f"phase {run.k}, iteration {run.i}: {run.skips[name]} updates of {name} in a row were "
             "not finite; start over with --overwrite and a lower --lr or --fake-lr"
         )
-    for optimizer in optimizers:
-        if finite:
-            optimizer.step(lr_factor(run.cfg, run.i))
-        for p in optimizer.parameters.values():
-            p.grad = None
+    if finite:
+        note_if_slow(name, numbers[-1])
+    for p in [p for o in optimizers for p in o.parameters.values()]:
+        p.grad = None
     row = {"phase": run.k, "iteration": run.i, "role": name, "skipped": not finite}
-    numbers = [x if math.isfinite(x) else None for x in numbers]  # JSON has no NaN
-    return row | dict(zip(values, numbers, strict=True))
+    return common.finite(row | dict(zip(values, numbers, strict=True)))
 
 
 def mean_squares(*tensors: Tensor) -> Tensor:

@@ -3,12 +3,15 @@
 import math
 
 import torch
+from torch import Tensor
 
+from models.lora import note
 from models.parallel import local
 
-# eps only prevents 0 / 0. The usual 1e-8 is larger than the gradients of an adapter at full size,
-# since a loss is the mean over the elements of a latent: updates would be far below the rate
-BETA, EPS = 0.999, 1e-20
+# eps only prevents 0 / 0. A loss is a mean over the elements of a latent, so gradients shrink with
+# its size: the usual 1e-8 exceeds those of adapters at full size, and updates are far below the
+# rate. Not below 4e-18: where squares under 1e-38 become 0, updates would exceed the rate
+BETA, EPS = 0.999, 1e-16
 
 
 class AdamW:
@@ -22,14 +25,25 @@ class AdamW:
         self.second = {name: torch.zeros_like(p) for name, p in parameters.items()}
 
     @torch.no_grad()
-    def step(self, factor: float) -> None:
-        """Update every parameter that has a gradient, at the learning rate lr * factor."""
+    def step(self, factor: float, finite: Tensor) -> None:
+        """Update every parameter that has a gradient, at the learning rate lr * factor.
+
+        finite () bool: if False, all gradients count as 0; on the device, so nothing waits for it.
+        Afterwards p.grad holds the update divided by the learning rate.
+        """
         self.steps += 1
         correction = math.sqrt(1 - BETA**self.steps)  # the second moment starts at zero
         for name, p in self.parameters.items():
             if p.grad is None:  # e.g. the last text branch of Qwen-Image, whose output is unused
                 continue
             p, grad, v = local(p), local(p.grad), local(self.second[name])  # this rank's shard
+            grad.masked_fill_(~finite, 0.0)
             v.mul_(BETA).addcmul_(grad, grad, value=1 - BETA)
-            denominator = v.sqrt().add_(EPS * correction)
-            p.addcdiv_(grad, denominator, value=-self.lr * factor * correction)
+            grad.div_(v.sqrt().div_(correction).add_(EPS))  # 1 or -1 in the first update
+            p.sub_(grad, alpha=self.lr * factor)
+
+
+def note_if_slow(role: str, update_rms: float) -> None:
+    """Say once if the updates of a role are far smaller than its learning rate."""
+    if update_rms < 0.1:
+        note(f"an update of {role} was smaller than a tenth of its learning rate")

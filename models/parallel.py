@@ -326,6 +326,11 @@ def grad_norm(grads: list[Tensor]) -> Tensor:
     return (square + torch.nn.utils.get_total_norm(replicated).to(square).square()).sqrt()
 
 
+def rms(tensors: list[Tensor]) -> Tensor:
+    """Root mean square of all elements together."""
+    return grad_norm(tensors) / sum(x.numel() for x in tensors) ** 0.5
+
+
 # -- context parallelism: P ranks share the L tokens of a sample ---------------------------------
 
 

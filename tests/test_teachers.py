@@ -13,7 +13,7 @@ from students import write_embeddings
 
 import sample
 import train
-from models import lora, parallel, plan, qwen_image, teachers
+from models import adamw, lora, parallel, plan, qwen_image, teachers, weights
 from models.common import UserError, normal, stream, write_tensors
 
 CPU = torch.device("cpu")
@@ -256,6 +256,65 @@ def test_shifts_and_learning_rates_are_the_papers(name, shift):
     cfg, full = train.make_config(name), train.make_config(name, fake="full")
     assert (cfg.phases, cfg.steps, cfg.shift) == (2, 4, shift)
     assert (cfg.lr, cfg.fake_lr, full.lr, full.fake_lr) == (5e-5, 5e-5, 5e-5, 4e-7)
+
+
+# -- the size of updates --------------------------------------------------------------------------
+
+LATENTS = {"16 x 1 x 60 x 104": ("480x832", 1), "16 x 4 x 8 x 8": ("64x64", 13)}
+
+
+def first_movements(monkeypatch, latents: str, kind: str) -> dict[str, float]:
+    """RMS of the first movement of each tensor of student and fake, over the rate.
+
+    In the first update of an adapter `up` moves alone: while it is 0, so is the gradient of `down`.
+    """
+    spec = weights.TEACHERS["wan21-tiny"]
+    small = spec.settings | dict(dim=48, ffn_dim=96, num_heads=2, num_layers=1)
+    monkeypatch.setitem(weights.TEACHERS, "wan21-tiny", spec._replace(settings=small))
+    size, frames = LATENTS[latents]
+    settings = dict(size=(size,), frames=frames, generator=kind, fake=kind, batch=1, micro_batch=1)
+    run, moved = begin("wan21-tiny", stir=False, **settings), {}
+    student, fake = run.roles.student[1], run.roles.fakes[1, 0]
+    for u in range(2 if kind == "lora" else 1):
+        for role, lr in ((student, run.cfg.lr), (fake, run.cfg.fake_lr)):
+            before = {name: p.detach().clone() for name, p in role.parameters.items()}
+            if role is student:
+                row = train.update_student(run, u)
+            else:
+                row = train.update_fake(run, u, train.simulate(run, u))
+            steps = {name: (p.detach() - before[name]) / lr for name, p in role.parameters.items()}
+            for name, x in steps.items():
+                if name.endswith(".down") == (u == 1):
+                    moved[f"{role.name}/{name}"] = x.square().mean().sqrt().item()
+            rms = torch.cat([x.flatten() for x in steps.values()]).square().mean().sqrt()
+            assert row["update_rms"] == pytest.approx(rms.item(), rel=0.05)  # of p, rounded
+    return moved
+
+
+def is_near_rate(moved: dict[str, float]) -> bool:
+    """Return whether every tensor moved by the rate, within a factor of 3."""
+    low, high = min(moved.values()), max(moved.values())
+    print(f"movements over the rate: {low:.3g} to {high:.3g}")
+    return 1 / 3 < low and high < 3
+
+
+@pytest.mark.parametrize("kind", ["lora", "full"])
+@pytest.mark.parametrize("latents", LATENTS)
+def test_an_update_has_the_size_of_the_rate(monkeypatch, latents, kind):
+    """For every tensor, however many elements a sample has: gradients shrink with their number."""
+    assert is_near_rate(first_movements(monkeypatch, latents, kind))
+
+
+@pytest.mark.parametrize("latents", LATENTS)
+def test_with_the_usual_eps_an_adapter_hardly_moves(monkeypatch, capsys, latents):
+    """Negative control of the test above; an eps that stops a role is told once, in one line."""
+    lora.note.cache_clear()
+    monkeypatch.setattr(adamw, "EPS", 1e-8)
+    assert not is_near_rate(first_movements(monkeypatch, latents, "lora"))
+    monkeypatch.setattr(adamw, "EPS", 1e3)
+    assert max(first_movements(monkeypatch, latents, "lora").values()) < 0.1
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
+    assert sorted(line.split()[4] for line in lines) == ["fake1", "student1"]
 
 
 # -- int8 bases and buckets ----------------------------------------------------------------------

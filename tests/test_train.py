@@ -9,6 +9,7 @@ import torch
 import moe
 import train
 from losses import dmd_gradient, dmd_loss
+from models import adamw
 from models.adamw import AdamW
 from models.common import UserError, normal, stream, uniform
 from phases import rollout, trajectory
@@ -49,7 +50,7 @@ def test_one_phase_is_dmd2_written_out(new_run):
     optimizers = []
     for net, name, lr in pairs:
         net.load_state_dict(weights(run, name))
-        settings = dict(betas=(0.0, 0.999), eps=1e-20, weight_decay=0.0)
+        settings = dict(betas=(0.0, 0.999), eps=adamw.EPS, weight_decay=0.0)
         optimizers.append(torch.optim.AdamW(net.parameters(), lr, **settings))
     student_adam, fake_adam = optimizers
 
@@ -106,10 +107,31 @@ def test_without_momentum_adamw_needs_no_first_moment():
             theirs = torch.optim.AdamW([p], 1e-2, (beta, 0.999), weight_decay=0)
         for i in range(20):
             p.grad = torch.sin(p.detach() * i + i)
-            ours.step(1.0) if beta == "ours" else theirs.step()
+            ours.step(1.0, torch.tensor(True)) if beta == "ours" else theirs.step()
         ends.append(p.detach())
     torch.testing.assert_close(ends[0], ends[1], rtol=1e-5, atol=1e-6)
     assert (ends[0] - ends[2]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("eps", [adamw.EPS, 1e-20])
+def test_no_gradient_is_too_small_for_the_optimizer(monkeypatch, eps):
+    """Down to 1e-15 eps does not matter, 0 / 0 is 0, and where a square is lost nothing explodes.
+
+    Some devices round numbers below 1e-38 to 0. Negative control: there 1e-20 is too small an eps.
+    """
+    monkeypatch.setattr(adamw, "EPS", eps)
+    p = torch.nn.Parameter(torch.zeros(31))
+    optimizer = AdamW({"p": p}, 1.0)
+    p.grad = 10.0 ** torch.arange(0, -31, -1)
+    p.grad[-1] = 0.0
+    try:
+        if not torch.set_flush_denormal(True):
+            pytest.skip("this CPU keeps the numbers below 1e-38")
+        optimizer.step(1.0, torch.tensor(True))
+    finally:
+        torch.set_flush_denormal(False)
+    torch.testing.assert_close(p[:16].detach(), -torch.ones(16), rtol=0.1, atol=0)
+    assert p[-1] == 0 and (p.abs().max() <= 1.001) == (eps > 1e-20), p
 
 
 @pytest.mark.parametrize("phases", [2, 4])
@@ -293,6 +315,7 @@ def test_what_is_not_finite_never_reaches_an_optimizer(new_run, monkeypatch):
     with pytest.raises(UserError, match="phase 1, iteration 1: 2 updates of student1 in a row"):
         train_all(run)
     assert same(before, weights(run, "student1"))
+    assert not any(moment.any() for moment in run.optimizers["student1"].second.values())
 
 
 def end_of_phase_1(new_run, **settings):

@@ -46,7 +46,8 @@ def numbers(out: str, context: int = 1, mistake: str = "", **settings) -> None:
             for role, x in values_of_roles(run).items():
                 tensors[f"moved/{run.k}/{role}"] = x - start.get(role, 0)
             tensors |= {f"v/{run.k}/{i}": v for i, v in enumerate(student_v(run))}
-        for role, name in product(("fake", "student"), ("loss", "grad_norm", "distance")):
+        names = "loss", "grad_norm", "update_rms", "distance"
+        for role, name in product(("fake", "student"), names):
             values = [row[name] for row in rows if name in row and row["role"].startswith(role)]
             tensors[f"log/{role} {name}"] = torch.tensor(values)
         if parallel.topology.rank == 0:
