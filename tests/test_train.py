@@ -186,11 +186,9 @@ def test_each_phase_starts_its_fake_and_its_expert_from_the_teacher_again(new_ru
     assert all(not moment.any() for moment in run.optimizers["fake1"].second.values())
 
 
-def test_a_teacher_of_two_branches_has_a_fake_beside_each(new_run, monkeypatch):
+def test_a_teacher_of_two_branches_has_a_fake_beside_each(new_run):
     """Phase 1 asks branch 1 alone; each update of phase 2 trains exactly one of two fakes."""
-    monkeypatch.setattr(toy2d, "boundary_of", lambda cfg: 0.6)
-    run = new_run(**SMALL | dict(fake_updates=1, iters=12))
-    run.roles.teacher[2] = run.roles.teacher[1]
+    run = new_run(**SMALL | dict(fake_updates=1, iters=12, boundary=0.6))
     trained = {1: set(), 2: set()}
     before = {name: weights(run, name) for name in ("fake1", "fake2")}
     for row, *_ in train.train(run):
