@@ -24,7 +24,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import _TYPES, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -174,11 +174,50 @@ def read_json(path: Path, advice: str) -> dict:
         return value
 
 
-def open_tensors(path: Path, kind: str, advice: str):
+class FileTensor:
+    """A tensor in a safetensors file: x[a:b] reads these rows, and no other bytes."""
+
+    def __init__(self, file: Path, key: str, entry: dict, data: int):
+        self.file, self.key, self.dtype = file, key, entry["dtype"]  # "F32", "BF16", ...
+        self.shape, self.start = tuple(entry["shape"]), data + entry["data_offsets"][0]
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        count, *row = self.shape or (1,)
+        first, end, _ = rows.indices(count)
+        dtype, shape = _TYPES[self.dtype], self.shape and (max(0, end - first), *row)
+        size = math.prod(row) * dtype.itemsize  # bytes of a row
+        content = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
+        with open(self.file, "rb") as file:
+            file.seek(self.start + first * size)
+            if file.readinto(content.numpy()) < len(content):
+                raise OSError(f"{self.file} is shorter than its header says")
+        return content.view(dtype).view(shape)
+
+
+class TensorFile(dict):
+    """Key -> tensor of a safetensors file, which may be larger than RAM: it is not mapped.
+
+    safe_open for torch maps it as memory to write to, as much as the system must be able to give.
+    """
+
+    def __init__(self, path: Path):
+        safe_open(path, framework="np")  # mapped to read; fails unless the file is whole
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            entries = json.loads(file.read(length))
+        self.metadata = entries.pop("__metadata__", {})
+        super().__init__({key: FileTensor(path, key, x, 8 + length) for key, x in entries.items()})
+
+    def get_tensor(self, key: str) -> Tensor:
+        """The whole tensor of a key."""
+        return self[key][:]
+
+
+def open_tensors(path: Path, kind: str, advice: str) -> tuple[TensorFile, dict]:
     """Open a file of write_tensors whose metadata has this kind. Returns the file and metadata."""
     with reading(path, advice):
-        file = safe_open(path, framework="pt")  # fails if the file is truncated
-        header = file.metadata() or {}
+        file = TensorFile(path)  # fails if the file is truncated
+        header = file.metadata
         metadata = json.loads(header.get("metadata") or header.get("about") or "{}")  # old: about
         metadata.keys()  # fails unless it is a JSON object
     if metadata.get("kind") != kind:

@@ -229,13 +229,13 @@ def open_embeddings(path: Path) -> Embeddings:
         file, metadata = open_tensors(name, "embeddings", MAKE_TEXT)
         with reading(name, MAKE_TEXT):
             for key in ("text", "negative"):
-                dtype, shape = (x := file.get_slice(key)).get_dtype(), x.get_shape()
+                dtype, shape = file[key].dtype, file[key].shape
                 channels = channels or shape[-1]
-                if dtype not in DTYPES or shape != [shape[0], channels]:
+                if dtype not in DTYPES or shape != (shape[0], channels):
                     raise ValueError(f"{key} is {dtype} {shape}, not float (L, {channels})")
-            text, negative = file.get_slice("text"), file.get_tensor("negative")
+            text, negative = file["text"], file.get_tensor("negative")
             rows = (offsets := file.get_tensor("offsets")).tolist()
-            if offsets.dtype != torch.int64 or rows != sorted({0, text.get_shape()[0], *rows}):
+            if offsets.dtype != torch.int64 or rows != sorted({0, text.shape[0], *rows}):
                 raise ValueError("expected int64 offsets that increase from 0 to the rows of text")
             check_texts(metadata["prompts"], len(rows) - 1)
             spans += [(text, start, end) for start, end in pairwise(rows)]
@@ -504,11 +504,11 @@ class FirstFrames(NamedTuple):
 def open_first_frames(path: Path, sizes: Iterable[tuple[int, int, int]]) -> FirstFrames:
     """Open a file of encode_images that has all of these sizes (F, h, w). Raises UserError."""
     file, metadata = open_tensors(path, "first frames", MAKE_IMAGES)
-    shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}
+    shapes = {key: x.shape for key, x in file.items()}
     with reading(path, MAKE_IMAGES):
         captions = metadata["captions"]
         for key, shape in shapes.items():
-            dtype = file.get_slice(key).get_dtype()
+            dtype = file[key].dtype
             if dtype not in DTYPES or len(shape) != 5 or shape[1] != 20 or not shape[0]:
                 raise ValueError(f"{key}: expected float (n, 20, F, h, w), found {dtype} {shape}")
             check_texts(captions[key], shape[0])

@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from models import parallel
-from models.common import UserError, reading, stream
+from models.common import TensorFile, UserError, reading, stream
 
 
 class Linear(nn.Linear):
@@ -171,10 +171,10 @@ PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 
 
 def open_safetensors(file: Path, advice: str = "download it again"):
-    """Open a safetensors file, memory-mapped. Raises UserError for broken and for other files."""
+    """Open a safetensors file. Raises UserError for broken files and for other formats."""
     with reading(file, advice):
         try:
-            return safe_open(file, framework="pt")
+            return TensorFile(file)
         except Exception:
             with open(file, "rb") as opened:
                 start = opened.read(4)
@@ -191,7 +191,8 @@ class Delta(NamedTuple):
     """The change of one parameter."""
 
     shape: tuple  # that the parameter must have
-    apply: Callable[[Tensor], Tensor]  # W float32 -> W + alpha / rank up down
+    # (rows a:b of W, float32, slice(a, b)) -> these rows of W + alpha / rank up down
+    apply: Callable[[Tensor, slice], Tensor]
     factors: Factors | None = None  # if it is of low rank
 
 
@@ -199,7 +200,7 @@ def delta_of(factors: Factors) -> Delta:
     """The change that these factors make, to be merged into a weight."""
     up, down, scale = factors
     shape = (len(up), down.shape[1])
-    return Delta(shape, lambda weight: weight.addmm(up, down, alpha=scale), factors)
+    return Delta(shape, lambda w, rows: w.addmm(up[rows], down, alpha=scale), factors)
 
 
 def split_deltas(
@@ -218,7 +219,7 @@ def add_deltas(a: dict[str, Delta], b: dict[str, Delta]) -> dict[str, Delta]:
     both = {}
     for name in a.keys() & b.keys():
         first, second = a[name], b[name]
-        apply = lambda w, first=first, second=second: second.apply(first.apply(w))
+        apply = lambda w, rows, a=first, b=second: b.apply(a.apply(w, rows), rows)
         both[name] = Delta(first.shape, apply)
         if first.factors and second.factors:
             up = torch.cat([d.factors.scale * d.factors.up for d in (first, second)], 1)
@@ -235,8 +236,9 @@ def read_deltas(path: Path, strength: float, aliases: dict[str, str]) -> dict[st
     """
     layers: dict[str, dict[str, Tensor]] = defaultdict(dict)
     image_branch = 0
-    with open_safetensors(path, "name a LoRA file") as file, reading(path, "name a LoRA file"):
-        metadata = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    file = open_safetensors(path, "name a LoRA file")
+    with reading(path, "name a LoRA file"):
+        metadata = json.loads(file.metadata.get("lora_adapter_metadata", "{}"))
         metadata = {key.removeprefix("transformer."): value for key, value in metadata.items()}
         for key in ("alpha_pattern", "use_rslora", "use_dora"):  # other scales than ours
             if metadata.get(key):
@@ -275,7 +277,8 @@ def layer_deltas(
     deltas = {}
     for part in DIFFS.keys() & parts.keys():
         diff = strength * parts[part]
-        deltas[layer + DIFFS[part]] = Delta(tuple(diff.shape), lambda w, diff=diff: w + diff)
+        apply = lambda w, rows, diff=diff: w + diff[rows]
+        deltas[layer + DIFFS[part]] = Delta(tuple(diff.shape), apply)
     if not {"up", "down", "alpha"} & parts.keys():
         return deltas
     if not {"up", "down"} <= parts.keys() or "diff" in parts:
@@ -312,8 +315,7 @@ FOLDER = re.compile(r"^(high|low)(?:[-_ ]?noise)?(?:[-_ ]?model)?$", re.I)  # it
 def read_metadata(file: Path | str) -> dict[str, str]:
     """The strings in the header of a safetensors file; {} if there is no such file."""
     try:
-        with safe_open(file, framework="pt") as opened:
-            return opened.metadata() or {}
+        return TensorFile(Path(file)).metadata
     except (OSError, SafetensorError, ValueError):
         return {}
 

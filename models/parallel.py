@@ -418,12 +418,12 @@ class StoredTensor:
 
     def __init__(self, count: int, slices: dict):
         self.slices = slices  # first row -> rows in a file
-        self.shape = torch.Size((count, *next(iter(slices.values())).get_shape()[1:]))
+        self.shape = torch.Size((count, *next(iter(slices.values())).shape[1:]))
 
     def __getitem__(self, wanted: slice) -> Tensor:
         pieces = [torch.empty(0, *self.shape[1:])]
         for first, rows in sorted(self.slices.items()):
-            a, b = max(wanted.start, first), min(wanted.stop, first + rows.get_shape()[0])
+            a, b = max(wanted.start, first), min(wanted.stop, first + rows.shape[0])
             pieces += [rows[a - first : b - first]] if a < b else []
         return torch.cat(pieces)
 
@@ -438,8 +438,8 @@ def read_state(folder: Path, settings: dict, advice: str) -> tuple[dict[str, Sto
         for name in metadata["files"]:
             file, header = common.open_tensors(folder / name, "checkpoint shard", advice)
             for key, (first, counts[key]) in header["rows"].items():
-                slices[key][first] = file.get_slice(key)
+                slices[key][first] = file[key]
         for key, count in counts.items():
-            if sum(rows.get_shape()[0] for rows in slices[key].values()) != count:
+            if sum(rows.shape[0] for rows in slices[key].values()) != count:
                 raise UserError(f"{folder} does not have all rows of {key}; {advice}")
         return {key: StoredTensor(count, slices[key]) for key, count in counts.items()}, metadata

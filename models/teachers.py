@@ -344,7 +344,7 @@ def make_data(cfg, out: Path) -> Callable:
         c = {}
         if images:
             key = images.key_of[shape[1:]]
-            captions, frames = images.captions[key], images.file.get_slice(key)
+            captions, frames = images.captions[key], images.file[key]
             rows = torch.randint(len(captions), (n,), generator=rng).tolist()
             c["image"] = torch.cat([frames[i : i + 1] for i in rows])  # (n, 20, F, h, w)
             texts = [prompts.row(row_of[captions[i]]) for i in rows]

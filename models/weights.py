@@ -4,10 +4,10 @@
 """
 
 import contextlib
-import itertools
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from models import lora, parallel
-from models.common import Parser, UserError, exit_status, first_line, read_json, reading
+from models.common import FileTensor, Parser, UserError, exit_status, first_line, read_json, reading
 from models.qwen_image import QwenImage
 from models.wan import Wan
 
@@ -196,17 +196,8 @@ def teacher_loras(cfg) -> list[list[lora.LoraFile]]:
 DTYPES = ("F32", "BF16", "F16")
 
 
-class TensorInfo(NamedTuple):
-    """A tensor in a file, by the file's header."""
-
-    file: Path
-    key: str
-    shape: tuple
-    dtype: str
-
-
-TensorInfos = dict[str, TensorInfo]  # by name
-NamedTensors = Iterable[tuple[str, Tensor]]  # read or made one by one
+FileTensors = dict[str, FileTensor]  # by name
+NamedTensors = Iterable[tuple[str, Tensor]]  # or what has x[a:b] as rows, read when asked for
 
 
 def safetensors_in(folder: Path) -> list[Path]:
@@ -235,16 +226,15 @@ def shards(path: Path) -> list[Path]:
     return files
 
 
-def index_tensors(files: Iterable[Path]) -> TensorInfos:
+def index_tensors(files: Iterable[Path]) -> FileTensors:
     """Name -> tensor, from the headers. Prefixes of single files and of checkpoints are removed."""
     tensors = {}
     for file in files:
-        with lora.open_safetensors(file) as shard:
-            for key in shard.keys():
-                part, name = shard.get_slice(key), lora.bare_name(key)
-                if name in tensors:
-                    raise UserError(f"{tensors[name].file} and {file} both have {name}; keep one")
-                tensors[name] = TensorInfo(file, key, tuple(part.get_shape()), part.get_dtype())
+        for key, tensor in lora.open_safetensors(file).items():
+            name = lora.bare_name(key)
+            if name in tensors:
+                raise UserError(f"{tensors[name].file} and {file} both have {name}; keep one")
+            tensors[name] = tensor
     return tensors
 
 
@@ -258,7 +248,7 @@ UNPORTED += ("use_layer3d_rope", "guidance_embeds")
 NOT_SETTINGS = {"dtype", "checkpointing", "round_t"}  # arguments that a config.json does not set
 
 
-def architecture(path: Path, tensors: TensorInfos, teacher: str) -> tuple[type, dict]:
+def architecture(path: Path, tensors: FileTensors, teacher: str) -> tuple[type, dict]:
     """Class and settings of a network: from its config.json, or else those of the teacher."""
     file = (path.parent if path.is_file() else path) / "config.json"
     if not file.is_file():
@@ -299,7 +289,7 @@ def check_teacher(teacher: str, network: type, settings: dict, path: Path) -> No
             raise UserError(f"{teacher} has {key} {value}, but {path} has {settings[key]}")
 
 
-def inspect(path: Path, dtype: torch.dtype, teacher: str = "") -> tuple[nn.Module, TensorInfos]:
+def inspect(path: Path, dtype: torch.dtype, teacher: str = "") -> tuple[nn.Module, FileTensors]:
     """The network on the meta device, and where each parameter is stored, from headers alone.
 
     Raises UserError unless the files hold exactly one network, of the teacher's kind if named.
@@ -313,7 +303,7 @@ def inspect(path: Path, dtype: torch.dtype, teacher: str = "") -> tuple[nn.Modul
     return net, match_tensors(net, tensors, path)
 
 
-def match_tensors(net: nn.Module, tensors: TensorInfos, path: Path) -> TensorInfos:
+def match_tensors(net: nn.Module, tensors: FileTensors, path: Path) -> FileTensors:
     """Our name of each parameter -> its tensor, of files in either layout."""
     expected = {name: tuple(p.shape) for name, p in net.named_parameters()}
     ours = {net.diffusers_name(name): name for name in expected} | {name: name for name in expected}
@@ -362,10 +352,9 @@ def load_tensors(
     parameters = dict(net.named_parameters())
     for name, tensor in tensors:
         if parameters[name].dtype == torch.int8:
-            tensor, scale = lora.quantize(tensor.to(device))
+            tensor, scale = lora.quantize(tensor[:].to(device))
             parameters[name.removesuffix("weight") + "scale"].copy_(scale)
-        parallel.copy_to_local(parameters[name], tensor)
-        del tensor  # may be the last reference to a memory-mapped shard
+        parallel.copy_to_local(parameters[name], tensor)  # reads the rows of this rank
     return net.eval()
 
 
@@ -400,21 +389,18 @@ def load(
 
     path: a folder with config.json and safetensors of either layout, or one safetensors file.
     loras, then deltas, are merged in float32. int8: see lora.store_int8. Memory never exceeds the
-    network, one shard and the LoRA: each tensor is cast as it is read.
+    network, one tensor and the LoRA: each is cast as it is read. A rank reads the rows it keeps.
     """
-    net, infos = inspect(Path(path), dtype, teacher)
+    net, tensors = inspect(Path(path), dtype, teacher)
     merges = [read_loras(net, loras), deltas or {}]
 
     def read_tensors() -> NamedTensors:
-        total = sum(math.prod(info.shape) for info in infos.values())
+        total = sum(math.prod(x.shape) for x in tensors.values())
         options = dict(unit=" weights", unit_scale=True, disable=None)
         with tqdm(total=total, desc=str(path), **options) as bar:
-            for name, tensor in read_shards(infos):
-                for merge in merges:
-                    tensor = merge[name].apply(tensor.float()) if name in merge else tensor
-                yield name, tensor
-                bar.update(tensor.numel())
-                del tensor  # the last reference to a memory-mapped shard
+            for name, x in sorted(tensors.items(), key=lambda item: (item[1].file, item[1].start)):
+                yield name, MergedTensor(x, [merge[name] for merge in merges if name in merge])
+                bar.update(math.prod(x.shape))
 
     net.requires_grad_(False)
     if int8:
@@ -422,13 +408,18 @@ def load(
     return load_tensors(net, read_tensors(), device, allocate)
 
 
-def read_shards(infos: TensorInfos) -> NamedTensors:
-    """Yield name and tensor, with one file open at a time."""
-    file_of = lambda name: infos[name].file
-    for file, names in itertools.groupby(sorted(infos, key=file_of), key=file_of):
-        with lora.open_safetensors(file) as shard:
-            for name in names:
-                yield name, shard.get_tensor(infos[name].key)
+@dataclass
+class MergedTensor:
+    """A stored tensor with changes: x[a:b] reads these rows and changes them."""
+
+    stored: FileTensor
+    deltas: list[lora.Delta]
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        tensor = self.stored[rows]
+        for delta in self.deltas:
+            tensor = delta.apply(tensor.float(), rows)
+        return tensor
 
 
 def read_loras(net: nn.Module, files: Iterable[lora.LoraFile]) -> dict[str, lora.Delta]:

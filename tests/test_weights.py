@@ -307,11 +307,11 @@ def test_strengths_and_several_files_add_up(tmp_path):
         files.append(lora.parse_file(f"{tmp_path}/{i}.safetensors:{strength}"))
     a, b = weights.read_loras(net, files[:1]), weights.read_loras(net, files[1:])
     both = weights.read_loras(net, files)
-    weight, bias = torch.zeros(128, 128), torch.zeros(128)
-    change = [deltas[f"{key}.weight"].apply(weight) for deltas in (a, b, both)]
+    weight, bias, rows = torch.zeros(128, 128), torch.zeros(128), slice(None)
+    change = [deltas[f"{key}.weight"].apply(weight, rows) for deltas in (a, b, both)]
     assert torch.allclose(change[0] + change[1], change[2], atol=1e-4)
     assert torch.allclose(16 * change[0], change[1], atol=1e-3)  # 2 / 0.5, and twice both factors
-    assert torch.equal(both[f"{key}.bias"].apply(bias), torch.full((128,), 0.5 + 2 * 2.0))
+    assert torch.equal(both[f"{key}.bias"].apply(bias, rows), torch.full((128,), 0.5 + 2 * 2.0))
     assert len(lora.split_deltas(both, net)[0][key].down) == 4
 
 
