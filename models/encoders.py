@@ -34,10 +34,18 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from models import common
+from models import common, lora
 from models.common import Parser, UserError, open_tensors, read_json, reading, write_tensors
 from models.wan import Wan
-from models.weights import DTYPES, TEACHERS, default_folder, download_hint, needs_extras, subfolder
+from models.weights import (
+    DTYPES,
+    TEACHERS,
+    default_folder,
+    download_hint,
+    needs_extras,
+    shards,
+    subfolder,
+)
 
 # as published with the models
 WAN_NEGATIVE = (
@@ -59,11 +67,17 @@ SHARD = 512  # prompts per file of embeddings
 MAKE_TEXT = "run python -m models.encoders text"
 MAKE_IMAGES = "run python -m models.encoders images"
 DOWNLOAD = "download it again"
+QUANTISED = re.compile(r"scaled_fp8|scale_(weight|input)|(weight|input)_scale")
 OVERWRITE = "give --overwrite or choose another --out"
 
 
 def from_pretrained(path: Path, cls, **options):
     """A frozen network in eval mode: cls.from_pretrained of local files. Raises UserError."""
+    for file in shards(path):
+        for key, x in lora.open_safetensors(file).items():
+            if x.dtype not in DTYPES or QUANTISED.search(key):  # the libraries would ignore scales
+                expected = f"expected {', '.join(DTYPES)} without scales"
+                raise UserError(f"{file}: {expected}, found {key} {x.dtype}; {DOWNLOAD}")
     options |= dict(local_files_only=True, use_safetensors=True, output_loading_info=True)
     with reading(path, DOWNLOAD):
         net, report = cls.from_pretrained(path, **options)
@@ -336,9 +350,10 @@ def load_vae(teacher: str, folder: Path | None, device: str):
     kind = "AutoencoderKLWan" if TEACHERS[teacher].network is Wan else "AutoencoderKLQwenImage"
     vae = from_pretrained(path, getattr(diffusers, kind)).to(device)
     with reading(path, DOWNLOAD):
-        channels = [vae.config.z_dim, *(x.shape[1] for x in latent_statistics(vae))]
-        if channels != [16, 16, 16]:
-            raise ValueError(f"expected 16 latent channels, found {channels} in config.json")
+        found = [vae.config.z_dim, *(x.shape[1] for x in latent_statistics(vae))]
+        if found != [TEACHERS[teacher].channels] * 3:
+            expected = f"{TEACHERS[teacher].channels} latent channels"
+            raise ValueError(f"expected {expected}, found {found} in config.json")
     return vae
 
 

@@ -191,7 +191,6 @@ def card_values(student: Student) -> dict[str, str]:
     settings = f"num_inference_steps={cfg.steps}, height={height}, width={width}, "
     frames = f"guidance_scale=1.0, num_frames={frames[0] if frames else cfg.frames}"
     settings += "true_cfg_scale=1.0" if qwen else frames
-    pipeline = "QwenImage" if qwen else "WanImageToVideo" if spec.is_i2v else "Wan"
     teacher_loras = " and ".join(Path(file).name for file in cfg.teacher_lora)
     lora_kind = f"LoRA of rank {cfg.rank}, alpha {format_value(cfg.alpha)}"
     return dict(
@@ -201,7 +200,7 @@ def card_values(student: Student) -> dict[str, str]:
         trained="all parameters" if cfg.generator == "full" else lora_kind,
         times=", ".join(f"{1000 * t:.6g}" for t in student.times[:-1]),
         rows="\n".join(rows),
-        pipeline=f"{pipeline}Pipeline",
+        pipeline=spec.pipeline,
         network="QwenImageTransformer2DModel" if qwen else "WanTransformer3DModel",
         experts=json.dumps([stem for p, stem in zip(phases, stems) for _ in p.t[:-1]]),
         settings=settings + ("" if student.boundary_t else ", callback_on_step_end=switch"),

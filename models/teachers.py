@@ -64,7 +64,7 @@ def parse_size(cfg, text: str) -> tuple[tuple, float]:
     if frames < 1 or frames % 4 != 1:
         nearest_frames = 4 * max(0, round((frames - 1) / 4)) + 1
         raise UserError(f"--frames: expected 4n + 1 (nearest: {nearest_frames}), got {frames}")
-    shape = (spec.settings.get("out_dim", 16), height // spec.scale, width // spec.scale)
+    shape = (spec.channels, height // spec.scale, width // spec.scale)
     if spec.network is QwenImage and frames > 1:
         raise UserError(f"--frames: expected 1, {cfg.teacher} makes pictures, got {frames}")
     if spec.network is not QwenImage:
@@ -223,6 +223,8 @@ def text_shape(cfg) -> tuple[int, int]:
 
 def prepare(cfg, out: Path, device: torch.device, progress: Callable) -> None:
     """Embed the prompts of a text file into the run's folder, unless that has been done."""
+    if has_vae(cfg):  # what is wrong with it shows now, not at the first preview
+        encoders.load_vae(cfg.teacher, weights_folder(cfg), "cpu")
     path = prompts_path(cfg)
     if path and is_text(path):
         prompts, folder = encoders.read_prompts(path), weights_folder(cfg)
@@ -646,9 +648,7 @@ def check_inputs(cfg, args) -> None:
     elif is_i2v and has_prompt and not is_random(cfg):
         raise UserError(f"{cfg.teacher} makes a video from an image; give --image")
     if teacher_spec(cfg.teacher).repository and not is_random(cfg):
-        weights.subfolder(cfg.teacher, weights_folder(cfg), "vae")
-        if not has_vae(cfg):
-            raise UserError("decoding needs diffusers; pip install -r models/requirements.txt")
+        encoders.load_vae(cfg.teacher, weights_folder(cfg), "cpu")
 
 
 def teacher_times(cfg, S: float | None) -> tuple[float, ...]:

@@ -41,9 +41,20 @@ class TeacherSpec(NamedTuple):
         return self.settings.get("in_dim") == 36
 
     @property
+    def channels(self) -> int:
+        """Channels of a latent."""
+        return self.settings.get("out_dim", 16)
+
+    @property
     def fps(self) -> int:
         """Frames per second of its videos."""
-        return 24 if self.settings.get("out_dim") == 48 else 16
+        return 24 if self.channels == 48 else 16
+
+    @property
+    def pipeline(self) -> str:
+        """Its pipeline of diffusers, as the model_index.json of its folder names it."""
+        wan = "WanImageToVideoPipeline" if self.is_i2v else "WanPipeline"
+        return wan if self.network is Wan else "QwenImagePipeline"
 
 
 A14B = dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_dim=16, out_dim=16)
@@ -110,10 +121,15 @@ def branch_paths(teacher: str, *weights: str | Path) -> tuple[list[Path], float 
         root = paths[0]
         layouts = [[root / name for name in names] for names in (*PAIRS, ("transformer",))]
         paths = next((p for p in layouts if all(path.is_dir() for path in p)), [root])
-        index = root / "model_index.json"
-        if boundary and index.is_file():  # a fine-tune may have another boundary
-            with reading(index, "download it again"):
-                boundary = float(read_json(index, "").get("boundary_ratio") or boundary)
+        index, advice = root / "model_index.json", "download it again"
+        pipeline = read_json(index, advice) if index.is_file() else {}
+        kind = pipeline.get("_class_name", spec.pipeline)
+        if kind != spec.pipeline:  # such as an editing model of the same classes
+            advice = f"of a fine-tune of {teacher}, name the transformer alone"
+            raise UserError(f"{index}: expected {spec.pipeline}, found {kind}; {advice}")
+        if boundary:  # a fine-tune may have another one
+            with reading(index, advice):
+                boundary = float(pipeline.get("boundary_ratio") or boundary)
                 if not 0 < boundary < 1:
                     raise ValueError(f"boundary_ratio {boundary}")
     if len(paths) != (2 if boundary else 1):

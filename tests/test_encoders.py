@@ -15,6 +15,7 @@ transformers = pytest.importorskip("transformers", reason="needs models/requirem
 diffusers = pytest.importorskip("diffusers", reason="needs models/requirements.txt")
 
 from PIL import Image  # noqa: E402
+from published import save_qwen_vl, save_umt5, small_vae, tokenizer_of  # noqa: E402
 
 import sample  # noqa: E402
 import train  # noqa: E402
@@ -29,50 +30,11 @@ PROMPTS = [
 ]
 
 
-def tokenizer_of(folder, template, specials):
-    """A tokenizer of bytes, saved: every prompt has a known number of tokens."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: i for i, token in enumerate([*specials, *alphabet])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(specials)
-    if template:
-        tokenizer.post_processor = processors.TemplateProcessing(
-            single=template, special_tokens=[(token, vocab[token]) for token in specials]
-        )
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token=specials[0], eos_token=specials[1]
-    )
-    fast.save_pretrained(folder)
-    return fast
-
-
-def small_vae(kind):
-    """A VAE of 16 channels that scales by 8."""
-    torch.manual_seed(0)
-    sizes = dict(base_dim=4, z_dim=16, dim_mult=[1, 1, 1, 1], num_res_blocks=1)
-    return getattr(diffusers, kind)(**sizes, temperal_downsample=[False, True, True]).eval()
-
-
 @pytest.fixture(scope="module")
 def wan_folder(tmp_path_factory):
     """A tiny text_encoder, tokenizer and vae of Wan's kinds."""
     root = tmp_path_factory.mktemp("wan")
-    torch.manual_seed(0)
-    config = transformers.UMT5Config(
-        vocab_size=300,
-        d_model=32,
-        d_kv=8,
-        d_ff=64,
-        num_layers=2,
-        num_heads=4,
-        feed_forward_proj="gated-gelu",
-    )
-    transformers.UMT5EncoderModel(config).save_pretrained(root / "text_encoder")
-    tokenizer_of(root / "tokenizer", "$A </s>", ["<pad>", "</s>"])
+    save_umt5(root)
     small_vae("AutoencoderKLWan").save_pretrained(root / "vae")
     return root
 
@@ -81,31 +43,7 @@ def wan_folder(tmp_path_factory):
 def qwen_folder(tmp_path_factory):
     """The same of Qwen-Image's kinds."""
     root = tmp_path_factory.mktemp("qwen")
-    torch.manual_seed(0)
-    config = transformers.Qwen2_5_VLConfig(
-        text_config=dict(
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            vocab_size=300,
-            bos_token_id=1,
-            eos_token_id=1,
-            pad_token_id=0,
-            rope_scaling={"mrope_section": [2, 3, 3], "rope_type": "default", "type": "default"},
-        ),
-        vision_config=dict(
-            depth=1, hidden_size=16, intermediate_size=16, num_heads=2, out_hidden_size=32
-        ),
-        image_token_id=290,
-        video_token_id=291,
-        vision_start_token_id=292,
-        vision_end_token_id=293,
-    )
-    model = transformers.Qwen2_5_VLForConditionalGeneration(config)
-    model.save_pretrained(root / "text_encoder")
-    tokenizer_of(root / "tokenizer", None, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    save_qwen_vl(root)
     small_vae("AutoencoderKLQwenImage").save_pretrained(root / "vae")
     return root
 

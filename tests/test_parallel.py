@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from students import write_lora
 
 import sample
 import train
-from models import parallel
+from models import parallel, weights
 
 ROOT = Path(__file__).parent.parent
 HELPER = ROOT / "tests" / "two_processes.py"
@@ -124,6 +125,28 @@ def test_small_steps_of_norms_reach_a_bf16_student(tmp_path, teacher):
     one, two = (load_file(file) for file in out.values())
     change = (one["after"] - one["before"]).norm()
     assert change and all((one[name] - two[name]).norm() < 0.01 * change for name in one)
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="Linux counts what is read")
+def test_a_rank_reads_its_own_rows_of_published_weights(tmp_path):
+    """Half of the bytes, and rows of a LoRA are merged. Negative control: ranks read all rows."""
+    net = weights.random_network("wan21-tiny", torch.float32)
+    file, lora = str(tmp_path / "base.safetensors"), str(tmp_path / "lora.safetensors")
+    save_file(dict(net.named_parameters()), file)
+    write_lora(lora, "lightning", net)
+    job = dict(job="load", processes=2, files=[file])
+    ways = {"rows": {}, "merged": dict(lora=lora), "whole": dict(mistake="whole tensors")}
+    run_all(tmp_path, [job | how | dict(out=str(tmp_path / way)) for way, how in ways.items()])
+    rows, merged, whole = (load_file(tmp_path / way) for way in ways)
+    size = Path(file).stat().st_size
+    shares = [x.pop("bytes read") / size for x in (rows, merged, whole)]
+    print(f"bytes read of {size}, per rank: rows {shares[0]}, whole tensors {shares[2]}")
+    assert (shares[0] < 0.6).all() and (shares[2] > 0.99).all()
+    assert_identical(rows, load_file(file))
+    expected = weights.load(file, torch.float32, teacher="wan21-tiny", loras=[(lora, 1.0)])
+    assert_close(dict(expected.named_parameters()), merged)
+    with pytest.raises(AssertionError):
+        assert_close(rows, merged)
 
 
 # -- checkpoints ---------------------------------------------------------------------------------

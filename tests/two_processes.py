@@ -85,6 +85,27 @@ def small_step(out: str, teacher: str) -> None:
             save_file({"before": before, "after": after}, out)
 
 
+def load(out: str, files: list[str], lora: str = "", mistake: str = "") -> None:
+    """Load published weights. Save them, and the bytes that every rank read."""
+    make_mistake(mistake)
+    with parallel.distributed("cpu", 1, "test"):
+        loras = dict(teacher_lora=(lora,)) if lora else {}
+        cfg = train.make_config("wan21-tiny", weights=tuple(files), dtype="float32", **loras)
+        for _ in range(2):  # the first time Python's modules are read, too
+            before = bytes_read()
+            net = teachers.load_base(cfg, 1, torch.device("cpu"))
+            read = bytes_read() - before
+        tensors = {name: full_tensor(p.detach()) for name, p in net.named_parameters()}
+        read = torch.tensor(parallel.gather(read))
+        if parallel.topology.rank == 0:
+            save_file(tensors | {"bytes read": read}, out)
+
+
+def bytes_read() -> int:
+    """Bytes that this process has read so far, as the kernel counts them."""
+    return int(Path("/proc/self/io").read_text().split()[1])
+
+
 def command(
     argv: list[str], stop_in: list[int] | None = None, fail_at: int = 0, fail_rank: int = 0
 ) -> None:
@@ -128,6 +149,7 @@ NO_SUCH_CALL = 99
 def make_mistake(name: str) -> None:
     """Change models/parallel.py, so that the tests can see that the mistake is caught."""
     allocate, redistribute = parallel.shard_and_allocate, parallel.redistribute
+    copy_to_local = parallel.copy_to_local
 
     def allocate_with_means(net, device):
         allocate(net, device)
@@ -142,6 +164,7 @@ def make_mistake(name: str) -> None:
         "no sum of replicated gradients": {"all_reduce_grad": lambda grad: grad},
         "one micro-batch twice": {"my_share": lambda x: x[:: parallel.topology.data_parallel]},
         "means instead of sums": {"shard_and_allocate": allocate_with_means},
+        "whole tensors": {"copy_to_local": lambda x, source: copy_to_local(x, source[:])},
         "attention to own tokens": {
             "tokens_to_heads": lambda x, streams: x,
             "heads_to_tokens": lambda x, streams: x,
