@@ -5,6 +5,7 @@ blocks are identical. Only matrix products count as FLOPs.
 """
 
 import gc
+import importlib
 import math
 import shlex
 import time
@@ -119,6 +120,7 @@ class MemoryTracker(TorchDispatchMode):
         self.known = {x.untyped_storage()._cdata for x in known}
 
     def __enter__(self):
+        importlib.import_module("torch._dynamo")  # operations under a mode import it, slowly
         gc.collect()
         gc.freeze()  # the collections below skip what exists already
         return super().__enter__()

@@ -420,8 +420,7 @@ def watch_memory(args, cfg, phases: list[Phase], device: str):
         found = f"out of memory; the plan was {peak / 1e9:.1f} GB on each GPU, there was room for"
         advice = memory_advice(args, cfg, phases, machine._replace(room=room))
         raise UserError(f"{found} {machine.room / 1e9:.1f} GB; {advice}") from error
-    finally:
-        print(end=warning)
+    print(end=warning)
 
 
 def check_memory(args, cfg, phases: list[Phase], machine: plan.Machine) -> str:
@@ -442,10 +441,8 @@ def check_memory(args, cfg, phases: list[Phase], machine: plan.Machine) -> str:
         with suppress(UserError), change.pretend():
             if change.ranks > ranks:
                 check_config(replace(cfg, **change.settings))
-                command = plan.command_line(args.argv, change)
-                return (
-                    f"{text}note: {ranks} of {machine.gpus} GPUs are in use; for all: {command}\n"
-                )
+                note = f"note: this uses {ranks} of {machine.gpus} GPUs; all of them:"
+                return f"{text}{note} {plan.command_line(args.argv, change)}\n"
     return text
 
 
@@ -470,12 +467,12 @@ def suggestions(args, cfg, phases: list[Phase], gpus: int, room: float) -> list[
 def no_gpu_advice(args, cfg, phases: list[Phase]) -> str:
     """What would work in place of a large teacher on a CPU."""
     family = cfg.teacher if f"{cfg.teacher}-tiny" in weights.TEACHERS else cfg.teacher.split("-")[0]
-    text = f"{cfg.teacher} needs a GPU, found none; here: python train.py --teacher {family}-tiny"
+    found = {}  # command -> machine
     for gpus, size in ((1, 24), (1, 80), (8, 80)):
-        lines = suggestions(args, cfg, phases, gpus, plan.card(size))
-        if lines:
-            text += f"; on {gpus} of {size} GB: {lines[0]}"
-    return f"{text}; --ignore-plan starts it here"
+        for line in suggestions(args, cfg, phases, gpus, plan.card(size))[:1]:
+            found.setdefault(line, f"on {gpus} of {size} GB: {line}")
+    here = f"{cfg.teacher} needs a GPU, found none; here: python train.py --teacher {family}-tiny"
+    return "; ".join([here, *found.values(), "go on all the same with --ignore-plan"])
 
 
 # -- previews, plan and speed ---------------------------------------------------------------------

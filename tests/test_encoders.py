@@ -343,6 +343,31 @@ def test_decoding_undoes_the_scaling_of_encoding(wan_folder, qwen_folder, teache
     assert not torch.equal(latents, raw)
 
 
+@pytest.mark.parametrize("kind", ["AutoencoderKLWan", "AutoencoderKLQwenImage"])
+def test_where_memory_is_short_the_vae_works_in_tiles(kind, monkeypatch, capsys):
+    """It says so, once. The same pixels up to the borders; another error is not caught."""
+    vae, frames = small_vae(kind), 1 + 4 * (kind == "AutoencoderKLWan")
+    pixels = torch.rand(1, 3, frames, 64, 96) * 2 - 1
+    latents = encoders.encode(vae, pixels)
+    whole, decode = encoders.decode(vae, latents), vae.decode
+    vae.enable_tiling(32, 32, 24, 24)
+    vae.use_tiling = False
+
+    def decode_if_tiled(z):
+        if not vae.use_tiling:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return decode(z)
+
+    monkeypatch.setattr(vae, "decode", decode_if_tiled)
+    tiled = [encoders.decode(vae, latents) for _ in range(2)]
+    assert capsys.readouterr().out.count("works in tiles") == 1
+    assert torch.equal(*tiled) and tiled[0].shape == whole.shape
+    assert 0 < (tiled[0] - whole).abs().mean() < 0.2 * whole.abs().mean()
+    monkeypatch.setattr(vae, "decode", lambda z: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        encoders.decode(vae, latents)
+
+
 def write_pictures(folder):
     """Write two landscapes, one portrait, and their captions."""
     folder.mkdir()

@@ -52,7 +52,9 @@ def check(gpus: int, gigabytes: int, teacher: str, capsys) -> tuple[list[str], s
     status, out, error = run(f"--teacher {teacher}", capsys)
     assert status == 2 and error.count("\n") == 1  # there are no weights, at least
     if "does not exist" in error:  # it fits
-        return COMMAND.findall(out), out + error
+        lines = COMMAND.findall(out)
+        assert all(planned(line)[1] < plan.card(gigabytes) for line in lines)
+        return lines, out + error
     assert out == "" and "--ignore-plan" in error
     if not gpus:
         assert "found none" in error
@@ -109,7 +111,7 @@ def test_a_run_that_fits_says_so_and_names_idle_gpus(tmp_path, monkeypatch, caps
         use_machine(monkeypatch, gpus, 80)
         status, out, error = run(line, capsys)
         assert status == 2 and "does not exist; get it" in error
-        assert "GB on each GPU, by the plan" in out and ("note: 1 of 8 GPUs" in out) == note
+        assert "GB on each GPU, by the plan" in out and ("uses 1 of 8 GPUs" in out) == note
     [command] = COMMAND.findall(out)
     assert command == f"torchrun --standalone --nproc-per-node 8 train.py {line}"
     assert planned(command)[0] == 8
@@ -193,8 +195,8 @@ def test_a_slow_update_prints_a_line_where_no_bar_is_drawn(monkeypatch, capsys):
 
 def test_the_speed_of_the_gpu_is_measured_before_the_first_iteration(tmp_path, monkeypatch):
     """On a clock that stands still, which must not end a run either."""
-    calls, step_flops, iterate = [], plan.step_flops, train.run_iteration
-    monkeypatch.setattr(plan, "step_flops", lambda *x: calls.append("flops") or step_flops(*x))
+    calls, iterate = [], train.run_iteration
+    monkeypatch.setattr(plan, "step_flops", lambda *_: calls.append("flops") or (1.0, 1.0))
     monkeypatch.setattr(
         train, "run_iteration", lambda run: calls.append("iteration") or iterate(run)
     )
