@@ -4,7 +4,9 @@ The name of an adapter is an argument of the call, never a state of the network:
 recomputed in backward must use the adapter that it used in forward.
 """
 
+import contextlib
 import json
+import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -14,11 +16,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from models import parallel
-from models.common import TensorFile, UserError, reading, stream
+from models.common import UserError, read_json, reading, stream
 
 
 class Linear(nn.Linear):
@@ -149,32 +151,39 @@ def attach(net: nn.Module, name: str, factors: dict[str, Factors], device=None) 
 
 # -- LoRA files ----------------------------------------------------------------------------------
 
-# lora_down / lora_up and lora_A / lora_B are two names of the same two factors
+# what trainers and wrappers write after, before and inside the name of a layer
+LORA = r"(?:\.lora_|[._]lora\.|\.lora_linear_layer\.)"
 SUFFIX = re.compile(
-    r"\.(?:(?P<down>lora_down|lora_A)|(?P<up>lora_up|lora_B))(?:\.[^.]+)?\.weight$"
-    r"|\.(?P<alpha>alpha)$|\.(?P<diff>diff|diff_b|diff_m)$"
+    rf"{LORA}(?:(?P<down>down|A)|(?P<up>up|B))(?:(?:\.[^.]+)?\.weight)?$"
+    rf"|(?:{LORA}|\.)(?P<alpha>alpha)$|{LORA}(?P<rank>rank)$|\.(?P<diff>diff|diff_b|diff_m)$"
 )
-# what trainers and wrappers put before the name of a layer, and inside it
-PREFIX = re.compile(
-    r"^(?:(?:base_model|model|module|generator|diffusion_model|transformer|transformer_2)\.)+"
+WRAPPERS = "base_model|model|module|generator|pipe|dit|unet|diffusion_model|transformer(?:_2)?"
+PREFIX = re.compile(rf"^(?:(?:{WRAPPERS})\.)+")
+FLAT_PREFIX = re.compile(rf"^(?:lora_unet|lora_transformer|lycoris|{WRAPPERS})_+")
+INSIDE = re.compile(
+    r"_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)[._]|(?<=\.)processor\."
 )
-WRAPPER = re.compile(r"_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)\.")
 OTHER_KINDS = {
     "a LoKr": "lokr_", "a LoHa": "hada_", "a DoRA": r"dora_scale|lora_magnitude_vector",
-    "a LoRA with a bias": r"lora_(?:B|up)(?:\.[^.]+)?\.bias$",
+    "a LoRA with a bias": r"lora.*\.bias$",
 }  # fmt: skip
 IMAGE_BRANCH = re.compile(  # of Wan2.1 I2V, in both layouts; Wan2.2 has none
-    r"k_img|v_img|img_emb|attn2\.add_[kv]_proj|attn2\.norm_added_k|image_embedder"
+    r"[kv]_img|img_emb|attn2[._](?:add_[kv]_proj|norm_added_k)|image_embedder"
 )
+# settings of a training by name, without what is not a letter
+ALPHAS = ("loraalpha", "networkalpha", "alpha", "ssnetworkalpha")
+RANKS = ("r", "rank", "lorarank", "networkdim", "ssnetworkdim")
+OTHER_SCALES = ("alphapattern", "userslora", "rslora", "usedora", "dorawd", "weightdecompose")
+NUMBER = re.compile(r"(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?", re.I)
 DIFFS = {"diff": ".weight", "diff_b": ".bias", "diff_m": ".modulation"}
 PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 
 
 def open_safetensors(file: Path, advice: str = "download it again"):
-    """Open a safetensors file. Raises UserError for broken files and for other formats."""
+    """Open a safetensors file, memory-mapped. Raises UserError for broken and for other files."""
     with reading(file, advice):
         try:
-            return TensorFile(file)
+            return safe_open(file, framework="pt")
         except Exception:
             with open(file, "rb") as opened:
                 start = opened.read(4)
@@ -191,8 +200,7 @@ class Delta(NamedTuple):
     """The change of one parameter."""
 
     shape: tuple  # that the parameter must have
-    # (rows a:b of W, float32, slice(a, b)) -> these rows of W + alpha / rank up down
-    apply: Callable[[Tensor, slice], Tensor]
+    apply: Callable[[Tensor], Tensor]  # W float32 -> W + alpha / rank up down
     factors: Factors | None = None  # if it is of low rank
 
 
@@ -200,7 +208,7 @@ def delta_of(factors: Factors) -> Delta:
     """The change that these factors make, to be merged into a weight."""
     up, down, scale = factors
     shape = (len(up), down.shape[1])
-    return Delta(shape, lambda w, rows: w.addmm(up[rows], down, alpha=scale), factors)
+    return Delta(shape, lambda weight: weight.addmm(up, down, alpha=scale), factors)
 
 
 def split_deltas(
@@ -219,7 +227,7 @@ def add_deltas(a: dict[str, Delta], b: dict[str, Delta]) -> dict[str, Delta]:
     both = {}
     for name in a.keys() & b.keys():
         first, second = a[name], b[name]
-        apply = lambda w, rows, a=first, b=second: b.apply(a.apply(w, rows), rows)
+        apply = lambda w, first=first, second=second: second.apply(first.apply(w))
         both[name] = Delta(first.shape, apply)
         if first.factors and second.factors:
             up = torch.cat([d.factors.scale * d.factors.up for d in (first, second)], 1)
@@ -231,100 +239,162 @@ def add_deltas(a: dict[str, Delta], b: dict[str, Delta]) -> dict[str, Delta]:
 def read_deltas(path: Path, strength: float, aliases: dict[str, str]) -> dict[str, Delta]:
     """Read a LoRA file: name of a parameter -> its change, times the strength.
 
-    aliases: every name that a file may use for a layer -> ours. Without an alpha the scale is 1,
-    or that of diffusers' metadata. .diff, .diff_b, .diff_m change a whole weight, bias, modulation.
+    aliases: every name that a file may use for a layer, with _ in place of dots -> ours. Without
+    an alpha the scale is 1. .diff, .diff_b, .diff_m change a whole weight, bias, modulation.
     """
     layers: dict[str, dict[str, Tensor]] = defaultdict(dict)
     image_branch = 0
-    file = open_safetensors(path, "name a LoRA file")
-    with reading(path, "name a LoRA file"):
-        metadata = json.loads(file.metadata.get("lora_adapter_metadata", "{}"))
-        metadata = {key.removeprefix("transformer."): value for key, value in metadata.items()}
-        for key in ("alpha_pattern", "use_rslora", "use_dora"):  # other scales than ours
-            if metadata.get(key):
-                raise UserError(f"{path}: its metadata has {key}: not supported; use another file")
+    with open_safetensors(path, "name a LoRA file") as file, reading(path, "name a LoRA file"):
+        training = read_training(path, file.metadata() or {})
         for key in file.keys():
             for kind, pattern in OTHER_KINDS.items():
                 if re.search(pattern, key):
                     raise UserError(f"{path} is {kind} ({key}): not supported; use a LoRA")
-            layer, part = parse_key(key, aliases)
-            if not layer and IMAGE_BRANCH.search(key):
+            layer, part, unknown = parse_key(key, aliases)
+            if unknown and IMAGE_BRANCH.search(key):
                 image_branch += 1
                 continue
-            if not layer or part in layers[layer]:
-                problem = "has a second" if layer else "is not a LoRA of a layer of this network:"
-                raise UserError(f"{path} {problem} {key}; give one LoRA per file, of this model")
+            if unknown:
+                found = f"{key} has {unknown!r}, which is not known here"
+                raise UserError(f"{path}: {found}; use a LoRA of this model")
+            if part in layers[layer]:
+                raise UserError(f"{path} has a second {key}; give one LoRA per file, of this model")
             tensor = file.get_tensor(key)
-            if part != "alpha" and not tensor.is_floating_point():
+            if part not in ("alpha", "rank") and not tensor.is_floating_point():
                 raise UserError(f"{path}: {key} is quantised ({tensor.dtype}); use another file")
             layers[layer][part] = tensor = tensor.float()
             if not tensor.isfinite().all():
                 raise UserError(f"{path}: {key} contains NaN or infinity; use another file")
         if not layers:
             raise UserError(f"{path} contains no LoRA of this network; use another file")
-        deltas = {}
+        deltas, scales = {}, set()
         for layer, parts in layers.items():
-            deltas |= layer_deltas(layer, parts, metadata.get("lora_alpha"), strength, path)
+            for part in DIFFS.keys() & parts.keys():
+                diff = strength * parts[part]
+                change = lambda w, diff=diff: w + diff
+                deltas[layer + DIFFS[part]] = Delta(tuple(diff.shape), change)
+            if parts.keys() - DIFFS.keys():
+                up, down, scale = read_factors(parts, training, f"{path}: {layer}")
+                deltas[layer + ".weight"] = delta_of(Factors(up, down, strength * scale))
+                scales.add(scale)
+    if scales:
+        bounds = " to ".join(f"{x:.4g}" for x in sorted({min(scales), max(scales)}))
+        note(f"{path}: alpha / rank = {bounds}")
     if image_branch:
         note(f"{path}: {image_branch} tensors of Wan2.1's image branch, absent here, are left out")
     return deltas
 
 
-def layer_deltas(
-    layer: str, parts: dict[str, Tensor], alpha: float | None, strength: float, path: Path
-) -> dict[str, Delta]:
-    """The changes of one layer's parameters. alpha: of the file, if the layer has none."""
-    deltas = {}
-    for part in DIFFS.keys() & parts.keys():
-        diff = strength * parts[part]
-        apply = lambda w, rows, diff=diff: w + diff[rows]
-        deltas[layer + DIFFS[part]] = Delta(tuple(diff.shape), apply)
-    if not {"up", "down", "alpha"} & parts.keys():
-        return deltas
+class Training(NamedTuple):
+    """What a LoRA file says of its training outside of its tensors."""
+
+    alpha: float | None
+    ranks: set[float]
+    is_kohya: bool  # only kohya's names, whose trainers also write .alpha tensors
+
+
+def read_training(path: Path, metadata: dict[str, str]) -> Training:
+    """alpha and rank by a file's metadata, JSON in it, and an adapter_config.json beside it."""
+    config, values = path.with_name("adapter_config.json"), defaultdict(set)
+    settings = list(read_json(config, "name a LoRA file").items()) if config.is_file() else []
+    for key, text in metadata.items():
+        with contextlib.suppress(ValueError):  # not JSON
+            settings += json.loads(text).items() if text.startswith("{") else [(key, text)]
+    for key, value in settings:
+        name = re.sub("[^a-z]", "", key.rpartition(".")[2].lower())
+        if str(value).lower() not in ("", "{}", "false", "0", "no", "none"):
+            values[name].add(str(value))
+    # some starts change the base, so that the published one does not fit
+    is_other_base = re.search("pissa|olora|corda|loftq|lora_ga", str(values["initloraweights"]))
+    for name in [*OTHER_SCALES, *["initloraweights"][: bool(is_other_base)]]:
+        if values[name]:
+            line = f"its metadata or {config.name} has {name} {min(values[name])}"
+            raise UserError(f"{path}: {line}: not supported; use another file")
+    numbers = lambda names: {float(x) for n in names for x in values[n] if NUMBER.fullmatch(x)}
+    alphas, ranks = numbers(ALPHAS), numbers(RANKS)
+    if len(alphas) > 1:
+        found = f"the alphas {' and '.join(map(str, sorted(alphas)))}"
+        raise UserError(f"{path}: its metadata or {config.name} has {found}; keep one")
+    is_kohya = not numbers(ALPHAS[:-1])
+    return Training(*alphas or [None], set() if values["rankpattern"] else ranks, is_kohya)
+
+
+def read_factors(parts: dict[str, Tensor], training: Training, name: str) -> Factors:
+    """The factors of a layer, scale alpha / rank. Raises UserError for an alpha in doubt."""
     if not {"up", "down"} <= parts.keys() or "diff" in parts:
-        raise UserError(f"{path}: {layer}: a LoRA needs lora_up and lora_down, and no .diff")
+        raise UserError(f"{name}: a LoRA needs lora_up and lora_down, and no .diff")
     up, down = parts["up"], parts["down"]
     if up.ndim != 2 or down.ndim != 2 or up.shape[1] != len(down):
         found = f"{tuple(up.shape)} and {tuple(down.shape)}"
-        raise UserError(f"{path}: {layer}: expected factors (n, rank) and (rank, m), found {found}")
-    alpha = parts["alpha"].item() if "alpha" in parts else alpha
-    scale = strength * (1.0 if alpha is None else alpha / len(down))
-    return deltas | {layer + ".weight": delta_of(Factors(up, down, scale))}
+        raise UserError(f"{name}: expected factors (n, rank) and (rank, m), found {found}")
+    rank, beside, problem = len(down), training.alpha, ""
+    alpha = parts["alpha"].item() if "alpha" in parts else beside
+    ranks = training.ranks if "alpha" not in parts and beside else {rank}
+    ranks = {parts["rank"].item()} if "rank" in parts else ranks or {rank}
+    if beside and not math.isclose(alpha, beside, rel_tol=0.01):  # .alpha may be bf16
+        problem = f"{alpha:g} in its tensor, {beside:g} in metadata or adapter_config.json"
+    elif rank not in ranks:
+        problem = f"rank {min(ranks):g} named beside factors of rank {rank}"
+    elif "alpha" not in parts and training.is_kohya and beside not in (None, rank):
+        # musubi-tuner's convert_lora.py puts alpha / rank into the factors and keeps the metadata
+        problem = f"no .alpha, but ss_network_alpha {beside:g}, which may be in the factors already"
+    if problem:
+        raise UserError(f"{name}: expected one alpha / rank, found {problem}; correct the file")
+    return Factors(up, down, 1.0 if alpha is None else alpha / rank)
 
 
-def parse_key(key: str, aliases: dict[str, str]) -> tuple[str, str]:
-    """Our name of the layer of a key ("" if it has none), and the part: up, down, alpha, diff..."""
+def parse_key(key: str, aliases: dict[str, str]) -> tuple[str, str, str]:
+    """Our name of a key's layer, the part (up, down, alpha, rank, diff...), or what is unknown."""
     suffix = SUFFIX.search(key)
     if not suffix:
-        return "", ""
-    return aliases.get(bare_name(key[: suffix.start()]), ""), suffix["diff"] or suffix.lastgroup
+        words = key.split(".")
+        ends = [n for n in range(len(words)) if flat_name(".".join(words[:n]), aliases) in aliases]
+        return "", "", ".".join(words[max(ends, default=0) :])
+    flat = flat_name(key[: suffix.start()], aliases)
+    if flat in aliases:
+        return aliases[flat], suffix["diff"] or suffix.lastgroup, ""
+    prefixes = [flat.removesuffix(name) for name in aliases if flat.endswith("_" + name)]
+    return "", "", min(prefixes, key=len, default=flat)
 
 
 def bare_name(key: str) -> str:
-    """A name in a file without what trainers, torch.compile and FSDP put around it."""
-    return PREFIX.sub("", WRAPPER.sub("", key))
+    """A name in a file of weights without what trainers, torch.compile and FSDP put around it."""
+    return PREFIX.sub("", INSIDE.sub("", key))
+
+
+def flat_name(key: str, aliases: dict[str, str]) -> str:
+    """A layer's name with _ in place of dots, without prefixes until it is one of aliases."""
+    flat = INSIDE.sub("", key).replace(".", "_")
+    while flat not in aliases and FLAT_PREFIX.match(flat):
+        flat = FLAT_PREFIX.sub("", flat)
+    return flat
 
 
 # -- which file is for which branch --------------------------------------------------------------
 
-NOISE = re.compile(r"(high|low)[-_ ]?noise", re.I)  # as most names say it
-WORD = re.compile(r"(?<![a-z])(high|low)(?![a-z])", re.I)  # high, -low-, LOW; not slow, lower
-FOLDER = re.compile(r"^(high|low)(?:[-_ ]?noise)?(?:[-_ ]?model)?$", re.I)  # its whole name
+NOISE = re.compile(r"(high|low)[-_ .]?noise", re.I)  # as most names say it
+WORD = re.compile(  # high, -low-, LOW, HN; not slow, lower, low_rank
+    r"(?<![a-z])(high|low|hn|ln)(?![a-z])(?![-_ ]?(?:rank|res|quality|poly|angle|vram|lr))", re.I
+)
+FOLDER = re.compile(r"(?<![a-z])(high|low|hn|ln)(?:[-_ ]?(?:noise|model|lora))*$", re.I)
+CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")  # between its words
 
 
 def read_metadata(file: Path | str) -> dict[str, str]:
     """The strings in the header of a safetensors file; {} if there is no such file."""
     try:
-        return TensorFile(Path(file)).metadata
+        with safe_open(file, framework="pt") as opened:
+            return opened.metadata() or {}
     except (OSError, SafetensorError, ValueError):
         return {}
 
 
 def noise_of(file: Path) -> str:
     """ "high", "low" or "": by the metadata that models/export.py writes, by name or by folder."""
-    words = NOISE.findall(file.name) or WORD.findall(file.name) or FOLDER.findall(file.parent.name)
-    words = {word.lower() for word in words}
-    return read_metadata(file).get("noise") or (words.pop() if len(words) == 1 else "")
+    name, folder = (CAMEL.sub("_", x) for x in (file.name, file.parent.name))
+    words = NOISE.findall(name) or WORD.findall(name) or FOLDER.findall(folder)
+    noises = {"high" if word.lower().startswith("h") else "low" for word in words}
+    return read_metadata(file).get("noise") or (noises.pop() if len(noises) == 1 else "")
 
 
 def is_swapped(noises: list[str]) -> bool:
@@ -352,7 +422,7 @@ class LoraFile(NamedTuple):
 
 def parse_file(text: str) -> LoraFile:
     """Parse FILE or FILE:STRENGTH."""
-    match = re.fullmatch(r"(.+):([-+]?(?:\d+\.?\d*|\.\d+))", str(text))
+    match = re.fullmatch(rf"(.+):([-+]?{NUMBER.pattern})", str(text))
     if match and not Path(text).exists():
         return LoraFile(Path(match[1]), float(match[2]))
     return LoraFile(Path(text))

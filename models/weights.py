@@ -440,10 +440,12 @@ class MergedTensor:
 
 def read_loras(net: nn.Module, files: Iterable[lora.LoraFile]) -> dict[str, lora.Delta]:
     """The changes of the network that LoRA files make together, by parameter. Raises UserError."""
-    modules = [name for name, _ in net.named_modules() if name]
-    modules += [name.rsplit(".", 1)[0] for name, _ in net.named_parameters()]
-    aliases = {net.diffusers_name(name): name for name in modules} | {n: n for n in modules}
-    aliases |= {"lora_unet_" + name.replace(".", "_"): ours for name, ours in aliases.items()}
+    layers = {name.rpartition(".")[0] for name, _ in net.named_parameters()}
+    names = {net.diffusers_name(name): name for name in layers} | {name: name for name in layers}
+    aliases = {name.replace(".", "_"): ours for name, ours in names.items()}
+    # diffusers' old names of the last layer of an attention lack its index
+    last = {name: ours for name, ours in aliases.items() if name.endswith("_to_out_0")}
+    aliases |= {name.removesuffix("_0"): ours for name, ours in last.items()}
     shapes, total = {name: tuple(p.shape) for name, p in net.named_parameters()}, {}
     for path, strength in files:
         deltas = lora.read_deltas(path, strength, aliases)

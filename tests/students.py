@@ -61,22 +61,38 @@ def write_embeddings(path, teacher, prompts=("a", "b"), dim=64):
     return path
 
 
-FORMS = ("lightning", "A B", "diffusers", "bare", "musubi", "no alpha")  # published LoRA files
-PREFIXES = {"bare": "", "diffusers": "transformer.", "musubi": "lora_unet_"}
-FACTORS = {"A B": ("lora_A.default", "lora_B.default"), "diffusers": ("lora_A", "lora_B")}
+# published LoRA files: before the layer, which names (_: flat), after down and up, alpha, rank
+FORMS = {
+    "lightning": ("diffusion_model.", "ours", ".lora_down.weight", ".lora_up.weight", ".alpha"),
+    "bare": ("", "ours", ".lora_down.weight", ".lora_up.weight", ".alpha"),
+    "musubi": ("lora_unet_", "ours_", ".lora_down.weight", ".lora_up.weight", ".alpha"),
+    "compiled": ("lora_unet__", "ours_", ".lora_down.weight", ".lora_up.weight", ".alpha"),
+    "lycoris": ("lycoris_", "diffusers_", ".lora_down.weight", ".lora_up.weight", ".alpha"),
+    "kohya": ("lora_transformer_", "diffusers_", ".lora_down.weight", ".lora_up.weight", ".alpha"),
+    "A B": ("diffusion_model.", "ours", ".lora_A.default.weight", ".lora_B.default.weight"),
+    "no alpha": ("diffusion_model.", "ours", ".lora_down.weight", ".lora_up.weight"),
+    "diffusers": ("transformer.", "diffusers", ".lora_A.weight", ".lora_B.weight"),
+    "lightx2v": ("transformer.", "diffusers", ".lora.down.weight", ".lora.up.weight"),
+    "diffsynth": ("pipe.dit.", "ours", ".lora_A.default.weight", ".lora_B.default.weight"),
+    "dit": ("dit.", "ours", ".lora_A", ".lora_B"),
+    "old": ("unet.", "diffusers", "_lora.down.weight", "_lora.up.weight", ".alpha"),
+    "linear": ("", "diffusers", ".lora_linear_layer.down.weight", ".lora_linear_layer.up.weight"),
+    "fastvideo": ("", "diffusers", ".lora_A", ".lora_B", ".lora_alpha", ".lora_rank"),
+}
 
 
 def write_lora(path, form, net, seed=0, rank=2) -> float:
     """Write a LoRA of all adapted layers in one of the FORMS and return its alpha / rank."""
-    tensors, metadata, scale = {}, None, 1.0 if form in ("A B", "no alpha") else 0.5
-    for name, layer in lora.adapted_layers(net).items():
-        key = {"diffusers": net.diffusers_name(name), "musubi": name.replace(".", "_")}
-        key = PREFIXES.get(form, "diffusion_model.") + key.get(form, name)
-        down, up = FACTORS.get(form, ("lora_down", "lora_up"))
-        for word, shape in ((down, (rank, layer.in_features)), (up, (layer.out_features, rank))):
-            tensors[f"{key}.{word}.weight"] = normal(shape, seed, name, word[:6]) / 3
-        if form in ("lightning", "bare", "musubi"):
-            tensors[f"{key}.alpha"] = torch.tensor(rank * scale)
+    prefix, names, down, up, *others = FORMS[form]
+    tensors, metadata, scale = {}, None, 0.5 if others or form == "diffusers" else 1.0
+    for i, (name, layer) in enumerate(lora.adapted_layers(net).items()):
+        key = net.diffusers_name(name) if "diffusers" in names else name
+        key = prefix + (key.replace(".", "_") if "_" in names else key)
+        ends = (".lora_A.weight", ".lora_B.weight") if form == "lightx2v" and i % 2 else (down, up)
+        tensors[key + ends[0]] = normal((rank, layer.in_features), seed, name, "down") / 3
+        tensors[key + ends[1]] = normal((layer.out_features, rank), seed, name, "up") / 3
+        for end, value in zip(others, (rank * scale, rank)):
+            tensors[key + end] = torch.tensor(value)
     if form == "diffusers":
         metadata = {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": rank * scale})}
     save_file(tensors, path, metadata)

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -160,22 +161,106 @@ def test_two_branches_come_high_noise_first_with_their_boundary(tmp_path, names)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("teacher", ["wan22-tiny", "qwen-image-tiny"])
 def test_every_form_of_lora_is_read_with_its_alpha(tmp_path, teacher, form):
-    """As an adapter it computes what it computes when merged at load; the base alone does not."""
-    net = weights.random_network(teacher, torch.float32)
-    save_file(dict(net.named_parameters()), tmp_path / "base.safetensors")
+    """The factors of each layer, to the bit."""
+    net = weights.build(*weights.TEACHERS[teacher][:2], torch.float32)
     scale = write_lora(tmp_path / "x.safetensors", form, net)
-    files = [(tmp_path / "x.safetensors", 1.0)]
-    factors, rest = lora.split_deltas(weights.read_loras(net, files), net)
-    assert not rest and {f.scale for f in factors.values()} == {scale}
-    lora.attach(net, "a", factors)
+    factors, rest = read_lora(net, tmp_path / "x.safetensors")
+    assert not rest and factors.keys() == lora.adapted_layers(net).keys()
+    for name, (up, down, found) in factors.items():
+        assert found == scale
+        assert torch.equal(down, normal(down.shape, 0, name, "down") / 3)
+        assert torch.equal(up, normal(up.shape, 0, name, "up") / 3)
+
+
+def read_lora(net, path):
+    """Factors by layer, and the rest, of a LoRA file."""
+    return lora.split_deltas(weights.read_loras(net, [(path, 1.0)]), net)
+
+
+@pytest.mark.skipif(not find_spec("peft"), reason="models/requirements.txt")
+def test_the_file_of_peft_and_diffusers_mixes_two_names_and_is_read(tmp_path):
+    """As LightX2V's trainer saves it: PEFT's tensors, converted to diffusers' old names."""
+    import diffusers
+    import peft
+
+    sizes = dict(num_attention_heads=4, attention_head_dim=32, ffn_dim=256, num_layers=2)
+    model = diffusers.WanTransformer3DModel(**sizes, text_dim=64)
+    layers = ["to_q", "to_k", "to_v", "to_out.0", "net.0.proj", "net.2"]
+    options = dict(r=2, lora_alpha=2, init_lora_weights=False, target_modules=layers)
+    model.add_adapter(peft.LoraConfig(**options))
+    tensors = peft.get_peft_model_state_dict(model)
+    mixed = diffusers.utils.convert_state_dict_to_diffusers(tensors)
+    names = ["transformer." + name for name in mixed]
+    assert any(".lora.down." in name for name in names) and any(".lora_A." in x for x in names)
+    diffusers.WanPipeline.save_lora_weights(tmp_path, transformer_lora_layers=mixed)
+    net = weights.build(*weights.TEACHERS["wan22-tiny"][:2], torch.float32)
+    factors, rest = read_lora(net, tmp_path / "pytorch_lora_weights.safetensors")
+    assert not rest and len(factors) == 20
+    for name, (up, down, scale) in factors.items():
+        key = net.diffusers_name(name)
+        assert torch.equal(up, tensors[f"{key}.lora_B.weight"]) and scale == 1
+        assert torch.equal(down, tensors[f"{key}.lora_A.weight"])
+
+
+PEFT = {"peft_type": "LORA", "r": 2, "lora_alpha": 16}
+BY_TENSOR = {"blocks.0.self_attn.q.alpha": torch.tensor(16.0)}
+
+
+@pytest.mark.parametrize(
+    "tensors,metadata,config,expected",
+    [
+        ({}, {}, {}, 1),
+        (BY_TENSOR, {}, {}, 8),
+        ({}, {"lora_alpha": "16", "rank": "2"}, {}, 8),
+        ({}, {"networkAlpha": "16.0"}, {}, 8),
+        ({}, {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 16})}, {}, 8),
+        ({}, {}, PEFT, 8),
+        ({}, {}, PEFT | {"r": 4, "rank_pattern": {"q": 2}, "init_lora_weights": True}, 8),
+        (BY_TENSOR, {"ss_network_alpha": "16"}, PEFT, 8),
+        (BY_TENSOR, {"ss_network_alpha": "Dynamic", "ss_network_dim": "Dynamic"}, {}, 8),
+        (BY_TENSOR, {"lora_alpha": "2"}, {}, "16 in its tensor, 2 in metadata"),
+        (BY_TENSOR, {"lora_alpha": "8"}, PEFT, "the alphas 8.0 and 16.0"),
+        ({}, {}, PEFT | {"r": 4}, "rank 4 named beside factors of rank 2"),
+        ({"blocks.0.self_attn.q.lora_rank": torch.tensor(4)}, {}, {}, "rank 4 named beside"),
+        ({}, {"ss_network_alpha": "16"}, {}, "may be in the factors already"),
+        ({}, {}, PEFT | {"use_rslora": True}, "userslora True: not supported"),
+        ({}, {"ss_network_args": json.dumps({"rs_lora": "True"})}, {}, "rslora True"),
+        ({}, {}, PEFT | {"use_dora": True}, "usedora True"),
+        ({}, {}, PEFT | {"alpha_pattern": {"q": 8}}, "alphapattern"),
+        ({}, {}, PEFT | {"init_lora_weights": "pissa_niter_4"}, "initloraweights pissa"),
+    ],
+)
+def test_the_alpha_is_found_wherever_it_stands(
+    tmp_path, capsys, tensors, metadata, config, expected
+):
+    """The scale is printed. Two that differ are refused, as are other rules than alpha / rank."""
+    net = weights.build(*weights.TEACHERS["wan22-tiny"][:2], torch.float32)
+    file = tmp_path / "adapter_model.safetensors"
+    save_file(some_factors(net, "blocks.0.self_attn.q".__eq__, **tensors), file, metadata)
+    if config:
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    if isinstance(expected, str):
+        with pytest.raises(UserError, match=expected):
+            read_lora(net, file)
+        return
+    [(_, _, scale)] = read_lora(net, file)[0].values()
+    assert scale == expected and f"alpha / rank = {expected}\n" in capsys.readouterr().out
+
+
+def test_a_lora_computes_as_an_adapter_what_it_does_merged(tmp_path):
+    """The base alone does not."""
+    net = weights.random_network("wan22-tiny", torch.float32)
+    save_file(dict(net.named_parameters()), tmp_path / "base.safetensors")
+    write_lora(tmp_path / "x.safetensors", "lightning", net)
+    lora.attach(net, "a", read_lora(net, tmp_path / "x.safetensors")[0])
     merged = weights.load(
         tmp_path / "base.safetensors",
         torch.float32,
-        teacher=teacher,
-        loras=files,
+        teacher="wan22-tiny",
+        loras=[(tmp_path / "x.safetensors", 1.0)],
     )
-    shape = (2, 16, 1, 6, 8) if "wan" in teacher else (2, 16, 6, 8)
-    x, c, t = normal(shape, "x"), {"text": normal((2, 9, 64), "c")}, torch.tensor([0.9, 0.3])
+    x, t = normal((2, 16, 1, 6, 8), "x"), torch.tensor([0.9, 0.3])
+    c = {"text": normal((2, 9, 64), "c")}
     with torch.no_grad():
         plain, adapted, merged = net(x, t, c), net(x, t, c, adapter="a"), merged(x, t, c)
     assert torch.allclose(adapted, merged, atol=1e-4)
@@ -189,6 +274,11 @@ def test_every_form_of_lora_is_read_with_its_alpha(tmp_path, teacher, form):
         (("a", "b"), [0], [1]),
         (("model", "HIGH"), [1], [0]),
         (("mineLowNoise", "HighNoise"), [1], [0]),
+        (("WanT2VLow", "myHighLora"), [1], [0]),
+        (("wan_LN", "wan_hn_v2"), [1], [0]),
+        (("high.noise", "low.noise"), [0], [1]),
+        (("myHighRes",), [0], [0]),
+        (("runs/wan-low/adapter_model", "runs/wan-high/adapter_model"), [1], [0]),
         (("low_rank_high_noise", "b"), [0], [1]),
         (("FLOW", "slow_motion"), [0], [1]),
         (("my_low", "my_low"), [0], [1]),  # one file for both
@@ -323,7 +413,9 @@ def test_strengths_and_several_files_add_up(tmp_path):
         ("blocks.0.self_attn.q.dora_scale", "a DoRA"),
         ("blocks.0.self_attn.q.lora_magnitude_vector.default.weight", "a DoRA"),
         ("blocks.0.self_attn.q.lora_B.bias", "a LoRA with a bias"),
-        ("blocks.0.self_attn.nothing.lora_A.weight", "not a LoRA of a layer"),
+        ("blocks.0.self_attn.nothing.lora_A.weight", "has 'blocks_0_self_attn_nothing'"),
+        ("vace_blocks.0.self_attn.q.lora_A.weight", "has 'vace_'"),
+        ("blocks.0.self_attn.q.lora_mid.weight", "has 'lora_mid.weight'"),
         ("transformer_2.blocks.0.self_attn.q.lora_A.weight", "one LoRA per file"),
         ("blocks.0.self_attn.q.diff_b", "NaN or infinity"),
     ],
@@ -485,7 +577,7 @@ def test_json_of_other_types_is_refused_in_one_line(tmp_path, name, key, value):
 def test_a_lora_of_another_network_is_refused(tmp_path):
     """A tensor that fits no layer is not silently skipped."""
     save_file({"blocks.9.ffn.0.diff": torch.ones(96, 64)}, tmp_path / "lora.safetensors")
-    with pytest.raises(UserError, match="not a LoRA of a layer"):
+    with pytest.raises(UserError, match="has 'blocks_9_ffn_0'"):
         weights.load(save(tmp_path / "w", tiny()), loras=[(tmp_path / "lora.safetensors", 1.0)])
 
 
