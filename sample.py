@@ -45,7 +45,7 @@ class Job(NamedTuple):
 
 def student_job(args) -> Job:
     """The steps of a finished student, or of a preview of its last phase."""
-    flags = ("steps", "shift", "guidance", "lora")
+    flags = ("steps", "shift", "times", "guidance", "lora")
     flags = [flag for flag in flags if getattr(args, flag) is not None]
     if flags:
         raise UserError(f"--{flags[0]} is for --teacher: a student has its own steps and no CFG")
@@ -63,7 +63,8 @@ def open_student(args) -> tuple[export.Student, Path]:
     run_dir = file.parent.parent if file.parent.name == "previews" else file.parent
     if not file.is_file() or not (run_dir / "config.json").is_file():
         expected = "the folder of a finished run or a file of its previews/"
-        raise UserError(f"--student: expected {expected}, got {args.student}")
+        hint = export.sample_hint(args.student)
+        raise UserError(f"--student: expected {expected}, got {args.student}{hint}")
     advice = f"train it again with: python train.py --out {run_dir} --overwrite"
     config = common.read_json(run_dir / "config.json", advice)
     cfg = common.config_from_json(Config, config, run_dir)
@@ -117,8 +118,15 @@ def teacher_job(args) -> Job:
     preset.base_files(cfg)
     run_dir = args.out or Path("out") / f"{args.teacher}-{'lora' if args.lora else 'samples'}"
     boundary_t, times = preset.boundary_of(cfg), step_times(cfg.steps, cfg.shift)
+    if args.times:
+        times = (*(t / 1000 for t in args.times), 0.0)
+        if not args.lora or given["steps"] or given["shift"]:
+            raise UserError("--times is for --lora, in place of --steps and --shift")
+        if times[0] > 1 or not all(t > end for t, end in zip(times, times[1:])):
+            found = " ".join(f"{t:g}" for t in args.times)
+            raise UserError(f"--times: expected numbers that fall from 1000, got {found}")
     if args.lora:
-        steps_given = any(value is not None for value in given.values())
+        steps_given = any(value is not None for value in (args.times, *given.values()))
         plan = export.assign_loras(cfg, args.lora, steps_given, times, boundary_t)
         return Job(cfg, *plan, run_dir)
     times = teachers.teacher_times(cfg, args.shift) if spec else times
@@ -283,6 +291,8 @@ def make_parser() -> common.Parser:
     add = parser.add_argument_group("with --teacher").add_argument
     add("--steps", type=positive, help="number of steps (default: as published; with --lora 4)")
     add("--shift", type=float, help="of the times (default: as published; with --lora 5, Qwen 3)")
+    help = "with --lora, in place of both: t x 1000 of each step, such as 1000 752 522"
+    add("--times", type=float, nargs="+", metavar="T", help=help)
     add("--guidance", type=float, nargs="+", help="CFG scale, or two: high noise, low noise")
     add(
         "--lora",

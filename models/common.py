@@ -91,13 +91,13 @@ class Preset:
 
 
 @contextlib.contextmanager
-def writing(path: Path):
-    """Turn a full disk or a missing permission into a UserError."""
+def writing(path: Path, flag: str = "--out"):
+    """Turn a full disk or a missing permission into a UserError. flag: names the folder."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or first_line(error)
-        advice = "fix this or choose another --out"
+        advice = f"fix this or choose another {flag}"
         raise UserError(f"cannot write {path}: {reason}; {advice}") from error
 
 

@@ -1,19 +1,17 @@
 """A student as files for other tools, and the LoRA files of all trainers as roles for sample.py.
 
 A LoRA is written in the one format that diffusers, ComfyUI, LightX2V and Wan2.2-Lightning all load:
-lora_down, lora_up and alpha in float32 under the published names, for Wan after "diffusion_model.".
+lora_down, lora_up and alpha in float32 under the published names, after "diffusion_model.".
 What a LoRA cannot say becomes full weights: a student of all parameters, or one whose teacher has a
 LoRA merged in. That is a bf16 file per expert under the original names, as ComfyUI reads them.
 """
 
 import json
-import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from string import Template
 from typing import NamedTuple
 
 import torch
@@ -21,12 +19,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from models import lora, weights
-from models.common import UserError, format_value, reading, writing
-from models.qwen_image import QwenImage
+from models.card import make_card
+from models.common import UserError, reading, writing
 from models.weights import RoleWeights, meta_network, teacher_spec
 
 NOISE = {1: "high", 2: "low"}  # of a branch of the teacher
-CARD = Path(__file__).with_name("export_card.md")
 
 
 class Student(NamedTuple):
@@ -53,39 +50,32 @@ class Student(NamedTuple):
 
 
 def export_student(student: Student, out: Path) -> list[Path]:
-    """Write a student's files and their card to a new folder. Returns their paths."""
+    """Write a student's files and their card to a new or empty folder. Returns their paths."""
     check_exportable(student.phases, student.base_of, student.boundary_t)
-    if out.is_file() or (out.exists() and any(out.iterdir())):
-        raise UserError(f"--export: {out} is not empty; choose another folder")
+    stems = [file_stem(student, phase) for phase in student.phases]
+    names = {"README.md", *(f"{stem}.safetensors" for stem in stems)}
     make_tensors = full_tensors if student.is_full else lora_tensors
-    with whole_folder(out) as part:
-        for phase in student.phases:
-            file = part / f"{file_stem(student, phase)}.safetensors"
+    with whole_folder(out, names) as part:
+        for phase, stem in zip(student.phases, stems):
+            file = part / f"{stem}.safetensors"
             save_file(make_tensors(student, phase), file, file_metadata(student, phase))
-        (part / "README.md").write_text(make_card(student))
-    return sorted(out.iterdir())
+        card = make_card(student, stems, base_name(student.cfg))
+        (part / "README.md").write_text(card, encoding="utf-8")
+    return sorted(out / name for name in names)
 
 
 def check_exportable(phases: list, base_of: dict[str, int], boundary_t: float | None) -> None:
-    """Raise UserError unless routing by t, as other tools do, is routing by step, as we do.
+    """Raise UserError unless each transformer has one expert: other tools load one LoRA for each.
 
-    They call the high-noise transformer for t >= boundary_t, and load one LoRA for each of the two.
+    Some tools choose the transformer by t. The card names a boundary where the teacher's is another
+    one than the student's, such as for phases that change at 875 (shift 7).
     """
-    branches = []
-    for phase in phases if boundary_t else ():
-        branch = base_of[f"student{phase.k}"]
-        strays = [t for t in phase.t[:-1] if (t >= boundary_t) != (branch == 1)]
-        network = f"the {NOISE[branch]}-noise transformer"
-        if strays:
-            step = f"phase {phase.k} takes the step at t x 1000 = {1000 * strays[0]:.4g}"
-            others = f"other tools take the high-noise one from {1000 * boundary_t:.4g} on"
-            advice = "train with another --shift or --phases"
-            raise UserError(f"cannot export: {step} with {network}, but {others}; {advice}")
-        if branch in branches:
-            found = f"phases {phase.k - 1} and {phase.k} are both on {network}"
-            advice = "other tools load one LoRA for each; train with --phases 2"
-            raise UserError(f"cannot export: {found}, and {advice}")
-        branches.append(branch)
+    branches = [base_of[f"student{phase.k}"] for phase in phases]
+    if boundary_t and branches != [1, 2]:
+        found = " and ".join(f"phase {k} on {NOISE[x]} noise" for k, x in enumerate(branches, 1))
+        advice = "train with --phases 2 and another --shift"
+        expected = "one phase on each transformer, as other tools load one LoRA for each"
+        raise UserError(f"cannot export: expected {expected}, found {found}; {advice}")
 
 
 def file_stem(student: Student, phase) -> str:
@@ -97,12 +87,11 @@ def file_stem(student: Student, phase) -> str:
 def lora_tensors(student: Student, phase) -> dict[str, Tensor]:
     """An expert's LoRA under the published names."""
     cfg, tensors = student.cfg, {}
-    prefix = "" if teacher_spec(cfg.teacher).network is QwenImage else "diffusion_model."
     own = weights.student_weights(cfg, student.file, f"student{phase.k}")
     for layer, (up, down, _) in own.factors.items():
-        tensors[f"{prefix}{layer}.lora_up.weight"] = up
-        tensors[f"{prefix}{layer}.lora_down.weight"] = down
-        tensors[f"{prefix}{layer}.alpha"] = torch.tensor(float(cfg.alpha))
+        tensors[f"diffusion_model.{layer}.lora_up.weight"] = up
+        tensors[f"diffusion_model.{layer}.lora_down.weight"] = down
+        tensors[f"diffusion_model.{layer}.alpha"] = torch.tensor(float(cfg.alpha))
     return tensors
 
 
@@ -122,23 +111,37 @@ def full_tensors(student: Student, phase) -> dict[str, Tensor]:
 
 
 @contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill. It becomes `out` at the end, or is removed if anything fails."""
-    part = out.resolve().with_name(out.name + ".part")
-    with writing(part):
+def whole_folder(out: Path, names: set[str]) -> Iterator[Path]:
+    """A folder inside `out` to fill. The files move up at the end; if anything fails, none is left.
+
+    out may be a mount, a link, the current folder. names: those of our files. Raises UserError
+    unless out is empty or what a killed export left.
+    """
+    part, is_new = out / "unfinished-export", not out.exists()
+    if out.is_symlink() and is_new or out.exists() and not out.is_dir():
+        raise UserError(f"--export: expected a folder, {out} is a file or a broken link")
+    with writing(out, "--export"):
+        found = set() if is_new else {path.name for path in out.iterdir() if path.name[0] != "."}
+        others = found - {"lost+found", part.name} - (names if part.name in found else set())
+        if others:
+            line = f"expected a new or empty folder, {out} is not empty: {min(others)}"
+            raise UserError(f"--export: {line}; choose another folder")
+        shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
         try:
             yield part
-            if out.exists():
-                out.rmdir()  # empty
-            part.rename(out)
+            for file in part.iterdir():
+                file.rename(out / file.name)
         finally:
             signal.signal(signal.SIGTERM, handler)
             shutil.rmtree(part, ignore_errors=True)  # after an error, and after Ctrl-C
+            if is_new:
+                with suppress(OSError):  # not empty: the files are there
+                    out.rmdir()
 
 
-# -- header and card -----------------------------------------------------------------------------
+# -- header ----------------------------------------------------------------------------------------
 
 
 def file_metadata(student: Student, phase) -> dict[str, str]:
@@ -160,57 +163,15 @@ def base_name(cfg) -> str:
     return repository if name == repository.split("/")[-1] else name
 
 
-def make_card(student: Student) -> str:
-    """Fill in the sections of export_card.md that fit: what the student is, how to run it."""
-    cfg, spec = student.cfg, teacher_spec(student.cfg.teacher)
-    files = "full" if student.is_full else "lora"
-    kind = "picture" if spec.network is QwenImage else "i2v" if spec.is_i2v else "video"
-    if student.boundary_t:
-        sections = ["head", "diffusers", f"{files} two", "scheduler", kind, "comfyui"]
-        sections += [] if student.is_full else ["lightx2v"]
-    else:
-        sections = ["head", "diffusers", f"{files} one", "one", "scheduler", kind, "comfyui"]
-    if spec.folder:  # no other tool has this base
-        sections = ["head", "here"]
-    text = dict(re.findall(r"<!-- (.+?) -->\n(.*?)(?=<!-- |\Z)", CARD.read_text(), re.S))
-    values = {name: format_value(value) for name, value in vars(cfg).items()}
-    card = "".join(text[name] for name in sections)
-    return Template(card).substitute(values | card_values(student))
-
-
-def card_values(student: Student) -> dict[str, str]:
-    """The placeholders of export_card.md that are not settings of the run."""
-    cfg, spec, phases = student.cfg, teacher_spec(student.cfg.teacher), student.phases
-    qwen, base = spec.network is QwenImage, base_name(cfg)
-    stems = [file_stem(student, phase) for phase in phases]
-    rows = []
-    for phase, stem in zip(phases, stems):
-        noise, leftover = ("enable" if x else "disable" for x in (phase.k == 1, phase.s > 0))
-        rows.append(f"| {stem} | {phase.first} | {phase.last} | {noise} | {leftover} |")
-    *frames, height, width = cfg.size[0].partition(":")[0].split("x")
-    settings = f"num_inference_steps={cfg.steps}, height={height}, width={width}, "
-    frames = f"guidance_scale=1.0, num_frames={frames[0] if frames else cfg.frames}"
-    settings += "true_cfg_scale=1.0" if qwen else frames
-    teacher_loras = " and ".join(Path(file).name for file in cfg.teacher_lora)
-    lora_kind = f"LoRA of rank {cfg.rank}, alpha {format_value(cfg.alpha)}"
-    return dict(
-        base=base,
-        base_model=f"base_model: {base}\n" * (base == spec.repository),
-        merged=f" with {teacher_loras}" if teacher_loras else "",
-        trained="all parameters" if cfg.generator == "full" else lora_kind,
-        times=", ".join(f"{1000 * t:.6g}" for t in student.times[:-1]),
-        rows="\n".join(rows),
-        pipeline=spec.pipeline,
-        network="QwenImageTransformer2DModel" if qwen else "WanTransformer3DModel",
-        experts=json.dumps([stem for p, stem in zip(phases, stems) for _ in p.t[:-1]]),
-        settings=settings + ("" if student.boundary_t else ", callback_on_step_end=switch"),
-        width_height=f"({width}, {height})",
-        fps=str(spec.fps),
-        loader="UNETLoader" if student.is_full else "LoraLoaderModelOnly (strength 1)",
-        shift_node="ModelSamplingAuraFlow" if qwen else "ModelSamplingSD3",
-        unshifted=json.dumps([round(1000 * (1 - i / cfg.steps)) for i in range(cfg.steps)]),
-        first_low=str(phases[0].last),
-    )
+def sample_hint(path: Path) -> str:
+    """How to sample what is at this path if it is an export, else ""."""
+    files = [path] if path.is_file() else sorted(path.glob("[!.]*.safetensors"))
+    metadata = lora.read_metadata(files[0]) if files else {}
+    if not {"teacher", "times", "shift"} <= metadata.keys():
+        return ""
+    is_lora = any(".lora_up." in key for key in lora.open_safetensors(files[0]).keys())
+    advice = f"--teacher {metadata['teacher']} --lora {path}"
+    return f"; it is an export: {advice if is_lora else 'sample the run that made it'}"
 
 
 # -- LoRA files as roles -------------------------------------------------------------------------
@@ -251,7 +212,7 @@ def assign_loras(
         roles, base_of, files_of = assign_by_time(files, times, boundary_t)
         if any(sum(file in exported for file in part) > 1 for part in files_of.values()):
             files = ", ".join(map(str, exported))
-            raise UserError(f"{files} have steps of their own; drop --steps and --shift")
+            raise UserError(f"{files} have steps of their own; drop --steps, --shift, --times")
 
     def weights_of(role: str) -> RoleWeights:
         net = meta_network(cfg, base_of[role])

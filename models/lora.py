@@ -16,11 +16,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from models import parallel
-from models.common import UserError, read_json, reading, stream
+from models.common import TensorFile, UserError, read_json, reading, stream
 
 
 class Linear(nn.Linear):
@@ -170,20 +170,21 @@ OTHER_KINDS = {
 IMAGE_BRANCH = re.compile(  # of Wan2.1 I2V, in both layouts; Wan2.2 has none
     r"[kv]_img|img_emb|attn2[._](?:add_[kv]_proj|norm_added_k)|image_embedder"
 )
-# settings of a training by name, without what is not a letter
+# settings of a training by name, small letters only: alpha, rank, and those of other rules
 ALPHAS = ("loraalpha", "networkalpha", "alpha", "ssnetworkalpha")
 RANKS = ("r", "rank", "lorarank", "networkdim", "ssnetworkdim")
-OTHER_SCALES = ("alphapattern", "userslora", "rslora", "usedora", "dorawd", "weightdecompose")
+OTHER_RULES = dict.fromkeys(("alphapattern", "userslora", "rslora", "usedora", "dorawd"), ".")
+OTHER_RULES["initloraweights"] = "pissa|olora|corda|loftq|lora_ga"  # these change the base
 NUMBER = re.compile(r"(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?", re.I)
 DIFFS = {"diff": ".weight", "diff_b": ".bias", "diff_m": ".modulation"}
 PICKLES = (".pt", ".pth", ".ckpt", ".bin")
 
 
 def open_safetensors(file: Path, advice: str = "download it again"):
-    """Open a safetensors file, memory-mapped. Raises UserError for broken and for other files."""
+    """Open a safetensors file. Raises UserError for broken files and for other formats."""
     with reading(file, advice):
         try:
-            return safe_open(file, framework="pt")
+            return TensorFile(file)
         except Exception:
             with open(file, "rb") as opened:
                 start = opened.read(4)
@@ -200,7 +201,8 @@ class Delta(NamedTuple):
     """The change of one parameter."""
 
     shape: tuple  # that the parameter must have
-    apply: Callable[[Tensor], Tensor]  # W float32 -> W + alpha / rank up down
+    # (rows a:b of W, float32, slice(a, b)) -> these rows of W + alpha / rank up down
+    apply: Callable[[Tensor, slice], Tensor]
     factors: Factors | None = None  # if it is of low rank
 
 
@@ -208,7 +210,7 @@ def delta_of(factors: Factors) -> Delta:
     """The change that these factors make, to be merged into a weight."""
     up, down, scale = factors
     shape = (len(up), down.shape[1])
-    return Delta(shape, lambda weight: weight.addmm(up, down, alpha=scale), factors)
+    return Delta(shape, lambda w, rows: w.addmm(up[rows], down, alpha=scale), factors)
 
 
 def split_deltas(
@@ -227,7 +229,7 @@ def add_deltas(a: dict[str, Delta], b: dict[str, Delta]) -> dict[str, Delta]:
     both = {}
     for name in a.keys() & b.keys():
         first, second = a[name], b[name]
-        apply = lambda w, first=first, second=second: second.apply(first.apply(w))
+        apply = lambda w, rows, a=first, b=second: b.apply(a.apply(w, rows), rows)
         both[name] = Delta(first.shape, apply)
         if first.factors and second.factors:
             up = torch.cat([d.factors.scale * d.factors.up for d in (first, second)], 1)
@@ -244,8 +246,9 @@ def read_deltas(path: Path, strength: float, aliases: dict[str, str]) -> dict[st
     """
     layers: dict[str, dict[str, Tensor]] = defaultdict(dict)
     image_branch = 0
-    with open_safetensors(path, "name a LoRA file") as file, reading(path, "name a LoRA file"):
-        training = read_training(path, file.metadata() or {})
+    file = open_safetensors(path, "name a LoRA file")
+    with reading(path, "name a LoRA file"):
+        training = read_training(path, file.metadata)
         for key in file.keys():
             for kind, pattern in OTHER_KINDS.items():
                 if re.search(pattern, key):
@@ -271,7 +274,7 @@ def read_deltas(path: Path, strength: float, aliases: dict[str, str]) -> dict[st
         for layer, parts in layers.items():
             for part in DIFFS.keys() & parts.keys():
                 diff = strength * parts[part]
-                change = lambda w, diff=diff: w + diff
+                change = lambda w, rows, diff=diff: w + diff[rows]
                 deltas[layer + DIFFS[part]] = Delta(tuple(diff.shape), change)
             if parts.keys() - DIFFS.keys():
                 up, down, scale = read_factors(parts, training, f"{path}: {layer}")
@@ -285,16 +288,11 @@ def read_deltas(path: Path, strength: float, aliases: dict[str, str]) -> dict[st
     return deltas
 
 
-class Training(NamedTuple):
-    """What a LoRA file says of its training outside of its tensors."""
+def read_training(path: Path, metadata: dict[str, str]) -> tuple[float | None, set, bool]:
+    """alpha, ranks, whether only kohya's names have them: by metadata and an adapter_config.json.
 
-    alpha: float | None
-    ranks: set[float]
-    is_kohya: bool  # only kohya's names, whose trainers also write .alpha tensors
-
-
-def read_training(path: Path, metadata: dict[str, str]) -> Training:
-    """alpha and rank by a file's metadata, JSON in it, and an adapter_config.json beside it."""
+    Raises UserError for two alphas, and for other rules than alpha / rank.
+    """
     config, values = path.with_name("adapter_config.json"), defaultdict(set)
     settings = list(read_json(config, "name a LoRA file").items()) if config.is_file() else []
     for key, text in metadata.items():
@@ -304,22 +302,20 @@ def read_training(path: Path, metadata: dict[str, str]) -> Training:
         name = re.sub("[^a-z]", "", key.rpartition(".")[2].lower())
         if str(value).lower() not in ("", "{}", "false", "0", "no", "none"):
             values[name].add(str(value))
-    # some starts change the base, so that the published one does not fit
-    is_other_base = re.search("pissa|olora|corda|loftq|lora_ga", str(values["initloraweights"]))
-    for name in [*OTHER_SCALES, *["initloraweights"][: bool(is_other_base)]]:
-        if values[name]:
-            line = f"its metadata or {config.name} has {name} {min(values[name])}"
-            raise UserError(f"{path}: {line}: not supported; use another file")
+    for name, pattern in OTHER_RULES.items():
+        found = [value for value in values[name] if re.search(pattern, value)]
+        if found:
+            line = f"its metadata or {config.name} has {name} {found[0]}"
+            raise UserError(f"{path}: {line}, which is not supported; use another file")
     numbers = lambda names: {float(x) for n in names for x in values[n] if NUMBER.fullmatch(x)}
-    alphas, ranks = numbers(ALPHAS), numbers(RANKS)
+    alphas, ranks = numbers(ALPHAS), set() if values["rankpattern"] else numbers(RANKS)
     if len(alphas) > 1:
         found = f"the alphas {' and '.join(map(str, sorted(alphas)))}"
         raise UserError(f"{path}: its metadata or {config.name} has {found}; keep one")
-    is_kohya = not numbers(ALPHAS[:-1])
-    return Training(*alphas or [None], set() if values["rankpattern"] else ranks, is_kohya)
+    return max(alphas, default=None), ranks, not numbers(ALPHAS[:-1])
 
 
-def read_factors(parts: dict[str, Tensor], training: Training, name: str) -> Factors:
+def read_factors(parts: dict[str, Tensor], training: tuple, name: str) -> Factors:
     """The factors of a layer, scale alpha / rank. Raises UserError for an alpha in doubt."""
     if not {"up", "down"} <= parts.keys() or "diff" in parts:
         raise UserError(f"{name}: a LoRA needs lora_up and lora_down, and no .diff")
@@ -327,15 +323,17 @@ def read_factors(parts: dict[str, Tensor], training: Training, name: str) -> Fac
     if up.ndim != 2 or down.ndim != 2 or up.shape[1] != len(down):
         found = f"{tuple(up.shape)} and {tuple(down.shape)}"
         raise UserError(f"{name}: expected factors (n, rank) and (rank, m), found {found}")
-    rank, beside, problem = len(down), training.alpha, ""
+    rank, problem, (beside, ranks, is_kohya) = len(down), "", training
     alpha = parts["alpha"].item() if "alpha" in parts else beside
-    ranks = training.ranks if "alpha" not in parts and beside else {rank}
-    ranks = {parts["rank"].item()} if "rank" in parts else ranks or {rank}
+    if "rank" in parts:
+        ranks = {parts["rank"].item()}
+    elif "alpha" in parts or not beside:
+        ranks = {}  # they do not matter
     if beside and not math.isclose(alpha, beside, rel_tol=0.01):  # .alpha may be bf16
         problem = f"{alpha:g} in its tensor, {beside:g} in metadata or adapter_config.json"
-    elif rank not in ranks:
+    elif ranks and rank not in ranks:
         problem = f"rank {min(ranks):g} named beside factors of rank {rank}"
-    elif "alpha" not in parts and training.is_kohya and beside not in (None, rank):
+    elif "alpha" not in parts and is_kohya and beside not in (None, rank):
         # musubi-tuner's convert_lora.py puts alpha / rank into the factors and keeps the metadata
         problem = f"no .alpha, but ss_network_alpha {beside:g}, which may be in the factors already"
     if problem:
@@ -383,8 +381,7 @@ CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")  # betwee
 def read_metadata(file: Path | str) -> dict[str, str]:
     """The strings in the header of a safetensors file; {} if there is no such file."""
     try:
-        with safe_open(file, framework="pt") as opened:
-            return opened.metadata() or {}
+        return TensorFile(Path(file)).metadata
     except (OSError, SafetensorError, ValueError):
         return {}
 

@@ -9,6 +9,7 @@ import signal
 from dataclasses import replace
 from functools import cache, partial
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from students import make_student, train_student, write_embeddings, write_lora
 
 import sample
 from models import encoders, export, lora, qwen_image, teachers, weights
+from models.card import make_card
 from models.common import UserError, normal
 from models.qwen_image import QwenImage, pack
 from phases import step_times, trajectory
@@ -50,7 +52,6 @@ QWEN_FILES = ("qwen-image-tiny", "transformer_blocks.0.attn.to_q", ["phase1", "p
 def test_a_lora_is_in_the_one_format_that_all_four_tools_take(exported, teacher, layer, stems):
     """float32 lora_down, lora_up, alpha of no dimensions, published names; nothing else."""
     student, out = exported(teacher)
-    prefix = "diffusion_model." if "wan" in teacher else ""
     assert [file.stem for file in sorted(out.glob("*.safetensors"))] == stems
     for k, stem in enumerate(stems, 1):
         tensors = load_file(out / f"{stem}.safetensors")
@@ -60,7 +61,7 @@ def test_a_lora_is_in_the_one_format_that_all_four_tools_take(exported, teacher,
         alphas = [tensors[f"{name}.alpha"] for name in layers]
         assert {(x.shape, x.item()) for x in alphas} == {(torch.Size([]), 8.0)}
         up = student.file.get_tensor(f"student{k}/{layer}.up")
-        assert torch.equal(tensors[f"{prefix}{layer}.lora_up.weight"], up)
+        assert torch.equal(tensors[f"diffusion_model.{layer}.lora_up.weight"], up)
         metadata = lora.read_metadata(out / f"{stem}.safetensors")
         assert json.loads(metadata["steps"]) == [2 * k - 2, 2 * k - 1]
         assert json.loads(metadata["times"]) == student.times
@@ -69,15 +70,78 @@ def test_a_lora_is_in_the_one_format_that_all_four_tools_take(exported, teacher,
 @pytest.mark.parametrize(
     "settings,expected",
     [
-        (dict(shift=7.0), "takes the step at t x 1000 = 875 with the low-noise transformer"),
-        (dict(phases=4), "phases 1 and 2 are both on the high-noise transformer"),
+        (dict(phases=4), "phase 1 on high noise and phase 2 on high noise and phase 3 on low"),
+        (dict(phases=1, depths="drawn"), "found phase 1 on low noise; train with --phases 2"),
     ],
 )
-def test_students_that_routing_by_t_would_break_are_not_exported(tmp_path, settings, expected):
-    """At shift 7 other tools take 3 + 1 steps where we take 2 + 2; shift 5 is exported above."""
+def test_students_without_one_expert_per_transformer_are_not_exported(tmp_path, settings, expected):
     with pytest.raises(UserError, match=re.escape(expected)):
         export.export_student(make_student(tmp_path, "wan22-tiny", **settings), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_card_has_the_settings_of_the_other_tools(tmp_path):
+    """LightX2V's names and steps, and boundaries. A note where steps do not divide 1000."""
+    for shift, boundary in ((5.0, "0.875"), (7.0, "0.91477")):
+        student = make_student(tmp_path, "wan22-tiny", shift=shift)
+        card = make_card(student, ["high_noise_model", "low_noise_model"], "base")
+        config = json.loads(re.search(r"LightX2V .*`(\{.*\})`", card)[1])
+        assert [x["name"] for x in config["lora_configs"]] == [
+            "high_noise_model",
+            "low_noise_model",
+        ]
+        assert config["denoising_step_list"] == [1000, 750, 500, 250]
+        assert config["boundary_step_index"] == 2 and config["sample_shift"] == shift
+        assert f"switch_DiT_boundary={boundary}`" in card and f", boundary {boundary} |" in card
+        assert ("register_to_config" in card) == (shift == 7) and "not a multiple" not in card
+    student = make_student(tmp_path, "wan22-tiny", steps=6)
+    assert "1000 is not a multiple of 6" in make_card(student, ["high", "low"], "base")
+
+
+@pytest.mark.parametrize("kind", ["empty", "link", "here", "leftover", "disk"])
+def test_an_export_goes_to_any_empty_folder(tmp_path, monkeypatch, kind):
+    """What a killed export left there is removed; hidden files and lost+found are no matter."""
+    student, out, folder = make_student(tmp_path, "wan22-tiny"), tmp_path / "out", tmp_path / "out"
+    folder.mkdir()
+    if kind == "link":
+        out = tmp_path / "link"
+        out.symlink_to(folder)
+    if kind == "here":
+        monkeypatch.chdir(folder)
+        out = Path()
+    if kind == "leftover":
+        (folder / "unfinished-export").mkdir()
+        for file in (
+            folder / "unfinished-export" / "low_noise_model.safetensors",
+            folder / "README.md",
+        ):
+            file.write_bytes(b"half")
+    if kind == "disk":
+        (folder / "lost+found").mkdir()
+        (folder / ".DS_Store").write_bytes(b"")
+    files = export.export_student(student, out)
+    names = {"README.md", "high_noise_model.safetensors", "low_noise_model.safetensors"}
+    assert {file.name for file in files} == names and all(file.stat().st_size > 9 for file in files)
+    assert {x.name for x in folder.iterdir()} - {"lost+found", ".DS_Store"} == names
+
+
+@pytest.mark.parametrize("kind", ["file", "broken", "full", "below a file"])
+def test_another_target_is_refused_before_a_tensor_is_read(tmp_path, kind):
+    """In a line that names --export. What is there stays."""
+    student, out = make_student(tmp_path, "wan22-tiny")._replace(file=None), tmp_path / "out"
+    if kind == "file":
+        out.write_bytes(b"mine")
+    if kind == "broken":
+        out.symlink_to(tmp_path / "nowhere")
+    if kind == "full":
+        out.mkdir()
+        (out / "README.md").write_bytes(b"mine")
+    if kind == "below a file":
+        out = tmp_path / "student.safetensors" / "out"
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(UserError, match="--export"):
+        export.export_student(student, out)
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -182,7 +246,7 @@ def test_a_style_lora_joins_an_exported_student(exported, tmp_path, teacher):
 def test_phases_of_one_transformer_are_not_added_up(exported):
     """Steps of the user's own would do that."""
     student, out = exported("qwen-image-tiny")
-    with pytest.raises(UserError, match="steps of their own; drop --steps and --shift"):
+    with pytest.raises(UserError, match="steps of their own; drop --steps, --shift"):
         export.assign_loras(student.cfg, [out], True, step_times(8, 5.0), None)
 
 
@@ -219,6 +283,16 @@ def test_train_export_and_sample_go_through_the_commands(tmp_path, capsys):
         assert sample.main([*map(str, [*source, *line, tmp_path / name])]) == 0
     a, b = (load_file(tmp_path / name / "latents.safetensors")["x"] for name in "ab")
     assert torch.equal(a, b)
+
+
+def test_an_export_given_as_a_student_says_how_to_sample_it(exported, tmp_path, capsys):
+    """A folder, or a file of it; nothing for a folder that is not an export."""
+    out = exported("qwen-image-tiny")[1]
+    for path in (out, out / "phase1.safetensors"):
+        assert sample.main(["--student", str(path)]) == 2
+        assert f"--teacher qwen-image-tiny --lora {path}" in capsys.readouterr().err
+    assert sample.main(["--student", str(tmp_path)]) == 2
+    assert "--lora" not in capsys.readouterr().err
 
 
 # -- diffusers -----------------------------------------------------------------------------------
@@ -342,7 +416,7 @@ def compare(folder, base, teacher, dtype="float32", **settings):
     "teacher,dtype,generator,bound",
     [
         *[(teacher, "float32", "lora", 1e-5) for teacher in TINY],
-        *[(teacher, "float32", "full", 1e-5) for teacher in TINY if "i2v" not in teacher],
+        *[(teacher, "float32", "full", 1e-5) for teacher in TINY],
         ("qwen-image-tiny", "bf16", "lora", 3e-2),
     ],
 )
@@ -367,6 +441,17 @@ def test_the_pipeline_set_as_the_card_says_makes_our_latents_step_by_step(
     assert torch.equal(run()[1][-1], theirs[-1])  # a second prompt begins with the first expert
     pipe.scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0)
     assert error(ours[-1], run()[1][-1]) > 3 * bound
+
+
+@needs_diffusers
+def test_the_card_of_a_student_whose_phases_meet_at_the_boundary_routes_by_step(bases, tmp_path):
+    """At shift 7 the low-noise expert takes t = 0.875. Negative control: the teacher's boundary."""
+    base = bases("wan22-tiny", torch.float32)
+    run, _, pipe = compare(tmp_path, base, "wan22-tiny", shift=7.0)
+    ours, theirs = run()
+    assert max(error(a, b) for a, b in zip(ours, theirs, strict=True)) < 1e-5
+    pipe.register_to_config(boundary_ratio=0.875)
+    assert error(ours[-1], run()[1][-1]) > 1e-3
 
 
 @needs_diffusers

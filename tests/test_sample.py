@@ -202,6 +202,20 @@ def test_high_and_low_noise_files_take_their_steps(tmp_path, capsys):
     assert not torch.allclose(samples["plain", True], samples["plain", False], atol=1e-3)
 
 
+def test_students_of_other_trainers_may_have_their_own_times(tmp_path, capsys):
+    """The transformer follows from t. Times that do not fall, or not from 1000, are refused."""
+    net, file = weights.build(*weights.TEACHERS["wan22-tiny"][:2], torch.float32), tmp_path / "x"
+    write_lora(file, "lightning", net)
+    line = ["--teacher", "wan22-tiny", "--lora", file, "--times", 1000, 752, 522]
+    job = sample.teacher_job(sample.make_parser().parse_args([*map(str, line)]))
+    assert job.times == (1.0, 0.752, 0.522, 0.0)
+    assert job.roles == ["student1", "student2", "student2"]
+    assert "fall from 1000, got 1000 752 522 522" in error_of(capsys, *line, 522)
+    assert "fall from 1000, got 1000 752 522 nan" in error_of(capsys, *line, "nan")
+    assert "in place of --steps" in error_of(capsys, *line, "--steps", 3)
+    assert "--times is for --lora" in error_of(capsys, *line[:2], *line[4:])
+
+
 # -- wrong commands and folders ------------------------------------------------------------------
 
 

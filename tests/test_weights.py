@@ -223,7 +223,7 @@ BY_TENSOR = {"blocks.0.self_attn.q.alpha": torch.tensor(16.0)}
         ({}, {}, PEFT | {"r": 4}, "rank 4 named beside factors of rank 2"),
         ({"blocks.0.self_attn.q.lora_rank": torch.tensor(4)}, {}, {}, "rank 4 named beside"),
         ({}, {"ss_network_alpha": "16"}, {}, "may be in the factors already"),
-        ({}, {}, PEFT | {"use_rslora": True}, "userslora True: not supported"),
+        ({}, {}, PEFT | {"use_rslora": True}, "userslora True, which is not supported"),
         ({}, {"ss_network_args": json.dumps({"rs_lora": "True"})}, {}, "rslora True"),
         ({}, {}, PEFT | {"use_dora": True}, "usedora True"),
         ({}, {}, PEFT | {"alpha_pattern": {"q": 8}}, "alphapattern"),
