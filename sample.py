@@ -9,7 +9,6 @@ python sample.py --teacher wan22 --lora high.safetensors low.safetensors --promp
 python sample.py --student out/wan22 --export DIR        for diffusers, ComfyUI and others
 """
 
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -145,7 +144,6 @@ def override_config(cfg: Config, args) -> Config:
 def generate(job: Job, args, out: Path, device: torch.device) -> tuple:
     """Settings, conditions, names and x at every time of the samples. Prints the NFE."""
     cfg, c, shape, names = preset_of(job.cfg).sample_inputs(job.cfg, args, out, job.run_dir, device)
-    common.make_folder(out)  # fails before the networks are loaded
     job, total, began = job._replace(cfg=cfg), len(names) or args.n, time.time()
     xs = run_sampler(job, c, shape, total, args, device)
     print(
@@ -224,12 +222,13 @@ def run_command(args) -> None:
     args.metadata = sample_metadata(job, args)
     args.title = f"{args.student or args.teacher}, {len(job.roles)} steps"
     device = torch.device(common.pick_device(args.device, preset_of(job.cfg).device))
-    cfg, c, names, xs = generate(job, args, out, device)
-    metrics, files = preset_of(job.cfg).save_samples(cfg, c, xs, args, names, device)
-    common.clear_samples(out)
-    for name, content in files:
-        common.write_file(out / name, content)
-    common.print_metrics(metrics, out)
+    with common.own_folder(out):
+        cfg, c, names, xs = generate(job, args, out, device)
+        metrics, files = preset_of(job.cfg).save_samples(cfg, c, xs, args, names, device)
+        common.remove_files(out, common.SAMPLE_FILES)  # new ones may be fewer
+        for name, content in files:
+            common.write_file(out / name, content)
+        common.print_metrics(metrics, out)
 
 
 def default_out(job: Job, args) -> Path:
@@ -241,12 +240,12 @@ def default_out(job: Job, args) -> Path:
 
 
 def check_out(out: Path) -> None:
-    """Raise UserError for a folder that contains anything but earlier samples."""
-    others = [name for name in common.folder_contents(out) if not SAMPLE_FILES.fullmatch(name)]
-    if others:
+    """Raise UserError for a folder that has other files than samples, and no samples of ours."""
+    names = common.folder_contents(out)
+    if names and not names & {"latents.safetensors", "samples.npy"}:
         raise UserError(
             f"--out: expected a new folder or one of earlier samples, {out} contains "
-            f"{min(others)}; choose another --out"
+            f"{min(names)}; choose another --out"
         )
 
 
@@ -311,9 +310,6 @@ def main(argv: list[str] | None = None) -> int:
     )
 
 
-SAMPLE_FILES = re.compile(
-    r"\..*|\d+(-\d+)?\.(mp4|png)|samples\.(npy|png)|latents\.safetensors|prompts"
-)
 MEMORY_ADVICE = "try a smaller --n, --size or --frames, or --device cpu"
 
 if __name__ == "__main__":

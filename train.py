@@ -393,8 +393,7 @@ def save_preview(run: Run, log: common.Log) -> None:
         save_student(run, file.with_suffix(".safetensors"))
     if common.is_writer:
         common.write_file(run.out / "curves.png", media.curves(run.out / "log.jsonl"))
-        for old in sorted(file.parent.glob("*.safetensors"))[:-keep]:
-            old.unlink()
+        common.remove_files(file.parent, common.STUDENT_FILES, keep)
 
 
 def save_results(run: Run, seconds: float, stop: common.Stop) -> dict:
@@ -441,6 +440,9 @@ def resolve(args: argparse.Namespace, cfg: Config, device: str) -> tuple[Config,
         validate(cfg)
     elif not (args.out / "config.json").exists():
         print(f"{args.out} contains no run yet: a new one begins")
+    for file in preset_of(cfg).input_files(cfg) if args.overwrite else ():
+        if args.out.resolve() in file.resolve().parents:
+            raise UserError(f"--overwrite: this run reads {file}, which is in --out; move it first")
     folder_args = args.out, cfg, args.explicit, args.resume, args.overwrite, Config
     cfg, finished = common.resolve_run(*folder_args)
     if args.resume:
@@ -464,7 +466,7 @@ def run_command(args: argparse.Namespace, cfg: Config, device: str) -> None:
     torch.set_num_threads(preset.threads or torch.get_num_threads())
     print(format_phases(phases_of(cfg), cfg.shift))
     flags = f" --context-parallel {args.context_parallel}" * (args.context_parallel > 1)
-    command = f"{parallel.launch_command()} train.py --resume --out {shlex.quote(str(args.out))}"
+    command = f"{parallel.launch_command('train.py')} --resume --out {shlex.quote(str(args.out))}"
     with common.Stop(f"continue with: {command}{flags}", parallel.max_over_ranks) as stop:
         progress = partial(common.with_progress, stop=stop)
         parallel.on_rank0(lambda: preset.prepare(cfg, args.out, device, progress))
@@ -478,13 +480,15 @@ def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit status: 0, 2 for a user's error, 130 or 143 for a signal."""
 
     def work() -> None:
+        parallel.silence_other_ranks()
         args, cfg = parse(argv)
         file = args.out / "config.json"
         if args.resume and file.exists():  # the command need not name the teacher
             cfg = common.config_from_json(Config, common.read_json(file, START_OVER), args.out)
         device = common.pick_device(args.device, preset_of(cfg).device)
         if not args.dry_run:
-            with parallel.distributed(device, args.context_parallel, "train.py"):
+            ranks = parallel.distributed(device, args.context_parallel, "train.py")
+            with ranks, common.own_folder(args.out):
                 validate(cfg, files=False)
                 with teachers.watch_memory(args, cfg, phases_of(cfg), device):
                     return run_command(args, cfg, device)
@@ -493,7 +497,6 @@ def main(argv: list[str] | None = None) -> int:
             print(format_phases(phases_of(cfg), cfg.shift))
             print(preset_of(cfg).plan_text(cfg, phases_of(cfg), torch.device(device)))
 
-    parallel.silence_other_ranks()
     return common.exit_status("train.py", work, "try a smaller --batch or --eval-samples")
 
 

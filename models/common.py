@@ -8,19 +8,27 @@ import argparse
 import contextlib
 import errno
 import hashlib
+import io
 import json
 import math
 import os
 import re
-import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import Field, asdict, dataclass, field, fields, replace
+from itertools import pairwise
 from operator import gt, le, lt
 from pathlib import Path
+
+try:
+    import fcntl
+    import resource
+except ImportError:
+    sys.exit("expected Linux or macOS; on Windows run this in WSL, the Windows Subsystem for Linux")
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -162,7 +170,15 @@ def write_tensors(path: Path, tensors: dict, metadata: dict, all_ranks: bool = F
     if is_writer or all_ranks:  # all_ranks: each has a file of its own
         tensors = {name: x.detach().contiguous() for name, x in tensors.items()}
         header = {"metadata": json.dumps(metadata, ensure_ascii=False)}
-        replace_file(path, lambda temporary: save_file(tensors, temporary, header))
+        replace_file(path, lambda temporary: save_tensors(tensors, temporary, header))
+
+
+def save_tensors(tensors: dict, path: Path, header: dict) -> None:
+    """Write safetensors with the permissions of other new files, where 0.8 makes them private."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, header)
+    path.chmod(mode)
 
 
 def read_json(path: Path, advice: str) -> dict:
@@ -271,7 +287,13 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
 
     def parse_args(self, args=None, namespace=None):
-        for text in sys.argv[1:] if args is None else args:
+        home = lambda match: match[1] + os.path.expanduser(match[2])  # --out=~/x
+        args = sys.argv[1:] if args is None else args
+        args = [re.sub("^((?:--[a-z-]+=)?)(~(?:/.*)?)$", home, text) for text in args]
+        for flag, text in pairwise(["", *args]):
+            flag = text[:-1] if re.fullmatch("--.+=", text) else flag
+            if text in ("", f"{flag}=") and flag != "--negative":  # a prompt that may be empty
+                raise UserError(f"{flag}: expected a value, got an empty one; give it or drop it")
             if not text.isascii() and text != text.encode(errors="ignore").decode():
                 found = f"got {text!r}"
                 raise UserError(f"expected arguments in UTF-8, {found}; rename it or retype it")
@@ -388,8 +410,10 @@ def exit_status(
     restart_advice: str = "run the same command again to continue or restart",
 ) -> int:
     """Run work() and return the exit status: 0, 2 for a user's error, 130 or 143 for a signal."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(line_buffering=True)  # a log file is written while a run goes on
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a notebook has others
+            # a log has every line at once; what a terminal cannot show is escaped
+            stream.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         return work() or 0
     except UserError as error:
@@ -475,24 +499,58 @@ def print_metrics(metrics: dict, out: Path) -> None:
 
 # -- the folder of a run -------------------------------------------------------------------------
 
-RUN_FILES = (  # metrics.json marks a finished run
-    "config.json", "curves.png", "log.jsonl", "metrics.json", "previews", "prompts",
-    "prompts.safetensors", "samples.png", "start.safetensors", "state", "student.safetensors",
-)  # fmt: skip
+# names that we write; a file of any other name is never removed
+SHARD_FILES = r"shard-\d{5,}\.safetensors"
+STATE_FILES = r"phase\d+-\d{6,}\.\d+of\d+\.safetensors"
+STUDENT_FILES = r"phase\d+-\d{6,}\.safetensors"
+SAMPLE_FILES = r"\d{3,}(-\d\d+)?\.(mp4|png)|samples\.(npy|png)|latents\.safetensors"
+RUN_FILES = (  # beside config.json; metrics.json marks a finished run
+    r"(curves|samples)\.png|log\.jsonl|metrics\.json|(start|student)\.safetensors|"
+    rf"state/(state\.json|{STATE_FILES})|previews/({STUDENT_FILES}|phase\d+-\d{{6,}}\.png)|"
+    rf"prompts/{SHARD_FILES}|samples/({SAMPLE_FILES})"
+)
+LEFTOVERS = r"\..*|.*\.(tmp|log|out|err)|Thumbs\.db|desktop\.ini|lost\+found"  # of other programs
 START_OVER = "start over with --overwrite"
 
 
 def folder_contents(out: Path) -> set[str]:
-    """Names in a folder, without temporary files that a crash left; empty if it does not exist."""
+    """Names in a folder without LEFTOVERS; none if it does not exist. Raises UserError."""
+    if not out.is_dir() and os.path.lexists(out):
+        found = "a link that leads nowhere" if out.is_symlink() else "a file"
+        raise UserError(f"--out: expected a folder, {out} is {found}; choose another")
     with writing(out), contextlib.suppress(FileNotFoundError):
-        return {path.name for path in out.iterdir() if path.suffix != ".tmp"}
+        return {path.name for path in out.iterdir() if not re.fullmatch(LEFTOVERS, path.name)}
     return set()
 
 
-def make_folder(out: Path) -> None:
-    """Make a folder and its parents."""
+@contextlib.contextmanager
+def own_folder(out: Path) -> Iterator[None]:
+    """Make a folder, on rank 0, and keep other commands out of it. If it stays empty, remove it.
+
+    On a network file system the lock may hold on one machine only. Raises UserError.
+    """
+    if not is_writer:
+        yield
+        return
+    folder_contents(out)
+    new = [path for path in (out, *out.parents) if not path.exists()]
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(out, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            advice = "wait for it or choose another --out"
+            raise UserError(f"another command is writing to {out}; {advice}") from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+    finally:
+        os.close(descriptor)  # ends the lock, as the death of the process does
+        with contextlib.suppress(OSError):
+            for path in new:
+                path.rmdir()  # fails unless it is empty
 
 
 # settings that may change during a run: its files may move, and --iters may grow
@@ -560,7 +618,7 @@ def record_run(out: Path, cfg, environment: dict, input_files: list[Path], overw
     if cfg.iters > config["settings"]["iters"]:
         decay = f"; rates fall in the last {cfg.lr_decay:.0%} of them" if cfg.lr_decay else ""
         print(f"training on to {cfg.iters} iterations per phase{decay}")
-        remove_files(out, "metrics.json")  # first: the run is no longer finished
+        remove_files(out, r"metrics\.json")  # first: the run is no longer finished
     if config["settings"] != to_json(cfg):
         write_json(file, config | {"settings": to_json(cfg), "files": files})
 
@@ -580,25 +638,20 @@ def config_from_json(Config: type, config: dict, out: Path):
         raise UserError(f"{line}; {advice}") from error
 
 
-def remove_files(out: Path, *patterns: str) -> None:
-    """Remove the files in a folder that match, in this order; no folders."""
-    with writing(out):
-        for path in [path for pattern in patterns for path in out.glob(pattern)]:
+def remove_files(folder: Path, names: str, keep: int = 0) -> None:
+    """Remove the files in a folder whose path in it matches, but the last `keep` of them."""
+    with writing(folder):
+        paths = sorted([*folder.glob("*"), *folder.glob("*/*")])
+        paths = [x for x in paths if re.fullmatch(names, x.relative_to(folder).as_posix())]
+        for path in paths[: len(paths) - keep]:
             if path.is_file():
                 path.unlink()
 
 
 def clear_run(out: Path) -> None:
     """Remove the files of a run, except config.json, which the new run replaces."""
-    first = ("metrics.json", "state/state.json")  # after a crash these must not be left alone
-    names = [name for name in RUN_FILES if name != "config.json"]
-    remove_files(out, *first, *names, *(f"{name}/*" for name in names))
-    clear_samples(out / "samples")
-
-
-def clear_samples(out: Path) -> None:
-    """Remove the files that sample.py wrote. New ones may be fewer."""
-    remove_files(out, "[0-9]*.mp4", "[0-9]*.png", "samples.*", "latents.safetensors")
+    remove_files(out, r"metrics\.json|state/state\.json")  # a crash must not leave these alone
+    remove_files(out, rf"({RUN_FILES})(\.tmp)?")
 
 
 def environment(device: str, processes: int, context_parallel: int) -> dict:
@@ -611,6 +664,12 @@ def environment(device: str, processes: int, context_parallel: int) -> dict:
     return versions | ranks | dict(threads=torch.get_num_threads(), commit=commit or "unknown")
 
 
+def set_handlers(handlers: dict) -> dict:
+    """Set handlers of signals, as only the main thread can. Returns those of before."""
+    is_main = threading.current_thread() is threading.main_thread()
+    return {number: signal.signal(number, f) for number, f in handlers.items() if is_main}
+
+
 class Stop:
     """Catch SIGTERM and Ctrl-C until it is safe to stop. A second signal stops at once."""
 
@@ -619,16 +678,15 @@ class Stop:
 
     def __enter__(self):
         self.signal, numbers = 0, (signal.SIGTERM, signal.SIGINT)
-        self.handlers = {number: signal.signal(number, self._receive) for number in numbers}
+        self.handlers = set_handlers(dict.fromkeys(numbers, self._receive))
         return self
 
     def __exit__(self, *_):
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        set_handlers(self.handlers)
 
     def _receive(self, number: int, _frame) -> None:
         self.signal = number
-        if int(os.environ.get("WORLD_SIZE", 1)) == 1:  # torchrun sends a terminal's Ctrl-C twice
+        if os.environ.get("WORLD_SIZE", "1") in ("", "1"):  # torchrun sends Ctrl-C twice
             signal.signal(number, signal.SIG_DFL)
 
     def received(self) -> int:

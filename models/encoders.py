@@ -187,7 +187,7 @@ def embed_prompts(
         for i in range(0, len(prompts), SHARD)
     }
     others = []
-    for file in sorted(out.glob("shard-*.safetensors")):
+    for file in shards_in(out):
         stored = {}
         with contextlib.suppress(UserError):  # a broken file is replaced as well
             stored = open_tensors(file, "embeddings", OVERWRITE)[1]
@@ -216,6 +216,11 @@ def embed_prompts(
         print(f"longer than {MAX_TOKENS} tokens and cut: {len(cut)}, the first: {shorten(cut[0])}")
 
 
+def shards_in(folder: Path) -> list[Path]:
+    """The files in a folder that embed_prompts wrote."""
+    return [x for x in sorted(folder.glob("*")) if re.fullmatch(common.SHARD_FILES, x.name)]
+
+
 class Embeddings(NamedTuple):
     """Embeddings of prompts on disk. A row is read when it is asked for."""
 
@@ -237,7 +242,7 @@ class Embeddings(NamedTuple):
 
 def open_embeddings(path: Path) -> Embeddings:
     """Open a folder of embed_prompts, or a single file of that format. Raises UserError."""
-    files = sorted(path.glob("shard-*.safetensors")) if path.is_dir() else [path]
+    files = shards_in(path) if path.is_dir() else [path]
     spans, prompts, metadata, negative, channels = [], [], {}, None, 0
     for name in files:
         file, metadata = open_tensors(name, "embeddings", MAKE_TEXT)
@@ -276,20 +281,27 @@ def batch(rows: list[Tensor]) -> dict[str, Tensor]:
 
 
 def read_prompts(path: Path) -> list[str]:
-    """Read prompts: text, one per line (# starts a comment), or csv, tsv or jsonl."""
+    """Read prompts: text, one per line (# starts a comment), or csv, tsv or jsonl.
+
+    In a folder each .txt is one prompt, as the captions of trainers are.
+    """
     suffix = path.suffix.lower()  # of the name as given: what it links to may have none
-    with reading(path, "expected UTF-8 as .txt, .csv, .tsv or .jsonl"):
+    with reading(path, "expected UTF-8 as .txt, .csv, .tsv or .jsonl, or a folder of .txt"):
+        files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
         if suffix in (".csv", ".tsv"):
             return [caption for (caption,) in read_csv(path, CAPTIONS)]
-        if suffix not in ("", ".txt", ".jsonl"):
+        if suffix not in ("", ".txt", ".jsonl") and not path.is_dir():
             raise ValueError(f"its suffix is {suffix}")
-        rows = [row.strip() for row in path.read_text(encoding="utf-8-sig").split("\n")]
-        if suffix == ".jsonl":
+        texts = [file.read_text(encoding="utf-8-sig") for file in files]
+        rows = [row.strip() for text in texts for row in text.split("\n")]
+        if path.is_dir():
+            prompts = [" ".join(text.split()) for text in texts if text.strip()]
+        elif suffix == ".jsonl":
             prompts = [caption_of(row, i) for i, row in enumerate(rows, 1) if row]
         else:
             prompts = [row for row in rows if row and row[0] != "#"]
     if not prompts:
-        raise UserError(f"{path} contains no prompt; write one per line")
+        raise UserError(f"{path} contains no prompt; write one per line, or one .txt per prompt")
     return prompts
 
 
@@ -497,6 +509,8 @@ def encode_images(vae, folder: Path, sizes: list, frames: int) -> tuple[dict, di
 
     Returns image.HxW (n, 20, F, h, w) bf16 for each size, and the captions of each.
     """
+    if folder.is_dir() and not (folder / "captions.csv").exists():
+        raise UserError(f"--images: expected captions.csv, columns file and caption, in {folder}")
     rows = read_csv(folder / "captions.csv", ("file",), CAPTIONS)
     nearest = [nearest_size(folder / file, sizes) for file, _ in rows]  # reads all before the work
     conditions, captions = defaultdict(list), defaultdict(list)
@@ -555,7 +569,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--overwrite", action="store_true", help="replace what is in --out")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"))
     add = parser.add_argument_group("text").add_argument
-    add("--prompts", type=Path, help="txt, one per line, or csv, tsv or jsonl with captions")
+    add("--prompts", type=Path, help="txt, one per line, csv, tsv, jsonl, or a folder of .txt")
     add("--negative", help="negative prompt (default: the published one)")
     add("--batch", type=int, default=16, help="prompts at a time (default 16)")
     add = parser.add_argument_group("images").add_argument
@@ -573,11 +587,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def run_text(args) -> None:
     """Embed the prompts of a file. Raises UserError."""
-    if not args.prompts or args.out.is_file() or args.batch < 1:
-        raise UserError("text: expected --prompts FILE, a folder as --out, --batch of at least 1")
+    if not args.prompts or args.batch < 1:
+        raise UserError("text: expected --prompts FILE and --batch of at least 1")
     prompts, device = read_prompts(args.prompts), common.pick_device(args.device, "auto")
     options = args.negative, args.batch, args.overwrite
-    embed_prompts(args.teacher, args.weights, prompts, args.out, device, *options)
+    with common.own_folder(args.out):
+        embed_prompts(args.teacher, args.weights, prompts, args.out, device, *options)
     print(f"{args.out}: prompts: {len(prompts)}, the first: {shorten(prompts[0])}")
 
 

@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from models import lora, weights
 from models.card import make_card
-from models.common import UserError, reading, writing
+from models.common import UserError, reading, save_tensors, set_handlers, writing
 from models.weights import RoleWeights, meta_network, teacher_spec
 
 NOISE = {1: "high", 2: "low"}  # of a branch of the teacher
@@ -58,7 +57,7 @@ def export_student(student: Student, out: Path) -> list[Path]:
     with whole_folder(out, names) as part:
         for phase, stem in zip(student.phases, stems):
             file = part / f"{stem}.safetensors"
-            save_file(make_tensors(student, phase), file, file_metadata(student, phase))
+            save_tensors(make_tensors(student, phase), file, file_metadata(student, phase))
         card = make_card(student, stems, base_name(student.cfg))
         (part / "README.md").write_text(card, encoding="utf-8")
     return sorted(out / name for name in names)
@@ -128,13 +127,13 @@ def whole_folder(out: Path, names: set[str]) -> Iterator[Path]:
             raise UserError(f"--export: {line}; choose another folder")
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        handler = signal.signal(signal.SIGTERM, signal.default_int_handler)  # like Ctrl-C
+        handlers = set_handlers({signal.SIGTERM: signal.default_int_handler})  # like Ctrl-C
         try:
             yield part
             for file in part.iterdir():
                 file.rename(out / file.name)
         finally:
-            signal.signal(signal.SIGTERM, handler)
+            set_handlers(handlers)
             shutil.rmtree(part, ignore_errors=True)  # after an error, and after Ctrl-C
             if is_new:
                 with suppress(OSError):  # not empty: the files are there

@@ -6,13 +6,14 @@ Also reads pictures and videos, of other tools as well.
 import io
 import json
 import os
+import re
+import subprocess
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,11 @@ from torch import Tensor
 from models.common import UserError, first_line, reading
 from models.weights import needs_extras
 
-plt.switch_backend("Agg")  # needs no screen
+try:
+    from matplotlib.figure import Figure  # without pyplot: no screen, and safe in a thread
+except ValueError:  # a notebook's backend, which this Python does not have
+    del os.environ["MPLBACKEND"]
+    from matplotlib.figure import Figure
 
 # -- pixels --------------------------------------------------------------------------------------
 
@@ -71,12 +76,11 @@ def pick_frames(frames: numpy.ndarray, count: int = 5) -> numpy.ndarray:
 
 # -- samples of any tool -------------------------------------------------------------------------
 
-VIDEOS = (".mp4", ".webm", ".avi", ".mov")  # read by OpenCV, others by PIL
+VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")  # read by ffmpeg, others by PIL
 
 
 def import_cv2():
     """OpenCV, without messages of its own, with one thread per call. Raises UserError."""
-    os.environ["OPENCV_FFMPEG_LOGLEVEL"] = "-8"
     with needs_extras("opencv-python-headless"):
         import cv2
     cv2.utils.logging.setLogLevel(0)
@@ -85,21 +89,29 @@ def import_cv2():
 
 
 def read_video(path: Path) -> tuple[list[numpy.ndarray], float]:
-    """Frames (h, w, 3) of a video or picture, RGB, and frames per second; 8 if unknown."""
+    """Frames (h, w, 3) of a video or picture, RGB, and frames per second; 8 if unknown.
+
+    ffmpeg is that of imageio-ffmpeg, or the one named by IMAGEIO_FFMPEG_EXE.
+    """
     if path.suffix.lower() not in VIDEOS:
         with Image.open(path) as file:
             if file.mode.startswith(("I", "F")):
                 raise ValueError(f"expected 8 bits per channel, found mode {file.mode}")
             frames = [numpy.asarray(x.convert("RGB")) for x in ImageSequence.Iterator(file)]
             return frames, 1000 / (file.info.get("duration") or 125)
-    cv2, frames = import_cv2(), []
-    video = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
-    while (frame := video.read()[1]) is not None:
-        frames.append(cv2.cvtColor(frame, cv2.COLOR_BGR2RGB))
-    expected = int(video.get(cv2.CAP_PROP_FRAME_COUNT)) if path.suffix.lower() != ".webm" else 0
-    if not frames or len(frames) < expected - 1:  # a webm stores no count
-        raise ValueError(f"{len(frames)} of {max(expected, 1)} frames can be read")
-    return frames, video.get(cv2.CAP_PROP_FPS) or 8
+    with needs_extras("imageio-ffmpeg"):
+        import imageio_ffmpeg
+    name = f"file:{path}"  # a colon in a name would be that of a protocol
+    options = "-map 0:v:0 -fps_mode passthrough -f rawvideo -pix_fmt rgb24 -".split()
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), *"-nostdin -v error -xerror -threads 1 -i".split()]
+    done = subprocess.run([*command, name, *options], capture_output=True)
+    if done.returncode or b"prematurely" in done.stderr:  # a cut mkv or webm
+        raise ValueError(done.stderr.decode(errors="replace"))
+    reader = imageio_ffmpeg.read_frames(name)
+    metadata = next(reader)
+    reader.close()
+    (width, height), fps = metadata["size"], metadata["fps"]
+    return [*numpy.frombuffer(done.stdout, "uint8").reshape(-1, height, width, 3)], fps or 8
 
 
 def pick_five(frames: list) -> list:
@@ -140,11 +152,15 @@ def flow_lengths(frames: list[numpy.ndarray], side: int = 240) -> Iterator[numpy
 
 
 def to_png(figure) -> bytes:
-    """Save a figure as a png without date or version: equal runs give equal files. Closes it."""
+    """Save a figure as a png without date or version: equal runs give equal files."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110, bbox_inches="tight", metadata={"Software": None})
-    plt.close(figure)
     return buffer.getvalue()
+
+
+def plain(text: str) -> str:
+    """A name as matplotlib shows it: $ is no formula, and a legend has names that begin with _."""
+    return re.sub("^_", " _", text.replace("$", r"\$"))
 
 
 def contact_sheet(rows: dict[str, numpy.ndarray | Tensor], title: str) -> bytes:
@@ -152,16 +168,16 @@ def contact_sheet(rows: dict[str, numpy.ndarray | Tensor], title: str) -> bytes:
     columns, (h, w) = max(map(len, rows.values())), next(iter(rows.values())).shape[1:3]
     width, height = (2 * side / max(h, w) for side in (w, h))  # inches of a picture
     size = width * columns + 0.6, height * len(rows) + 0.6
-    options = dict(figsize=size, squeeze=False, layout="constrained")
-    options["subplot_kw"] = dict(xticks=[], yticks=[])
-    figure, axes = plt.subplots(len(rows), columns, **options)
+    figure = Figure(size, layout="constrained")
+    options = dict(squeeze=False, subplot_kw=dict(xticks=[], yticks=[]))
+    axes = figure.subplots(len(rows), columns, **options)
     for line, (name, pictures) in zip(axes, rows.items()):
         line[0].set_ylabel(name.replace(" at ", "\nat ").replace(", ", ",\n"), fontsize=7)
         for ax, picture in zip(line, pictures):
             ax.imshow(numpy.asarray(picture))
         for ax in line[len(pictures) :]:
             ax.set_axis_off()
-    figure.suptitle(title, fontsize=8)
+    figure.suptitle(plain(title), fontsize=8)
     return to_png(figure)
 
 
@@ -171,7 +187,7 @@ def draw_samples(folders: dict[str, dict], pictures: dict[str, list]) -> bytes:
     folders: what models/metrics.py measured. The line is the median of the videos, the band holds
     half of them.
     """
-    figure = plt.figure(figsize=(8, 2.5 + 1.2 * len(pictures)), layout="constrained")
+    figure = Figure((8, 2.5 + 1.2 * len(pictures)), layout="constrained")
     grid = figure.add_gridspec(len(pictures) + 1, 5, height_ratios=[2, *[1] * len(pictures)])
     top = figure.add_subplot(grid[0, :], xlabel="frame", ylabel="flow (px/frame)")
     for title, groups in folders.items():
@@ -179,7 +195,7 @@ def draw_samples(folders: dict[str, dict], pictures: dict[str, list]) -> bytes:
         rows = torch.nn.utils.rnn.pad_sequence(videos, True, torch.nan).numpy()  # (n, F - 1)
         if rows.size:
             low, middle, high = numpy.nanpercentile(rows, (25, 50, 75), axis=0)
-            top.plot(middle, lw=1, label=title)
+            top.plot(middle, lw=1, label=plain(title))
             top.fill_between(range(len(middle)), low, high, alpha=0.2, lw=0)
     top.legend(fontsize=7) if top.lines else top.set_axis_off()
     for line, (title, row) in enumerate(pictures.items(), 1):
@@ -188,7 +204,8 @@ def draw_samples(folders: dict[str, dict], pictures: dict[str, list]) -> bytes:
             ax.imshow(picture)
             if not column:  # a title may be wider than its picture: keep room for its height only
                 ax.set_title(" ", fontsize=7)
-                ax.text(0, 1.05, title, fontsize=7, transform=ax.transAxes).set_in_layout(False)
+                text = ax.text(0, 1.05, plain(title), fontsize=7, transform=ax.transAxes)
+                text.set_in_layout(False)
     return to_png(figure)
 
 
@@ -247,7 +264,8 @@ def curves(log: Path) -> bytes:
                 if row.get(key) is not None:
                     label = f"phase {row['phase']}, {row['role']}"
                     lines[key][label].append((int(row["iteration"]), float(row[key])))
-    figure, axes = plt.subplots(2, 3, figsize=(11, 5.5), layout="constrained")
+    figure = Figure((11, 5.5), layout="constrained")
+    axes = figure.subplots(2, 3)
     panels, colors = [key for key in CURVES if lines[key]], {}
     for ax in axes.flat[len(panels) :]:
         ax.set_axis_off()

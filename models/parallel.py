@@ -11,8 +11,10 @@ are used: that takes a second, and most runs have one process.
 
 import os
 import re
+import shlex
 import signal
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -48,6 +50,7 @@ class Topology:
         return self.processes // self.nodes  # ranks that a tensor is sharded over
 
 
+WAIT_SECONDS = 10  # for other ranks, without a word
 TIMEOUT = timedelta(hours=1)  # disks differ, and all ranks wait for the slowest to load
 topology = Topology()
 groups: dict = {}  # "store"; "shards" and "tokens" (meshes); "data", "long_timeout" (groups)
@@ -56,15 +59,28 @@ groups: dict = {}  # "store"; "shards" and "tokens" (meshes); "data", "long_time
 # -- joining and leaving -------------------------------------------------------------------------
 
 
+def torchrun_ranks() -> tuple[int, int, int, int]:
+    """This rank, the number of ranks, and both within the node. Raises UserError."""
+    if os.environ.get("WORLD_SIZE", "") in ("", "1"):  # whatever the other variables are
+        return 0, 1, 0, 1
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    values = [os.environ.get(name, "") for name in names]
+    if not all(map(str.isdecimal, values)):
+        found = ", ".join(f"{name}={value}" for name, value in zip(names, values))
+        advice = "start the processes with torchrun, or unset WORLD_SIZE for one process"
+        raise UserError(f"expected the variables of torchrun, found {found}; {advice}")
+    return tuple(map(int, values))
+
+
 def silence_other_ranks() -> None:
     """Print only on rank 0 of the processes that torchrun started."""
-    if int(os.environ.get("RANK", 0)):
+    if torchrun_ranks()[0]:
         sys.stdout = sys.stderr = open(os.devnull, "w")
 
 
 def require_single_process(program: str) -> None:
     """Raise UserError under torchrun."""
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+    if torchrun_ranks()[1] > 1:
         raise UserError(f"{program} runs in one process: python {program}, without torchrun")
 
 
@@ -72,7 +88,7 @@ def require_single_process(program: str) -> None:
 def pretend_topology(text: str, context: int):
     """Pretend to be rank 0 of `8` processes or `4x8` (nodes x GPUs), so that --dry-run can plan."""
     global topology
-    started, per_node = (int(os.environ.get(f"{name}WORLD_SIZE", 1)) for name in ("", "LOCAL_"))
+    _, started, _, per_node = torchrun_ranks()
     text = text or f"{started // per_node}x{per_node}"  # as many as torchrun started
     match = re.fullmatch(r"(?:([1-9]\d{0,3})x)?([1-9]\d{0,3})", text)
     if not match:
@@ -101,11 +117,12 @@ def distributed(device: str, context: int, program: str):
     If a rank fails, it prints its error and exits, and torchrun ends the others.
     """
     global topology
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    rank, processes, *_ = torchrun_ranks()
+    if processes == 1:
         topology = make_topology(1, 1, context)
         yield
         return
-    common.is_writer = os.environ["RANK"] == "0"
+    common.is_writer = rank == 0
     try:
         topology = join(device, context)
         make_groups(device)
@@ -119,7 +136,7 @@ def distributed(device: str, context: int, program: str):
         raise
     except Exception as error:
         if is_connection_lost(error):
-            command = f"{launch_command()} {program} --resume"
+            command = f"{launch_command(program)} --resume"
             error = UserError(f"another process ended; continue from the checkpoint: {command} ...")
         # one line of the rank that failed first; the others have the same error, or lost that rank
         sys.stderr = sys.__stderr__ if is_first_failure() else open(os.devnull, "w")
@@ -130,12 +147,17 @@ def distributed(device: str, context: int, program: str):
 
 def join(device: str, context: int) -> Topology:
     """Meet the other ranks."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    rank, processes, local_rank, per_node = (int(os.environ[name]) for name in names)
+    rank, processes, local_rank, per_node = torchrun_ranks()
     if device not in ("cpu", "cuda"):
         raise UserError(f"--device: expected cuda or cpu under torchrun, got {device}")
     result = make_topology(processes, per_node, context, rank)
-    groups["store"], *_ = next(dist.rendezvous("env://"))
+    line = f"rank {rank} waits for the others of {processes}; without torchrun, unset WORLD_SIZE"
+    timer = threading.Timer(WAIT_SECONDS, lambda: print(line, file=sys.__stderr__))
+    timer.start()
+    try:
+        groups["store"], *_ = next(dist.rendezvous("env://"))
+    finally:
+        timer.cancel()
     if device == "cuda":
         if local_rank >= torch.cuda.device_count():
             gpus = torch.cuda.device_count()
@@ -182,11 +204,12 @@ def is_first_failure() -> bool:
     return False
 
 
-def launch_command() -> str:
-    """How this run was started: the words before train.py."""
+def launch_command(program: str) -> str:
+    """How this run was started, up to the program, with its path as it was typed."""
     nodes = f"--nnodes {topology.nodes} ..." if topology.nodes > 1 else "--standalone"
     command = f"torchrun {nodes} --nproc-per-node {topology.shard_group}"
-    return command if topology.processes > 1 else "python"
+    typed = sys.argv[0] if os.path.basename(sys.argv[0]) == program else program
+    return f"{command if topology.processes > 1 else 'python'} {shlex.quote(typed)}"
 
 
 # -- agreement -----------------------------------------------------------------------------------
@@ -407,8 +430,8 @@ def write_state(folder: Path, name: str, tensors: dict[str, Tensor], metadata: d
     files = [file for file in gather(file) if file]  # a barrier, too: all of them are on disk
     if rank == 0:
         common.write_json(folder / "state.json", metadata | {"files": files})
-        for path in [*folder.glob("*.safetensors"), *folder.glob("*.tmp")]:
-            if path.name not in files:
+        for path in folder.glob("phase*"):
+            if path.name not in files and re.fullmatch(rf"{common.STATE_FILES}(\.tmp)?", path.name):
                 with suppress(OSError):  # an old file costs space only
                     path.unlink()
 

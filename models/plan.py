@@ -430,7 +430,7 @@ def command_line(argv: list[str], change: Change) -> str:
     for name, value in settings.items():
         words += [common.flag_name(name), *common.format_value(value).split()]
     with change.pretend():
-        return f"{parallel.launch_command()} train.py {shlex.join(words)}".strip()
+        return f"{parallel.launch_command('train.py')} {shlex.join(words)}".strip()
 
 
 # -- the report ----------------------------------------------------------------------------------

@@ -165,8 +165,9 @@ def input_files(cfg) -> list[Path]:
             weights.subfolder(cfg.teacher, weights_folder(cfg), part)
     elif path:
         open_prompts(cfg, path)
-    shards = sorted(path.glob("shard-*")) if path and path.is_dir() else [path] if path else []
-    return files + shards
+    if path and path.is_dir():
+        return files + (encoders.shards_in(path) or sorted(path.glob("*.txt")))
+    return files + [path] * bool(path)
 
 
 def weights_folder(cfg) -> Path | None:
@@ -184,7 +185,7 @@ def prompts_path(cfg) -> Path | None:
 
 def is_text(path: Path) -> bool:
     """Return whether a file of prompts must be embedded first."""
-    return path.suffix.lower() != ".safetensors" and not path.is_dir()
+    return path.suffix.lower() != ".safetensors" and not encoders.shards_in(path)
 
 
 def embeddings_path(cfg, out: Path) -> Path | None:
@@ -624,8 +625,11 @@ def phase_summary(cfg, phases: list[Phase], k: int, rows: list[dict]) -> str:
 
 
 def apply_flags(cfg, args):
-    """The settings with --size and --frames of sample.py, and one size in any case."""
+    """The settings with --frames and one size: --size, or that nearest to --image, or the first."""
     size = args.size or cfg.size[0].partition(":")[0]
+    if args.image and not args.size:
+        sizes = {parse_size(cfg, text)[0][-2:]: text.partition(":")[0] for text in cfg.size}
+        size = sizes[encoders.nearest_size(args.image, list(sizes))]
     if args.frames is not None:
         cfg, size = replace(cfg, frames=args.frames), "x".join(size.split("x")[-2:])
     cfg = replace(cfg, size=(size,))
@@ -668,7 +672,7 @@ def sample_inputs(cfg, args, out: Path, run_dir: Path, device: torch.device) -> 
             raise UserError('expected a prompt: give --prompt "A fox runs." or --prompts FILE')
         rngs = (stream(args.seed, "sample", name) for name in ("shape", "condition"))
         return cfg, *make_data(cfg, run_dir)(args.n, *rngs), [f"{j:03}" for j in range(args.n)]
-    path = args.prompts if args.prompts and not is_text(args.prompts) else out / "prompts"
+    path = args.prompts if args.prompts and not is_text(args.prompts) else out / ".prompts"
     if path != args.prompts:
         if is_random(cfg):
             raise UserError("random weights have no text encoder; --prompts takes embeddings")

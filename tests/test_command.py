@@ -165,7 +165,8 @@ def test_a_wrong_command_is_answered_in_one_line(line, tmp_path, monkeypatch, ca
 def test_a_folder_that_cannot_take_a_run_is_left_as_it_is(finished, tmp_path, capsys):
     """A file, a run with other settings, an unfinished run, a folder with other files."""
     before = tree(tmp_path)
-    assert "Not a directory" in refusal(capsys, [*QUICK, "--out", finished / "config.json"])
+    line = refusal(capsys, [*QUICK, "--out", finished / "config.json"])
+    assert "is a file; choose another" in line
     assert "--seed: expected 0" in refusal(capsys, [*QUICK, "--seed", 1, "--out", finished])
     assert "--seed: expected 0" in refusal(capsys, ["--resume", "--seed", 1, "--out", finished])
     for flags in ([], ["--overwrite"]):

@@ -1,9 +1,12 @@
 """Claims about models/common.py: wrong input gets one line, a folder decides what is run, random
 numbers are functions of their key. Files survive crashes: see tests/test_crash.py."""
 
+import io
 import json
 import os
 import signal
+import sys
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -179,6 +182,66 @@ def test_a_run_goes_on_with_moved_files_and_more_iterations(unfinished, tmp_path
         common.record_run(unfinished, cfg, {}, [new], False)
 
 
+KEPT = """notes.txt samples.txt previews/best-so-far.safetensors previews/mine.png prompts/mine.txt
+previews/phase2-000002-copy.safetensors prompts/shard-00000-old.safetensors samples/000-best.mp4
+samples/samples.bak state/backup.safetensors state/phase1-000200.safetensors config.json""".split()
+OURS = """metrics.json log.jsonl student.safetensors previews/phase2-000002.safetensors
+samples/000-01.mp4 previews/phase2-000002.png prompts/shard-00000.safetensors
+samples/samples.npy state/state.json state/phase1-000200.1of2.safetensors state/state.json.tmp
+curves.png samples/003.png""".split()
+
+
+def test_a_run_removes_only_names_that_it_writes(tmp_path):
+    """Each row of OURS is the negative control of KEPT. Of previews the newest remain."""
+    for name in (*KEPT, *OURS):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("")
+    (tmp_path / "previews" / "phase10-000001.safetensors").write_text("")
+    common.remove_files(tmp_path / "previews", common.STUDENT_FILES, keep=2)
+    assert (tmp_path / "previews" / "phase2-000002.safetensors").exists()
+    common.clear_run(tmp_path)
+    files = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
+    assert files == set(KEPT)
+
+
+def test_a_folder_belongs_to_one_command_at_a_time(tmp_path):
+    """The second gets one line, the third the folder. What stays empty is removed."""
+    out = tmp_path / "new" / "run"
+    with common.own_folder(out):
+        with pytest.raises(UserError, match="another command is writing to .*run; wait"):
+            with common.own_folder(out):
+                pass
+        assert out.is_dir()
+    assert not (tmp_path / "new").exists()
+    (tmp_path / "old").mkdir()
+    with common.own_folder(tmp_path / "old"):
+        pass
+    assert (tmp_path / "old").is_dir()  # it was there
+
+
+def test_a_folder_with_leftovers_is_empty_and_a_link_to_nowhere_is_refused(tmp_path):
+    for name in ("a.json.tmp", ".DS_Store", ".nfs01", "Thumbs.db", "nohup.out", "train.log"):
+        (tmp_path / name).write_text("")
+    assert resolve(tmp_path) == (Config(), False)
+    (tmp_path / "thesis.txt").write_text("")
+    with pytest.raises(UserError, match="found thesis.txt"):
+        resolve(tmp_path)
+    (tmp_path / "link").symlink_to(tmp_path / "unmounted")
+    for name, found in (("link", "a link that leads nowhere"), ("thesis.txt", "a file")):
+        with pytest.raises(UserError, match=f"--out: expected a folder, .* is {found}"):
+            with common.own_folder(tmp_path / name):
+                pass
+
+
+@pytest.mark.parametrize("umask,mode", [(0o022, 0o644), (0o077, 0o600)])
+def test_files_have_the_permissions_that_the_umask_asks_for(tmp_path, umask, mode):
+    before = os.umask(umask)
+    common.write_json(tmp_path / "a.json", {})
+    common.write_tensors(tmp_path / "a.safetensors", {"x": torch.zeros(1)}, {})
+    os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {mode}
+
+
 def test_settings_of_one_run_may_differ_in_what_is_newer_or_has_moved():
     settings = common.to_json(Config())
     older = {name: x for name, x in settings.items() if name != "mode"}
@@ -209,6 +272,38 @@ def test_errors_of_the_machine_are_one_line(error, line, capsys):
         common.exit_status("train.py", lambda: work(RuntimeError("shapes")))
 
 
+@pytest.mark.parametrize("line", ["--out=", "--out ", "--steps 2 --prompts ", "--weights a "])
+def test_an_empty_value_is_refused(line):
+    """A variable of the shell that is not set. The negative prompt alone may be empty."""
+    parser = common.Parser("a program")
+    common.add_flags(parser, Config, {}, "ring")["output"].add_argument("--out")
+    parser.add_argument("--negative")
+    with pytest.raises(UserError, match="expected a value, got an empty one"):
+        parser.parse_args(line.split(" "))
+    assert parser.parse_args(["--negative", ""]).negative == ""
+
+
+def test_the_home_folder_is_found_in_any_flag(monkeypatch):
+    """Shells leave --out=~/x as it is. A ~ inside a value stays."""
+    monkeypatch.setenv("HOME", "/home/ada")
+    parser = common.Parser("a program")
+    for name in ("--out", "--prompt"):
+        parser.add_argument(name)
+    for line in (["--out=~/x"], ["--out", "~/x"]):
+        assert parser.parse_args(line).out == "/home/ada/x"
+    assert parser.parse_args(["--prompt", "a ~/x"]).prompt == "a ~/x"
+
+
+def test_a_log_has_each_line_at_once_and_escapes_what_it_cannot_show(monkeypatch):
+    file = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(file, encoding="ascii"))
+    seen = []
+    assert (
+        common.exit_status("train.py", lambda: print("L\xfc") or seen.append(file.getvalue())) == 0
+    )
+    assert seen == [b"L\\xfc\n"]
+
+
 def test_arguments_and_numbers_that_no_file_can_hold():
     """Bytes that are not UTF-8; NaN in JSON; any failure to read a file."""
     with pytest.raises(UserError, match=r"UTF-8, got 'caf\\udce9'"):
@@ -232,6 +327,20 @@ def test_a_signal_waits_for_a_safe_moment_and_a_second_one_does_not():
         with pytest.raises(common.Interrupted):
             next(common.with_progress(range(3), "steps", stop))
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_command_runs_in_a_thread_where_signals_cannot_be_caught():
+    results = []
+
+    def work():
+        with common.Stop() as stop:
+            stop.check()
+            results.append("done")
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert results == ["done"]
 
 
 def test_the_device_is_what_is_asked_for_or_the_best(monkeypatch):

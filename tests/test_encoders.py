@@ -19,7 +19,7 @@ from published import save_qwen_vl, save_umt5, small_vae, tokenizer_of  # noqa: 
 
 import sample  # noqa: E402
 import train  # noqa: E402
-from models import encoders, weights  # noqa: E402
+from models import encoders, teachers, weights  # noqa: E402
 from models.common import UserError, write_tensors  # noqa: E402
 
 PROMPTS = [
@@ -279,6 +279,19 @@ def test_prompts_are_read_by_the_suffix_of_the_name_that_is_given(tmp_path, name
     (tmp_path / "0a1b2c").write_bytes(PROMPT_FILES[name])
     (tmp_path / name).symlink_to("0a1b2c")
     assert encoders.read_prompts(tmp_path / name) == ["A fox, running", "A sign"]
+
+
+def test_a_folder_of_captions_has_one_prompt_per_file(tmp_path):
+    """As trainers of LoRA take them, beside the pictures. An empty folder is refused."""
+    with pytest.raises(UserError, match="no prompt; .* or one .txt per prompt"):
+        encoders.read_prompts(tmp_path)
+    for name, text in (("b.txt", "A sign"), ("a.txt", "\ufeffA fox,\nrunning\n"), ("c.txt", "")):
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    (tmp_path / "a.jpg").write_bytes(b"a picture")
+    assert encoders.read_prompts(tmp_path) == ["A fox, running", "A sign"]
+    assert teachers.is_text(tmp_path)
+    (tmp_path / "shard-00000.safetensors").write_bytes(b"")
+    assert not teachers.is_text(tmp_path)  # a folder of embeddings
 
 
 @pytest.mark.parametrize(

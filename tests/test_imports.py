@@ -48,6 +48,8 @@ def violations(sources: dict[str, str]) -> list[str]:
         if any(name.startswith("torch.distributed") for name in names):
             if module != "models.parallel":
                 lines.append(f"{module}: imports torch.distributed")
+        if any(name.startswith("matplotlib.pyplot") for name in names):
+            lines.append(f"{module}: imports pyplot, which chooses a backend")
         for function in ast.walk(tree):
             if isinstance(function, (ast.FunctionDef, ast.Lambda)):
                 for name in own_modules(imported_names(function), sources):
@@ -77,6 +79,7 @@ def test_the_imports_are_those_of_the_design():
         ("models.teachers", "from train import Config", "models.teachers: imports train"),
         ("toy.toy2d", "import train", "toy.toy2d: a preset imports train or sample"),
         ("train", "import torch.distributed as dist", "train: imports torch.distributed"),
+        ("moe", "import matplotlib.pyplot", "moe: imports pyplot, which chooses a backend"),
         ("moe", "from torch import distributed", "moe: imports torch.distributed"),
         (
             "models.lora",

@@ -1,6 +1,8 @@
 """Claims about the metrics of samples: known flows, exact features, a cache, one-line errors."""
 
 import json
+import re
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,8 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-import sample
-from models import encoders, media, metrics
+from models import common, encoders, media, metrics
 
 cv2 = pytest.importorskip("cv2", reason="needs models/requirements.txt")
 pytest.importorskip("imageio_ffmpeg", reason="needs models/requirements.txt")
@@ -166,10 +167,46 @@ def test_one_frame_is_a_picture_sizes_may_differ_and_names_are_those_of_sample_p
         (folder / "001-00.mp4").write_bytes(media.encode_mp4(moved(0, frames=1), 16))
     row = run(tmp_path, tmp_path / "a", folder)[1]
     assert row["metrics"].keys() == {"distance"} and row["values"].keys() == {"000", "001"}
-    assert all(sample.SAMPLE_FILES.fullmatch(path.name) for path in folder.iterdir())
+    names = {path.name for path in folder.iterdir()} - {metrics.CACHE}
+    assert all(re.fullmatch(common.SAMPLE_FILES, name) for name in names)
     still, *other = (Image.new("RGB", (40, 30), (i, 0, 0)) for i in (0, 9))
     still.save(folder / "003.gif", save_all=True, append_images=other)
     assert run(tmp_path, folder)[0]["values"]["003"].keys() == {"flow", "moves", "distance"}
+
+
+def ffmpeg(*arguments):
+    """Run the ffmpeg of imageio-ffmpeg."""
+    program = pytest.importorskip("imageio_ffmpeg").get_ffmpeg_exe()
+    subprocess.run([program, "-loglevel", "error", "-y", *map(str, arguments)], check=True)
+
+
+def test_videos_of_other_tools_have_the_frames_that_a_player_shows(tmp_path):
+    """A cut without encoding, AV1, mkv, a colon in the name. Negative controls: halves of files."""
+    source, names = tmp_path / "a.mp4", ("av1:1.mp4", "b.mkv", "c.webm", "d.avi")
+    frames = "testsrc2=size=96x64:rate=16:duration=2"
+    ffmpeg("-f", "lavfi", "-i", frames, *"-g 24 -bf 2 -pix_fmt yuv420p".split(), source)
+    ffmpeg("-ss", 0.7, "-i", source, "-c", "copy", tmp_path / "cut.mp4")
+    for name, options in zip(names, ("libaom-av1 -cpu-used 8", "copy", "libvpx", "mpeg4")):
+        ffmpeg("-i", source, "-c:v", *options.split(), f"file:{tmp_path / name}")
+    shown, fps = media.read_video(source)
+    assert len(shown) == 32 and shown[0].shape == (64, 96, 3) and fps == 16
+    cut, _ = media.read_video(tmp_path / "cut.mp4")
+    assert len(cut) < 32 and abs(cut[0].astype(float) - shown[32 - len(cut)]).mean() < 1
+    for name in names:
+        video, _ = media.read_video(tmp_path / name)
+        assert len(video) == 32 and abs(video[9].astype(float) - shown[9]).mean() < 20
+        half = tmp_path / f"half-{name}"
+        half.write_bytes((content := (tmp_path / name).read_bytes())[: len(content) // 2])
+        with pytest.raises(common.UserError, match="half.*replace or delete it"):
+            metrics.measure_file(half)
+
+
+def test_a_folder_may_have_any_name(tmp_path):
+    """$ begins no formula, and _ hides no line of the legend: the picture is drawn."""
+    folder = save_folder(tmp_path / "_m$1_$^")
+    (folder / "003-00.mp4").write_bytes(media.encode_mp4(moved(0, frames=3), 16))
+    assert run(tmp_path, folder)[0]["samples"] == 10
+    assert media.plain("_a$1") == r" _a\$1"
 
 
 WRONG = """\
@@ -181,7 +218,7 @@ w --out w: expected a new folder
 w --device tpu: --device
 w other: other has no prompt of w
 w missing: no file in missing
-bad: cannot read bad/0.mp4 (0 of 1 frames
+bad: cannot read bad/0.mp4 ([
 empty: cannot read empty/0.png
 """
 

@@ -16,6 +16,7 @@ from students import write_lora
 import sample
 import train
 from models import parallel, weights
+from models.common import UserError
 
 ROOT = Path(__file__).parent.parent
 HELPER = ROOT / "tests" / "two_processes.py"
@@ -35,6 +36,49 @@ def run_all(folder: Path, jobs: list[dict]) -> None:
     """Run jobs, all of which must succeed."""
     for job, ranks in zip(jobs, run_jobs(folder, jobs)):
         assert all(status == 0 for status, _ in ranks), (job, ranks)
+
+
+@pytest.mark.parametrize(
+    "line,ranks",
+    [
+        ("", (0, 1, 0, 1)),
+        ("WORLD_SIZE=", (0, 1, 0, 1)),
+        ("WORLD_SIZE=1 RANK=1", (0, 1, 0, 1)),  # one process prints, whatever its rank
+        ("RANK=1", (0, 1, 0, 1)),
+        ("WORLD_SIZE=4 RANK=3 LOCAL_RANK=1 LOCAL_WORLD_SIZE=2", (3, 4, 1, 2)),
+        ("WORLD_SIZE=2 RANK=0", None),  # a scheduler's pod
+        ("WORLD_SIZE=2 RANK=0 LOCAL_RANK= LOCAL_WORLD_SIZE=2", None),
+        ("WORLD_SIZE=two RANK=0 LOCAL_RANK=0 LOCAL_WORLD_SIZE=2", None),
+    ],
+)
+def test_only_the_variables_of_torchrun_make_ranks(monkeypatch, line, ranks):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for pair in line.split():
+        monkeypatch.setenv(*pair.split("="))
+    if ranks:
+        assert parallel.torchrun_ranks() == ranks
+    else:
+        with pytest.raises(UserError, match="variables of torchrun, found RANK=0.*; start"):
+            parallel.torchrun_ranks()
+
+
+def test_a_rank_that_waits_says_so(monkeypatch, capfd):
+    """Negative control: where the others come at once, nothing is printed."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    for name, value in zip(names, "1212"):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(parallel, "WAIT_SECONDS", 0.2)
+    for seconds in (0, 0.5):
+
+        def rendezvous(url, seconds=seconds):
+            time.sleep(seconds)
+            raise UserError("no store")
+
+        monkeypatch.setattr(parallel.dist, "rendezvous", rendezvous)
+        with pytest.raises(UserError, match="no store"):
+            parallel.join("cpu", 1)
+        assert ("rank 1 waits for the others of 2" in capfd.readouterr().err) == bool(seconds)
 
 
 def test_every_group_waits_an_hour_for_the_slowest_rank():

@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from students import train_student, write_embeddings, write_lora
 
@@ -245,14 +246,30 @@ def test_a_missing_vae_is_named_before_anything_is_loaded(tmp_path):
 
 
 def test_samples_never_overwrite_other_files(runs, tmp_path, capsys):
-    """They replace earlier samples, of which none stays."""
-    folder = runs("wan22-tiny")
+    """They replace earlier samples, of which none stays. Pictures that are numbered are others."""
+    folder, old = runs("wan22-tiny"), tmp_path / "001-03.mp4"
     line = ["--student", folder, "--n", 1, "--out"]
     assert "contains config.json" in error_of(capsys, *line, folder)
-    (tmp_path / "001-03.mp4").write_bytes(b"old")
+    old.write_bytes(b"of a user")
+    assert "contains 001-03.mp4" in error_of(capsys, *line, tmp_path)
+    old.unlink()
+    run_sample(capsys, *line, tmp_path)
+    for path in (old, tmp_path / "best-003.mp4"):
+        path.write_bytes(b"video")
     run_sample(capsys, *line, tmp_path)
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["latents.safetensors", "samples.png"]
+    assert names == ["best-003.mp4", "latents.safetensors", "samples.png"]
+
+
+@pytest.mark.parametrize("size,nearest", [((480, 832), "832x480"), ((832, 480), "480x832")])
+def test_a_first_frame_is_sampled_at_the_nearest_size_of_the_run(tmp_path, size, nearest):
+    """Of a portrait the landscape of the run would show less than half. --size is obeyed."""
+    Image.new("RGB", size).save(tmp_path / "first.png")
+    line = ["--teacher", "wan22-i2v", "--prompt", "rain", "--image", str(tmp_path / "first.png")]
+    cfg = train.make_config("wan22-i2v", weights=("random",))
+    for flags, expected in ((["--frames", "5"], nearest), (["--size", "720x1280"], "720x1280")):
+        args = sample.make_parser().parse_args([*line, *flags])
+        assert teachers.apply_flags(cfg, args).size == (expected,)
 
 
 def test_a_preview_is_sampled_once_all_phases_have_begun(tmp_path, capsys):

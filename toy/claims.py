@@ -35,7 +35,7 @@ import train
 from losses import v_target
 from models import common
 from models.common import normal, stream
-from models.media import plt, to_png
+from models.media import Figure, to_png
 from moe import chunked
 from phases import rollout
 from sde import diffuse, transition
@@ -425,7 +425,8 @@ def report(jobs: list[Job], args) -> None:
 def plot_depths(results: dict) -> bytes:
     """Plot the distance to the data of each truncation depth, and of all depths together."""
     table, distance = ("digits", "Fréchet") if "digits" in results else ("ring", "energy")
-    figure, ax = plt.subplots(figsize=(5.2, 3.6), layout="constrained")
+    figure = Figure((5.2, 3.6), layout="constrained")
+    ax = figure.subplots()
     for i, name in enumerate((*SQUARE[:3], PHASED)):
         runs = results[table].get(name, [{}])
         keys = [key for key in DEPTHS if key in runs[0]]

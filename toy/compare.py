@@ -17,8 +17,8 @@ import torch
 from tqdm import tqdm
 
 import train
-from models.common import Parser, UserError, exit_status, make_folder, stream, write_file
-from models.media import plt, to_png
+from models.common import Parser, UserError, exit_status, own_folder, stream, write_file
+from models.media import Figure, to_png
 from phases import step_times
 from toy.mixtures import energy, mode_coverage
 from toy.toy2d import (
@@ -56,7 +56,8 @@ def train_student(settings: dict, seed: int, start: dict, out: Path) -> train.Ru
 
 def figure(rows: dict[str, tuple[list, set]], mixture) -> bytes:
     """A png. rows: name -> (x at each of TIMES, the times at which the method matches p(x_t))."""
-    fig, axes = plt.subplots(len(rows), 5, figsize=(11.5, 10), layout="constrained")
+    fig = Figure((11.5, 10), layout="constrained")
+    axes = fig.subplots(len(rows), 5)
     limits = (2.6, 2.4, 2.4, 2.5, 2.6)
     for line, (name, (xs, matched)) in zip(axes, rows.items()):
         colors = nearest_mode(xs[-1], mixture)
@@ -70,7 +71,7 @@ def figure(rows: dict[str, tuple[list, set]], mixture) -> bytes:
             ax.set_xlabel(text, fontsize=9)
             is_match = t in matched
             color = "tab:green" if is_match else "0.7"
-            plt.setp(ax.spines.values(), linewidth=3 if is_match else 0.8, color=color)
+            ax.spines[:].set(linewidth=3 if is_match else 0.8, color=color)
             if line[0] is axes[0, 0]:
                 ax.set_title(f"t = {t:g}", fontsize=10)
         line[0].set_ylabel(name, fontsize=11)
@@ -91,19 +92,19 @@ def main() -> None:
     args = parser.parse_args()
     if args.seed < 0:
         raise UserError(f"--seed: expected at least 0, got {args.seed}")
-    make_folder(args.out)
-    torch.set_num_threads(1)  # a second thread only waits at this size
-    cfg = train.make_config(seed=args.seed)
-    start = fit_start(cfg, lambda steps: tqdm(steps, "fitting", disable=None))
-    mixture = load_mixture(cfg)
-    teacher, _ = draw(cfg, [exact_teacher(cfg)] * 40, step_times(40, cfg.shift), SAMPLES, CPU)
-    rows = {"exact teacher\n40 steps": (teacher[::10], set())}
-    for name, settings in STUDENTS.items():
-        run = train_student(settings, args.seed, start, args.out)
-        xs, _ = draw(run.cfg, run.nets, run.times, SAMPLES, CPU)
-        rows[name] = xs, {phase.s for phase in run.phases}
-    write_file(args.out / "compare.png", figure(rows, mixture))
-    print(f"picture: {args.out / 'compare.png'}")
+    with own_folder(args.out):
+        torch.set_num_threads(1)  # a second thread only waits at this size
+        cfg = train.make_config(seed=args.seed)
+        start = fit_start(cfg, lambda steps: tqdm(steps, "fitting", disable=None))
+        mixture = load_mixture(cfg)
+        teacher, _ = draw(cfg, [exact_teacher(cfg)] * 40, step_times(40, cfg.shift), SAMPLES, CPU)
+        rows = {"exact teacher\n40 steps": (teacher[::10], set())}
+        for name, settings in STUDENTS.items():
+            run = train_student(settings, args.seed, start, args.out)
+            xs, _ = draw(run.cfg, run.nets, run.times, SAMPLES, CPU)
+            rows[name] = xs, {phase.s for phase in run.phases}
+        write_file(args.out / "compare.png", figure(rows, mixture))
+        print(f"picture: {args.out / 'compare.png'}")
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from models import teachers, weights
 from models.common import UserError, normal, read_json
-from models.media import plt, to_png
+from models.media import Figure, to_png
 from models.wan import guide
 from moe import Roles, chunked, cond_to, student_nets
 from phases import Phase, step_times, trajectory
@@ -268,10 +268,8 @@ def report(
 def draw_sheet(rows: dict[str, Tensor]) -> bytes:
     """Draw latents by name as a png, ten digits to a line."""
     lines = [len(x) // CLASSES for x in rows.values()]
-    size, ratios = (6, 0.6 * sum(lines)), {"height_ratios": lines}
-    figure, axes = plt.subplots(
-        len(rows), figsize=size, gridspec_kw=ratios, layout="constrained", squeeze=False
-    )
+    figure = Figure((6, 0.6 * sum(lines)), layout="constrained")
+    axes = figure.subplots(len(rows), squeeze=False, height_ratios=lines)
     for ax, (name, x) in zip(axes[:, 0], rows.items(), strict=True):
         pixels = rearrange(to_pixels(x), "(r c) h w -> (r h) (c w)", c=CLASSES)
         ax.imshow(pixels.numpy(), cmap="gray_r", vmin=0, vmax=255)
@@ -296,7 +294,7 @@ def save_samples(cfg, c, xs: list[Tensor], args, names, device) -> tuple[dict, l
     metrics = {"accuracy": (predicted == labels).double().mean().item()}
     if len(z) >= 1000:  # with fewer, the covariance of a class means nothing
         metrics = measure(z, predicted, labels, load_reference()) | {"samples": len(z)}
-    return metrics, [("samples.png", draw_sheet({"samples": x})), ("samples.npy", array.getvalue())]
+    return metrics, [("samples.npy", array.getvalue()), ("samples.png", draw_sheet({"samples": x}))]
 
 
 # the network is a Wan, so that most of the preset is that of the large teachers

@@ -18,8 +18,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from losses import flow_matching, subinterval_matching
-from models.common import Parser, UserError, exit_status, make_folder, normal, stream, write_file
-from models.media import plt, to_png
+from models.common import Parser, UserError, exit_status, normal, own_folder, stream, write_file
+from models.media import Figure, to_png
 from phases import trajectory
 from sde import diffuse
 from toy.mixtures import Mixture
@@ -71,7 +71,8 @@ def solve(net: Callable, end: float) -> Tensor:
 
 def draw_figure(paths: dict[str, Tensor]):
     """The paths of (a); every sixth path of (b) and (c) over (a); their mean distance from (a)."""
-    figure, axes = plt.subplots(1, 4, figsize=(13, 3.4), layout="constrained")
+    figure = Figure((13, 3.4), layout="constrained")
+    axes = figure.subplots(1, 4)
     axes[0].plot(torch.linspace(1, 0, len(paths["a"])), paths["a"], color="0.3", lw=0.4)
     axes[0].set(title="(a) Eq. 4, clean samples", xlim=(1, 0), xlabel="t")
     a = paths["a"][: len(paths["b"])]
@@ -96,13 +97,13 @@ def main() -> None:
     args = parser.parse_args()
     if not 1 <= args.steps <= 10**6:
         raise UserError(f"--steps: expected 1 to a million, got {args.steps}")
-    make_folder(args.out)  # fails before the training, not after it
-    paths = {name: solve(fit(name, args.steps), OBJECTIVES[name][0]) for name in OBJECTIVES}
-    write_file(args.out / "figure2.png", to_png(draw_figure(paths)))
-    a, exact = paths["a"][: len(paths["b"])], solve(POINTS.velocity, END)
-    b, c = ((paths[name] - a).abs().mean().item() for name in "bc")
-    print(f"distance of (a) from exact paths {(a - exact).abs().mean():.4f}")
-    print(f"distance b {b:.4f} c {c:.4f}\nfolder: {args.out}")
+    with own_folder(args.out):
+        paths = {name: solve(fit(name, args.steps), OBJECTIVES[name][0]) for name in OBJECTIVES}
+        write_file(args.out / "figure2.png", to_png(draw_figure(paths)))
+        a, exact = paths["a"][: len(paths["b"])], solve(POINTS.velocity, END)
+        b, c = ((paths[name] - a).abs().mean().item() for name in "bc")
+        print(f"distance of (a) from exact paths {(a - exact).abs().mean():.4f}")
+        print(f"distance b {b:.4f} c {c:.4f}\nfolder: {args.out}")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from losses import dmd_gradient, dmd_loss, subinterval_matching
 from models.common import normal, stream
-from models.media import plt
+from models.media import Figure
 from phases import Phase, make_phases, rollout, step_times, trajectory
 from sde import diffuse
 from toy.mixtures import energy, mode_coverage, ring
@@ -89,11 +89,11 @@ def main() -> None:
     modes, precision, _ = mode_coverage(xs[-1], data)
     exact = data.sample(10_000, stream("exact", 0, 0))
     print(f"energy {energy(xs[-1], exact):.4f}, modes {modes:.2f} of 8, precision {precision:.2f}")
-    _, axes = plt.subplots(1, N + 1, figsize=(12, 2.6))
+    axes = Figure((12, 2.6)).subplots(1, N + 1)
     for ax, x, t in zip(axes, xs, times):
         ax.scatter(x[:, 0], x[:, 1], s=0.5, c=torch.atan2(xs[-1][:, 1], xs[-1][:, 0]), cmap="hsv")
         ax.set_title(f"t = {t:g}")
-    plt.savefig("minimal.png")
+    axes[0].figure.savefig("minimal.png")
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from models.common import (
     to_json,
     write_tensors,
 )
-from models.media import plt, to_png
+from models.media import Figure, to_png
 from moe import Roles, cond_to, separate_roles, student_nets, trained_names
 from phases import Phase, step_times, trajectory
 from sde import diffuse
@@ -236,14 +236,15 @@ def save_samples(cfg, c: dict | None, xs: list[Tensor], args, names, device) -> 
     array = torch.stack([x for _, x in shown]).double() * scale + centre
     file = io.BytesIO()
     np.save(file, (array if args.trajectory else array[0]).numpy())
-    figure, axes = plt.subplots(1, len(shown), figsize=(3 * len(shown), 3.2), squeeze=False)
+    figure = Figure((3 * len(shown), 3.2))
+    axes = figure.subplots(1, len(shown), squeeze=False)
     colors = nearest_mode(xs[-1], mixture)
     for ax, (t, x) in zip(axes[0], shown):
         plot_points(ax, x, colors, len(mixture.means), axis_limit(x))
         ax.set_title(f"t = {t:.3g}")
     exact = mixture.sample(len(xs[-1]), stream("exact", cfg.seed))
     values = {"energy": energy(xs[-1], exact)} | metrics(mixture, xs[-1], c)
-    return values, [("samples.png", to_png(figure)), ("samples.npy", file.getvalue())]
+    return values, [("samples.npy", file.getvalue()), ("samples.png", to_png(figure))]
 
 
 # -- metrics and picture -------------------------------------------------------------------------
@@ -344,13 +345,13 @@ def draw_picture(cfg, nets: list, phases: list[Phase], device, n: int = 3000) ->
     }
     expert = {i: phase.k for phase in phases for i in range(phase.first, phase.last)}
     ends = {phase.last for phase in phases}
-    size = (2.1 * len(times), 6.4)
-    figure, axes = plt.subplots(3, len(times), figsize=size, squeeze=False, layout="constrained")
+    figure = Figure((2.1 * len(times), 6.4), layout="constrained")
+    axes = figure.subplots(3, len(times), squeeze=False)
     for row, (name, xs) in zip(axes, rows.items()):
         colors = None if name == "exact" else nearest_mode(xs[-1], mixture)
         for i, (ax, x) in enumerate(zip(row, xs)):
             plot_points(ax, x, colors, len(mixture.means), axis_limit(rows["exact"][i]))
-            plt.setp(ax.spines.values(), linewidth=2.5 if i in ends else 0.8)
+            ax.spines[:].set_linewidth(2.5 if i in ends else 0.8)
             ax.set_ylabel(name if i == 0 else "")
             if name.startswith("student"):
                 source = f"by expert {expert[i - 1]}" if i else "noise"
