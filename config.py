@@ -41,7 +41,8 @@ class Config:
 
     phases: int         = method(2, "K, a divisor of --steps; 1 is DMD2", low=1)
     steps: int          = method(4, "N, steps of the student", low=1, high=1000)
-    shift: float        = method(5.0, "S in t = S u / (1 + (S - 1) u)", low=0.01, high=100)
+    shift: float        = method(5.0, "of the times: t = shift u / (1 + (shift - 1) u)", low=0.01,
+                                 high=100)
     interval: str       = method("nested", "re-noise in (s, 1), or in (s, start of the phase)",
                                  ("nested", "disjoint"))
     fix_t: float        = method(0.0, "re-noise at this t alone (Fig. 11); 0: off", low=0, high=1)

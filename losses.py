@@ -26,17 +26,20 @@ def flow_matching(v: Tensor, x_0: Tensor, eps: Tensor) -> Tensor:
     return mean_per_sample((v - (eps - x_0)) ** 2)
 
 
-def scaled_target(x_s: Tensor, s: float, t: Tensor, eps: Tensor, p: Process = flow) -> tuple:
+def scaled_target(x_s: Tensor, s: float, t: Tensor, eps: Tensor, process: Process = flow) -> tuple:
     """sigma_ts times the target of Eq. 11, and sigma_ts. Nothing is divided by sigma_ts.
 
     (alpha_s^2 sigma_t + alpha_t sigma_s^2) / alpha_s^2 eps - sigma_ts / alpha_s x_s
     """
-    (alpha_s, sigma_s), (alpha_t, sigma_t) = coefficients(s, x_s, p), coefficients(t, x_s, p)
-    _, sigma_ts = transition(s, t, x_s, p)
+    (alpha_s, sigma_s), (alpha_t, sigma_t) = (
+        coefficients(s, x_s, process),
+        coefficients(t, x_s, process),
+    )
+    _, sigma_ts = transition(s, t, x_s, process)
     return (sigma_t + alpha_t * (sigma_s / alpha_s) ** 2) * eps - sigma_ts / alpha_s * x_s, sigma_ts
 
 
-def v_target(x_s: Tensor, s: float, t: Tensor, eps: Tensor, p: Process = flow) -> Tensor:
+def v_target(x_s: Tensor, s: float, t: Tensor, eps: Tensor, process: Process = flow) -> Tensor:
     """The unbiased target of v at x_t = alpha_ts x_s + sigma_ts eps, Eq. 11.
 
     (alpha_s^2 sigma_t + alpha_t sigma_s^2) / (alpha_s^2 sigma_ts) eps - x_s / alpha_s
@@ -46,22 +49,22 @@ def v_target(x_s: Tensor, s: float, t: Tensor, eps: Tensor, p: Process = flow) -
     x_t = alpha_ts x_s + sigma_ts eps gives the form above. At s = 0 (alpha_s = 1, sigma_s = 0) it
     is eps - x_0. For s > 0 its variance grows like 1 / sigma_ts^2 as t -> s.
     """
-    scaled, sigma_ts = scaled_target(x_s, s, t, eps, p)
+    scaled, sigma_ts = scaled_target(x_s, s, t, eps, process)
     return scaled / sigma_ts
 
 
-def x0_target(x_s: Tensor, s: float, t: Tensor, eps: Tensor, p: Process = flow) -> Tensor:
+def x0_target(x_s: Tensor, s: float, t: Tensor, eps: Tensor, process: Process = flow) -> Tensor:
     """The unbiased target of a network that predicts x_0, Eq. 12; x_0 itself at s = 0.
 
     x_s / alpha_s - alpha_t sigma_s^2 / (alpha_s^2 sigma_ts) eps. Ours predict v: not used here.
     """
-    alpha_s, sigma_s = coefficients(s, x_s, p)
-    alpha_ts, sigma_ts = transition(s, t, x_s, p)
+    alpha_s, sigma_s = coefficients(s, x_s, process)
+    alpha_ts, sigma_ts = transition(s, t, x_s, process)
     return x_s / alpha_s - alpha_ts * sigma_s**2 / (alpha_s * sigma_ts) * eps
 
 
 def subinterval_matching(
-    v: Tensor, x_s: Tensor, s: float, t: Tensor, eps: Tensor, p: Process = flow
+    v: Tensor, x_s: Tensor, s: float, t: Tensor, eps: Tensor, process: Process = flow
 ) -> Tensor:
     """The fake's loss: clamp(1 / sigma_ts^2, 0, 10) || sigma_ts v - sigma_ts target ||^2, Eq. 13.
 
@@ -70,19 +73,19 @@ def subinterval_matching(
     the paper (s = 0.833) the clamp never acts, for the margin of phases.py keeps sigma_ts above;
     at s = 0 it acts below t = 0.316.
     """
-    scaled, sigma_ts = scaled_target(x_s, s, t, eps, p)
+    scaled, sigma_ts = scaled_target(x_s, s, t, eps, process)
     return mean_per_sample((1 / sigma_ts**2).clamp(0, 10) * (sigma_ts * v - scaled) ** 2)
 
 
 def naive_matching(
-    v: Tensor, x_s: Tensor, s: float, t: Tensor, eps: Tensor, p: Process = flow
+    v: Tensor, x_s: Tensor, s: float, t: Tensor, eps: Tensor, process: Process = flow
 ) -> Tensor:
     """The same loss with the target eps - x_s, as if x_s were clean: Fig. 2(c). A control.
 
     Biased for s > 0: its minimiser multiplies x_t by alpha_s times the right coefficient (1/6 of
     it at s = 0.833).
     """
-    _, sigma_ts = transition(s, t, x_s, p)
+    _, sigma_ts = transition(s, t, x_s, process)
     return mean_per_sample((10 * sigma_ts**2).clamp(max=1) * (v - (eps - x_s)) ** 2)
 
 
@@ -97,7 +100,7 @@ def dmd_gradient(
     v_real: Tensor,
     v_fake: Tensor,
     weight: str = "paper",
-    p: Process = flow,
+    process: Process = flow,
 ) -> Tensor:
     """Gradient (B, ...) of the reverse KL (Eq. 6) at time t with respect to x_s, Eq. 10.
 
@@ -111,9 +114,9 @@ def dmd_gradient(
     normalised  xs over each sample's mean distance to the teacher's estimate of x_s, as in DMD
     none        v_real - v_fake
     """
-    alpha_s, sigma_s = coefficients(s, x_s, p)
-    alpha_t, sigma_t = coefficients(t, x_s, p)
-    alpha_ts, sigma_ts = transition(s, t, x_s, p)
+    alpha_s, sigma_s = coefficients(s, x_s, process)
+    alpha_t, sigma_t = coefficients(t, x_s, process)
+    alpha_ts, sigma_ts = transition(s, t, x_s, process)
     if weight == "none":
         return v_real - v_fake
     if weight == "paper":
@@ -124,7 +127,7 @@ def dmd_gradient(
     else:
         raise ValueError(f"weight: expected paper, xs, normalised or none, got {weight!r}")
     if weight == "normalised":
-        x_0 = v_to_x0(x_t, t, v_real, p)
+        x_0 = v_to_x0(x_t, t, v_real, process)
         # E[x_s | x_t] of the teacher
         x_s_real = alpha_s * x_0 + alpha_ts * (sigma_s / sigma_t) ** 2 * (x_t - alpha_t * x_0)
         distance = mean_per_sample((x_s - x_s_real).abs())  # (B,)

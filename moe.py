@@ -20,15 +20,15 @@ from phases import Phase, branch_at
 class Role:
     """A network as the method sees it: v = role(x_t, t, c), and the parameters that train.
 
-    velocity  v (B, ...) float32 at x_t (B, ...), t (B,), under the conditions c. For a role on a
-              shared network it passes the adapter's name down the call. It never sets it as a
-              state of the network: blocks that are recomputed in backward would read it too late.
-    reset     start the role from the teacher, in place, and return {name: parameter}
+    velocity    v (B, ...) float32 at x_t (B, ...), t (B,), under the conditions c. For a role on a
+                shared network it passes the adapter's name down the call. It never sets it as a
+                state of the network: blocks that are recomputed in backward would read it too late.
+    initialise  start the role from the teacher, in place, and return {name: parameter}
     """
 
     name: str
     velocity: Callable[..., Tensor]
-    reset: Callable[[], dict[str, nn.Parameter]] | None = None
+    initialise: Callable[[], dict[str, nn.Parameter]] | None = None
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
 
     def __call__(self, x_t: Tensor, t: Tensor, c: dict | None = None) -> Tensor:
@@ -36,7 +36,7 @@ class Role:
 
     def start(self) -> None:
         """Start from the teacher's weights. The first call also allocates the parameters."""
-        self.parameters = self.reset()
+        self.parameters = self.initialise()
 
 
 class Roles(NamedTuple):
@@ -113,11 +113,11 @@ def separate_roles(
     def make_role(name: str) -> Role:
         network = make_network()
 
-        def reset() -> dict[str, nn.Parameter]:
+        def initialise() -> dict[str, nn.Parameter]:
             network.load_state_dict(start)
             return dict(network.named_parameters())
 
-        return Role(name, network, reset)
+        return Role(name, network, initialise)
 
     teachers = {branch: Role(f"teacher{branch}", teacher) for branch in (1, 2)}
     return collect_roles(phases, per_depth, teachers, make_role)
@@ -151,7 +151,7 @@ def shared_roles(
                 return copies[0](x_t, t, c)
             return load_base(branches[name])(x_t, t, c, adapter=name)
 
-        def reset() -> dict[str, nn.Parameter]:
+        def initialise() -> dict[str, nn.Parameter]:
             base = load_base(branches[name])
             parameters = start_adapter(base, name)
             if parameters is None:
@@ -159,7 +159,7 @@ def shared_roles(
                 parameters = dict(copies[0].named_parameters())
             return parameters
 
-        return Role(name, velocity, reset)
+        return Role(name, velocity, initialise)
 
     def make_teacher(branch: int) -> Role:
         return Role(

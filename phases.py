@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from sde import shift, step, unshift
+from sde import shift_time, step, unshift_time
 
 # kept free at both ends of a re-noising interval, in u. Near t = s > 0 the fake's target is nearly
 # pure noise, near t = 0 the weight of Eq. 10 grows; at t = 1 no information is left
@@ -42,7 +42,10 @@ MARGIN = 0.02
 
 @dataclass(frozen=True)
 class Interval:
-    """The part of a phase's re-noising interval that belongs to one branch of the teacher."""
+    """Times at which a phase re-noises and one branch of the teacher serves.
+
+    A phase has one, or one per branch.
+    """
 
     branch: int  # 1 is the high-noise network, 2 the low-noise one
     u: tuple[float, float]  # unshifted times, low and high
@@ -51,11 +54,11 @@ class Interval:
 
 @dataclass(frozen=True)
 class Phase:
-    """Phase k: its expert takes the steps first .. last - 1, from t[0] to s = t[-1]."""
+    """Phase k: its expert takes the steps first .. end - 1, from t[0] to s = t[-1]."""
 
     k: int  # 1 .. K, from noise to data
     first: int
-    last: int
+    end: int
     t: tuple[float, ...]  # the times of its steps, and its end s
     intervals: tuple[Interval, ...]  # where it re-noises: one per branch of the teacher in use
 
@@ -67,18 +70,18 @@ class Phase:
     @property
     def num_steps(self) -> int:
         """Its number of steps, and so of truncation depths."""
-        return self.last - self.first
+        return self.end - self.first
 
 
-def step_times(steps: int, S: float) -> tuple[float, ...]:
-    """The N + 1 times of N steps, 1 to 0: even in u, then shifted. S = 5: 1 .9375 .8333 .625 0."""
-    return (1.0, *(shift(1 - i / steps, S) for i in range(1, steps)), 0.0)
+def step_times(steps: int, shift: float) -> tuple[float, ...]:
+    """The N + 1 times of N steps, 1 to 0: even in u, then shifted (5: 1 .9375 .8333 .625 0)."""
+    return (1.0, *(shift_time(1 - i / steps, shift) for i in range(1, steps)), 0.0)
 
 
 def make_phases(
     steps: int,
     phases: int,
-    S: float = 1.0,
+    shift: float = 1.0,
     interval: str = "nested",
     boundary_t: float | None = None,
     fix_t: float = 0.0,
@@ -94,20 +97,20 @@ def make_phases(
         raise ValueError(
             f"--phases: expected a divisor of --steps {steps} {divisors}, got {phases}"
         )
-    times, n, result = step_times(steps, S), steps // phases, []
+    times, n, result = step_times(steps, shift), steps // phases, []
     for k in range(1, phases + 1):
         t = times[(k - 1) * n : k * n + 1]
-        u_end = unshift(t[0], S) if interval == "disjoint" else 1.0
-        u = (unshift(t[-1], S) + MARGIN, u_end - MARGIN)
+        u_end = unshift_time(t[0], shift) if interval == "disjoint" else 1.0
+        u = (unshift_time(t[-1], shift) + MARGIN, u_end - MARGIN)
         if fix_t and fix_t <= t[-1]:
             raise ValueError(
                 f"--fix-t: expected more than {t[-1]:.4g}, where phase {k} ends, got {fix_t}"
             )
         if fix_t:
-            u = unshift(fix_t, S)
+            u = unshift_time(fix_t, shift)
             intervals = (Interval(branch_at(fix_t, boundary_t), (u, u)),)
         elif u[0] < u[1]:
-            intervals = split_at_boundary(t, u, S, boundary_t)
+            intervals = split_at_boundary(t, u, shift, boundary_t)
         else:
             raise ValueError(
                 f"--interval: expected more than {2 * MARGIN} between the ends in u, phase {k} has "
@@ -123,14 +126,14 @@ def branch_at(t: float, boundary_t: float | None) -> int:
 
 
 def split_at_boundary(
-    t: tuple[float, ...], u: tuple[float, float], S: float, boundary_t: float | None
+    t: tuple[float, ...], u: tuple[float, float], shift: float, boundary_t: float | None
 ) -> tuple[Interval, ...]:
     """Split the re-noising interval u of the steps at t between the branches of the teacher."""
     if boundary_t is None:
         return (Interval(1, u),)
     if min(t[:-1]) >= boundary_t:  # all steps belong to branch 1: branch 2 is not even loaded
         return (Interval(1, u, floor=boundary_t),)
-    u_boundary = unshift(boundary_t, S)
+    u_boundary = unshift_time(boundary_t, shift)
     high = Interval(1, (max(u_boundary, u[0]), u[1]))
     low = Interval(2, (u[0], min(u_boundary, u[1])))
     return tuple(part for part in (high, low) if part.u[0] < part.u[1])
@@ -141,15 +144,15 @@ def pick_interval(phase: Phase, r: float) -> Interval:
 
     So an update asks one branch of the teacher and not two; over all, t has the same distribution.
     """
-    first, last = phase.intervals[0], phase.intervals[-1]  # there are one or two
-    lengths = [part.u[1] - part.u[0] for part in (first, last)]
-    return first if r * sum(lengths) < lengths[0] else last
+    high, low = phase.intervals[0], phase.intervals[-1]  # the same if there is one
+    lengths = [interval.u[1] - interval.u[0] for interval in (high, low)]
+    return high if r * sum(lengths) < lengths[0] else low
 
 
-def renoise_times(interval: Interval, r: Tensor, S: float) -> Tensor:
+def renoise_times(interval: Interval, r: Tensor, shift: float) -> Tensor:
     """Times t (B,) for r ~ U(0, 1) (B,): uniform in u, then shifted, then clipped to the floor."""
     low, high = interval.u
-    return shift(low + (high - low) * r, S).clamp(min=interval.floor)
+    return shift_time(low + (high - low) * r, shift).clamp(min=interval.floor)
 
 
 def split_batch(
@@ -211,13 +214,13 @@ def rollout(
     all steps of the phase have a gradient.
     checkpointing: keep only the input of the truncated step, and compute it again in backward.
     """
-    start = phase.first + (depth - 1 if depth else 0)  # the first step with a gradient
+    first = phase.first + (depth - 1 if depth else 0)  # the first step with a gradient
     with torch.no_grad():
-        *_, x = trajectory(nets[:start], times[: start + 1], z, c)  # the last x
-    last, t = (start + 1, (times[start], phase.s)) if depth else (phase.last, phase.t)
+        *_, x = trajectory(nets[:first], times[: first + 1], z, c)  # the last x
+    end, t = (first + 1, (times[first], phase.s)) if depth else (phase.end, phase.t)
 
     def finish(x: Tensor) -> Tensor:
-        *_, x_s = trajectory(nets[start:last], t, x, c)
+        *_, x_s = trajectory(nets[first:end], t, x, c)
         return x_s
 
     if checkpointing and depth and torch.is_grad_enabled():
@@ -228,19 +231,19 @@ def rollout(
 # -- for people ----------------------------------------------------------------------------------
 
 
-def format_phases(phases: list[Phase], S: float) -> str:
+def format_phases(phases: list[Phase], shift: float) -> str:
     """The phases as a table to print; times are x 1000, as model cards write them."""
     rows = ["phase  steps at t x 1000          ends at  re-noises in"]
     for phase in phases:
         steps = " ".join(f"{1000 * t:.4g}" for t in phase.t[:-1])
-        intervals = " and ".join(format_interval(part, S) for part in phase.intervals)
+        intervals = " and ".join(format_interval(part, shift) for part in phase.intervals)
         rows.append(f"{phase.k:5}  {steps:26}  {1000 * phase.s:7.4g}  {intervals}")
     return "\n".join(rows)
 
 
-def format_interval(interval: Interval, S: float) -> str:
+def format_interval(interval: Interval, shift: float) -> str:
     """Format an interval: (844.2, 995.9), clipped to 875."""
-    low, high = (1000 * shift(u, S) for u in interval.u)
+    low, high = (1000 * shift_time(u, shift) for u in interval.u)
     text = f"({low:.4g}, {high:.4g})"
     if interval.floor:
         text += f", clipped to {1000 * interval.floor:.4g}"

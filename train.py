@@ -79,9 +79,9 @@ class Run:
         """Whether the last phase has been trained."""
         return self.k == len(self.phases) and self.i == self.cfg.iters
 
-    def key(self, u: int) -> tuple:
-        """The key of update u's random numbers, equal on all ranks."""
-        return self.cfg.seed, self.k, self.i, u
+    def key(self, update: int) -> tuple:
+        """The key of an update's random numbers, equal on all ranks."""
+        return self.cfg.seed, self.k, self.i, update
 
 
 # -- the method ----------------------------------------------------------------------------------
@@ -124,42 +124,42 @@ def run_iteration(run: Run) -> list[dict]:
     """
     updates = run.cfg.fake_updates if run.i >= 0 else 1
     shared = list(simulate(run, 0)) if run.cfg.reuse_rollouts else None
-    rows = [update_fake(run, u, shared or simulate(run, u)) for u in range(updates)]
+    rows = [update_fake(run, n, shared or simulate(run, n)) for n in range(updates)]
     return rows if run.i < 0 else [*rows, update_student(run, updates)]
 
 
-def simulate(run: Run, u: int) -> Iterator[tuple]:
+def simulate(run: Run, update: int) -> Iterator[tuple]:
     """Yield micro-batches with the student's samples x_s at the end of the phase (Eq. 9)."""
-    for batch in micro_batches(run, u, truncate=run.cfg.fake_rollout != "complete"):
+    for batch in micro_batches(run, update, truncate=run.cfg.fake_rollout != "complete"):
         with torch.no_grad():
             x_s = rollout(run.nets, run.times, run.phase, batch.z, batch.c, batch.depth)
         yield x_s, batch
 
 
-def update_fake(run: Run, u: int, samples: Iterable[tuple]) -> dict:
+def update_fake(run: Run, update: int, samples: Iterable[tuple]) -> dict:
     """One step of score matching on the student's samples: Eq. 8; inside (s, 1) Eq. 13.
 
     v_real - v_fake is a difference of scores only if teacher and fake are the same function of
     their scores (assumption A2). The target of Eq. 11 ensures this; the naive one does not.
     """
-    s, interval, total = run.phase.s, choose_interval(run, u), 0.0
+    s, interval, total = run.phase.s, choose_interval(run, update), 0.0
     matching = subinterval_matching if run.cfg.target == "unbiased" else naive_matching
-    for x_s, batch in samples:
+    for x_s, batch in samples:  # the student's, without gradient
         t, eps = renoise(run, interval, x_s, batch.rng)
         x_t = diffuse(x_s, s, t, eps)  # (n, ...)
         v_fake = fake_of(run, interval, batch)(x_t, t, batch.c)
-        loss = matching(v_fake, x_s, s, t, eps).mean() * batch.share
+        loss = matching(v_fake, x_s, s, t, eps).mean() * batch.share  # Eq. 13
         loss.backward()
         total += loss.detach()
     loss = parallel.all_reduce_sum(total)
     return step_optimizers(run, f"fake{interval.branch}", {"loss": loss})
 
 
-def update_student(run: Run, u: int) -> dict:
+def update_student(run: Run, update: int) -> dict:
     """One step of the expert down the reverse KL at random times t: Eq. 10; at s = 0 Eq. 7."""
-    s, interval, total = run.phase.s, choose_interval(run, u), 0.0
+    s, interval, total = run.phase.s, choose_interval(run, update), 0.0
     checkpointing = run.cfg.checkpointing == "on"
-    for batch in micro_batches(run, u):
+    for batch in micro_batches(run, update):
         x_s = rollout(run.nets, run.times, run.phase, batch.z, batch.c, batch.depth, checkpointing)
         with torch.no_grad():  # the gradient is a constant: no graph of teacher or fake
             t, eps = renoise(run, interval, x_s, batch.rng)
@@ -184,19 +184,19 @@ class MicroBatch(NamedTuple):
     share: float  # n / batch
 
 
-def micro_batches(run: Run, u: int, truncate: bool = True) -> Iterator[MicroBatch]:
-    """The micro-batches of update u that this rank computes; truncate: with a truncation depth.
+def micro_batches(run: Run, update: int, truncate: bool = True) -> Iterator[MicroBatch]:
+    """The micro-batches of an update that this rank computes; truncate: with a truncation depth.
 
     Each has a random stream of its own, so numbers do not depend on how many ranks there are. What
     all ranks must agree on (shape, depth, branch) comes from streams whose key has no m.
     """
-    cfg, r = run.cfg, uniform((), *run.key(u), "depth").item()
+    cfg, r = run.cfg, uniform((), *run.key(update), "depth").item()
     depths = run.phase.num_steps if truncate and cfg.truncate == "on" else 0
     sizes = split_batch(cfg.batch, cfg.micro_batch, depths, cfg.depths == "mixed", r)
     share, updates = parallel.my_share(list(enumerate(sizes))), cfg.fake_updates + 1
-    for m, (n, depth) in common.watch_update(share, u, updates if run.i >= 0 else 1):
-        rng = stream(*run.key(u), m)
-        c, shape = run.data(n, stream(*run.key(u), "data"), rng)
+    for m, (n, depth) in common.watch_update(share, update, updates if run.i >= 0 else 1):
+        rng = stream(*run.key(update), m)
+        c, shape = run.data(n, stream(*run.key(update), "data"), rng)
         z = moe.to_device(torch.randn(n, *shape, generator=rng), run.device)
         yield MicroBatch(z, moe.cond_to(c, run.device), depth, rng, n / cfg.batch)
 
@@ -208,9 +208,9 @@ def renoise(run: Run, interval: Interval, x_s: Tensor, rng: torch.Generator) -> 
     return moe.to_device(t, x_s.device), moe.to_device(eps, x_s.device)
 
 
-def choose_interval(run: Run, u: int) -> Interval:
-    """The part of the phase's interval, and so the teacher's branch, that update u uses."""
-    return pick_interval(run.phase, uniform((), *run.key(u), "interval").item())
+def choose_interval(run: Run, update: int) -> Interval:
+    """The part of the phase's interval, and so the teacher's branch, that an update uses."""
+    return pick_interval(run.phase, uniform((), *run.key(update), "interval").item())
 
 
 def fake_of(run: Run, interval: Interval, batch: MicroBatch) -> moe.Role:

@@ -15,7 +15,7 @@ def make_card(student, stems: list[str], base: str) -> str:
     rows = []
     for phase, stem in zip(phases, stems):
         noise, leftover = ("enable" if x else "disable" for x in (phase.k == 1, phase.s > 0))
-        rows.append(f"| {stem} | {phase.first} | {phase.last} | {noise} | {leftover} |")
+        rows.append(f"| {stem} | {phase.first} | {phase.end} | {noise} | {leftover} |")
     lines, times = "\n".join(rows), ", ".join(f"{1000 * t:.6g}" for t in student.times[:-1])
     base_model = f"base_model: {base}\n" if base == spec.repository else ""
     lora = f"LoRA of rank {cfg.rank}, alpha {format_value(cfg.alpha)}"

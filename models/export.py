@@ -146,7 +146,7 @@ def whole_folder(out: Path, names: set[str]) -> Iterator[Path]:
 def file_metadata(student: Student, phase) -> dict[str, str]:
     """The header's strings: what sample.py --lora needs to know, and what a reader wants to."""
     cfg, branch = student.cfg, student.base_of[f"student{phase.k}"]
-    steps = json.dumps(list(range(phase.first, phase.last)))
+    steps = json.dumps(list(range(phase.first, phase.end)))
     metadata = dict(format="pt", teacher=cfg.teacher, base=base_name(cfg), branch=str(branch))
     metadata |= dict(phase=str(phase.k), steps=steps, times=json.dumps(student.times))
     metadata["shift"] = str(cfg.shift)

@@ -30,7 +30,7 @@ from models.layers import attention_backend
 from models.qwen_image import QwenImage
 from models.weights import dtype_named, is_random, teacher_spec
 from phases import Phase, branch_at, full_time, pick_interval, renoise_times, step_times, trajectory
-from sde import diffuse, shift, v_to_x0
+from sde import diffuse, shift_time, v_to_x0
 
 EXAMPLE_PROMPTS = Path(__file__).parent / "prompts.txt"
 SIZE = re.compile(r"(?:(\d{1,4})x)?(\d{1,5})x(\d{1,5})(?::(\d{0,9}\.?\d{1,9}))?")
@@ -494,8 +494,8 @@ def report(cfg, phases, roles, k: int, device, out: Path, finished: bool) -> tup
     in_chunks = partial(moe.chunked, size=cfg.micro_batch or n)
     nets = [in_chunks(role) for role in moe.student_nets(roles, phases[:k])]
     times = step_times(cfg.steps, cfg.shift)
-    *_, x_before, x_s = xs = list(trajectory(nets, times[: phase.last + 1], z, c))
-    rows = {f"student, t = {p.s:.3g}": xs[p.last] for p in phases[:k]}
+    *_, x_before, x_s = xs = list(trajectory(nets, times[: phase.end + 1], z, c))
+    rows = {f"student, t = {p.s:.3g}": xs[p.end] for p in phases[:k]}
     t = full_time(phase.t[-2], x_s)
     rows["student x_0"] = v_to_x0(x_before, t, nets[-1](x_before, t, c))
     interval = pick_interval(phase, 0.5)
@@ -652,13 +652,15 @@ def check_inputs(cfg, args) -> None:
         encoders.load_vae(cfg.teacher, weights_folder(cfg), "cpu")
 
 
-def teacher_times(cfg, S: float | None) -> tuple[float, ...]:
-    """The times of the published sampler in cfg.steps steps, or those of the shift S."""
+def teacher_times(cfg, shift: float | None) -> tuple[float, ...]:
+    """The times of the published sampler in cfg.steps steps, or those of this shift."""
     default, [shape] = teacher_spec(cfg.teacher).sampling_defaults[1], buckets(cfg)
     # Qwen-Image shifts by e^mu, where mu grows with the tokens, and stretches to end at 0.02
     mu = 0.5 + 0.4 * (math.prod(shape[1:]) / 4 - 256) / 7936
-    times = [shift(1 - i / cfg.steps, S or default or math.exp(mu)) for i in range(cfg.steps)]
-    if not (S or default) and cfg.steps > 1:
+    times = [
+        shift_time(1 - i / cfg.steps, shift or default or math.exp(mu)) for i in range(cfg.steps)
+    ]
+    if not (shift or default) and cfg.steps > 1:
         times = [1 - (1 - t) * 0.98 / (1 - times[-1]) for t in times]
     return (*times, 0.0)
 

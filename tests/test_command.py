@@ -126,8 +126,8 @@ def test_help_has_every_setting_and_the_defaults_of_the_chosen_teacher(capsys):
             train.main(["--teacher", teacher, "--help"])
         texts[teacher] = re.sub(r"\s+", " ", capsys.readouterr().out)
     assert all("--" + f.name.replace("_", "-") in texts["toy2d"] for f in fields(train.Config))
-    assert "S in t = S u / (1 + (S - 1) u) (default 1.0)" in texts["toy2d"]
-    assert "S in t = S u / (1 + (S - 1) u) (default 5.0)" in texts["wan22"]
+    assert "t = shift u / (1 + (shift - 1) u) (default 1.0)" in texts["toy2d"]
+    assert "t = shift u / (1 + (shift - 1) u) (default 5.0)" in texts["wan22"]
 
 
 WRONG = {

@@ -44,7 +44,7 @@ def load_run(out):
     settings = json.loads((out / "config.json").read_text())["settings"]
     cfg = train.Config(**from_json(settings))
     phases, tensors = train.phases_of(cfg), load_file(out / "student.safetensors")
-    roles = digits.make_roles(cfg, phases, CPU, out)
+    roles = digits.PRESET.make_roles(cfg, phases, CPU, out)
     for role in roles.student.values():
         role.start()
         for name, p in role.parameters.items():
@@ -73,7 +73,7 @@ def test_the_prompts_are_the_conditions_of_the_ten_classes():
     assert embeddings.prompts == [str(digit) for digit in range(10)]
     rows = torch.cat([embeddings.row(i) for i in range(10)] + [embeddings.negative]).float()
     assert torch.equal(rows, digits.conditions(torch.arange(11))["text"][:, 0])
-    data = digits.make_data(train.make_config("mnist"), None)
+    data = digits.PRESET.make_data(train.make_config("mnist"), None)
     c, shape = data(64, stream("shared"), stream("rng"))
     assert shape == digits.SHAPE and set(digits.labels_of(c).tolist()) == set(range(10))
 
@@ -192,7 +192,7 @@ def test_a_run_reports_its_own_samples(finished, monkeypatch):
     measured = digits.measure(*samples, digits.cycle_labels(100), digits.load_reference())
     assert {name: metrics[name] for name in measured} == pytest.approx(measured, rel=1e-4)
     assert metrics["samples"] == 100 and "frechet_floor" not in metrics  # it needs 10,000
-    few_steps = digits.sample_teacher(roles.teacher[1], 4, 30, CPU, *key, S=cfg.shift)
+    few_steps = digits.sample_teacher(roles.teacher[1], 4, 30, CPU, *key, shift=cfg.shift)
     expected = {"teacher, 4 steps": few_steps, "student, 4 steps": xs[-1][:30]}
     expected |= {"t = 1": xs[0][:10], "t = 0.75": xs[2][:10], "t = 0": xs[4][:10]}
     assert all(torch.allclose(rows[name], x, atol=1e-4) for name, x in expected.items())
@@ -203,7 +203,7 @@ def test_after_phase_1_the_teacher_completes_the_samples(tmp_path):
     """The untrained student is the teacher without guidance; its two steps alone are not digits."""
     cfg = train.make_config("mnist", eval_samples=100)
     phases = train.phases_of(cfg)
-    roles = digits.make_roles(cfg, phases, CPU, tmp_path)
+    roles = digits.PRESET.make_roles(cfg, phases, CPU, tmp_path)
     roles.student[1].start()
     metrics, png = digits.report(cfg, phases, roles, 1, CPU, tmp_path, finished=False)
     assert metrics["accuracy"] > 0.9 and png.startswith(b"\x89PNG")

@@ -27,7 +27,7 @@ def test_the_times_are_the_papers(S, expected):
 def test_four_steps_in_two_phases_are_the_papers(no_margin):
     """Phase 1 ends at 0.8333 and re-noises in (0.8333, 1); phase 2 ends at 0, in (0, 1)."""
     one, two = ph.make_phases(4, 2, 5)
-    assert (one.first, one.last, two.first, two.last) == (0, 2, 2, 4)
+    assert (one.first, one.end, two.first, two.end) == (0, 2, 2, 4)
     assert one.t == pytest.approx([1, 0.9375, 5 / 6]) and two.t == pytest.approx([5 / 6, 0.625, 0])
     for phase, low in ((one, 5 / 6), (two, 0)):
         t = ph.renoise_times(phase.intervals[0], torch.tensor([0.0, 1.0]), 5)
@@ -42,7 +42,7 @@ def test_phases_tile_the_steps_and_the_interval(steps, S, no_margin):
     for K in (k for k in range(1, steps + 1) if steps % k == 0):
         for interval in ("nested", "disjoint"):
             phases = ph.make_phases(steps, K, S, interval)
-            assert [i for p in phases for i in range(p.first, p.last)] == list(range(steps))
+            assert [i for p in phases for i in range(p.first, p.end)] == list(range(steps))
             starts = [1.0] + [p.s for p in phases[:-1]]
             assert [p.t[0] for p in phases] == pytest.approx(starts) and phases[-1].s == 0
             times = [t for p in phases for t in p.t[:-1]] + [0]

@@ -150,7 +150,7 @@ def test_expected_flops_are_those_of_the_forwards_of_an_iteration(settings, monk
             flops.append(len(x_t) * each * (1 + role.name.startswith("teacher")))  # CFG
             return x_t * 1.0
 
-        role.velocity, role.reset = velocity, dict
+        role.velocity, role.initialise = velocity, dict
 
     for roles in run.roles:
         for role in roles.values():

@@ -10,10 +10,10 @@ from sde import (
     coefficients,
     diffuse,
     flow,
-    shift,
+    shift_time,
     step,
     transition,
-    unshift,
+    unshift_time,
     v_to_eps,
     v_to_score,
     v_to_x0,
@@ -110,9 +110,13 @@ def test_the_solver_converges_to_the_exact_flow(p):
 
 def test_the_shift_is_the_papers_and_has_an_inverse():
     """Shift 5 sends .75, .5, .25 to .9375, .8333, .625; twice is a shift of 25."""
-    assert [shift(u, 5) for u in (1, 0.75, 0.5, 0.25, 0)] == pytest.approx(
+    assert [shift_time(u, 5) for u in (1, 0.75, 0.5, 0.25, 0)] == pytest.approx(
         [1, 0.9375, 5 / 6, 0.625, 0]
     )
-    assert [unshift(shift(u, 5), 5) for u in (1, 0.3, 0)] == pytest.approx([1, 0.3, 0])
-    assert shift(shift(0.3, 5), 5) == pytest.approx(shift(0.3, 25)) != shift(0.3, 5)
-    assert math.isclose(shift(0.3, 1), 0.3)
+    assert [unshift_time(shift_time(u, 5), 5) for u in (1, 0.3, 0)] == pytest.approx([1, 0.3, 0])
+    assert (
+        shift_time(shift_time(0.3, 5), 5)
+        == pytest.approx(shift_time(0.3, 25))
+        != shift_time(0.3, 5)
+    )
+    assert math.isclose(shift_time(0.3, 1), 0.3)

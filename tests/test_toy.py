@@ -34,7 +34,7 @@ def generator(seed=0):
 
 def log_density(mixture, x_t, t, c):
     """log p(x_t) (B,) by torch.distributions."""
-    alpha_t, sigma_t = coefficients(t, x_t, mixture.p)
+    alpha_t, sigma_t = coefficients(t, x_t, mixture.process)
     sd = (alpha_t**2 * mixture.sd**2 + sigma_t**2) ** 0.5
     means = (alpha_t * mixture.means).expand(len(x_t), -1, -1)  # (B, M, d)
     in_class = torch.ones(means.shape[:2]) if c is None else mixture.labels == c["class"][:, None]

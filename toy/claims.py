@@ -277,7 +277,7 @@ def run_toy(job: Job) -> dict:
     for name, x in sample_depths(run, xs[0], c).items():
         metrics[name] = compare(x, exact(0.0), c)[0]
     if len(run.phases) > 1:
-        x, s = xs[run.phases[0].last], run.phases[0].s
+        x, s = xs[run.phases[0].end], run.phases[0].s
         metrics["energy of x_(t_1)"] = compare(x, exact(s), c)[0]
     return metrics | (compare_early(run, early) if job.name == PHASED else {})
 

@@ -196,9 +196,11 @@ def sample_digits(nets: list, times: tuple, n: int, device, *key, text="sampling
     return sample_from(nets, times, normal((n, *SHAPE), *key, "z"), device, text)
 
 
-def sample_teacher(teacher: Callable, steps: int, n: int, device, *key, S: float = SHIFT) -> Tensor:
+def sample_teacher(
+    teacher: Callable, steps: int, n: int, device, *key, shift: float = SHIFT
+) -> Tensor:
     """Latents (n, 16, 1, 8, 8) that the teacher draws in so many Euler steps of shift S."""
-    text, times = f"teacher, {steps} steps", step_times(steps, S)
+    text, times = f"teacher, {steps} steps", step_times(steps, shift)
     return sample_digits([teacher] * steps, times, n, device, *key, text=text)[-1]
 
 
@@ -257,11 +259,11 @@ def report(
     metrics = measure(features, predicted, cycle_labels(n), load_reference()) | {"samples": n}
     metrics |= teacher_metrics(cfg) if finished else {}
     rows = {
-        f"teacher, {steps} steps": sample_teacher(teacher, steps, 30, device, *key, S=cfg.shift)
+        f"teacher, {steps} steps": sample_teacher(teacher, steps, 30, device, *key, shift=cfg.shift)
         for steps in (40, cfg.steps)
     }
     rows[f"student, {len(nets)} steps"] = xs[-1][:30]
-    rows |= {f"t = {times[i]:.3g}": xs[i][:CLASSES] for i in (0, *(p.last for p in phases[:k]))}
+    rows |= {f"t = {times[i]:.3g}": xs[i][:CLASSES] for i in (0, *(p.end for p in phases[:k]))}
     return metrics, draw_sheet(rows)
 
 

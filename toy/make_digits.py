@@ -38,7 +38,7 @@ from models.common import (
     write_tensors,
 )
 from models.wan import Wan
-from sde import diffuse, shift
+from sde import diffuse, shift_time
 from toy import digits
 from toy.digits import CLASSES, FOLDER, SHIFT, Classifier
 
@@ -105,7 +105,7 @@ def fit_teacher(pixels: Tensor, labels: Tensor, steps: int, seed: int, batch: in
         rows = integers(batch, len(x), *key, "rows")
         is_null = uniform(batch, *key, "drop") < 0.1
         c = digits.conditions(labels[rows].masked_fill(is_null, CLASSES))
-        t, eps = shift(uniform(batch, *key, "t"), SHIFT), normal((batch, *x.shape[1:]), *key)
+        t, eps = shift_time(uniform(batch, *key, "t"), SHIFT), normal((batch, *x.shape[1:]), *key)
         loss = flow_matching(net(diffuse(x[rows], 0.0, t, eps), t, c), x[rows], eps).mean()
         optimizer.zero_grad()
         loss.backward()

@@ -24,7 +24,7 @@ from toy.toy2d import MLP
 
 N, K, BATCH = 4, 2, 256  # steps, phases, samples per update
 data = ring()  # data.velocity(x_t, t) is E[eps - x_0 | x_t], what a perfect teacher predicts
-times = step_times(N, S=1.0)  # 1, 0.75, 0.5, 0.25, 0
+times = step_times(N, shift=1.0)  # 1, 0.75, 0.5, 0.25, 0
 phases = make_phases(N, K)  # phase 1 ends at s = 0.5, phase 2 at s = 0
 
 

@@ -29,7 +29,7 @@ class Mixture:
     means: Tensor  # (M, d)
     sd: float
     labels: Tensor  # (M,) class of each component
-    p: Process = flow
+    process: Process = flow
     unit: tuple[Tensor | float, float] = (0.0, 1.0)  # --points: data = unit[0] + unit[1] * x
 
     @property
@@ -38,7 +38,7 @@ class Mixture:
 
     def _posterior(self, x_t: Tensor, t, c) -> tuple[Tensor, Tensor]:
         """log p(component | x_t) up to a constant (B, M), and the variance of x_t given it."""
-        alpha_t, sigma_t = coefficients(t, x_t, self.p)
+        alpha_t, sigma_t = coefficients(t, x_t, self.process)
         means, var = self.means.to(x_t), as_tensor(alpha_t**2 * self.sd**2 + sigma_t**2)
         # |x - alpha mu|^2 without its |x|^2, which is the same for all components: no cancellation
         logits = (alpha_t * (x_t @ means.T) - 0.5 * alpha_t**2 * means.square().sum(1)) / var
@@ -49,7 +49,7 @@ class Mixture:
 
     def denoise(self, x_t: Tensor, t, c=None) -> tuple[Tensor, Tensor]:
         """E[x_0 | x_t] and E[eps | x_t], (B, d) each; finite at both ends."""
-        alpha_t, sigma_t = coefficients(t, x_t, self.p)
+        alpha_t, sigma_t = coefficients(t, x_t, self.process)
         logits, var = self._posterior(x_t, t, c)
         mean = logits.softmax(1) @ self.means.to(x_t)  # (B, d)
         residual = (x_t - alpha_t * mean) / var
@@ -67,7 +67,7 @@ class Mixture:
 
     def score(self, x_t: Tensor, t, c=None) -> Tensor:
         """grad log p(x_t) (B, d)."""
-        alpha_t, _ = coefficients(t, x_t, self.p)
+        alpha_t, _ = coefficients(t, x_t, self.process)
         logits, var = self._posterior(x_t, t, c)
         return (alpha_t * (logits.softmax(1) @ self.means.to(x_t)) - x_t) / var
 
@@ -84,7 +84,7 @@ class Mixture:
     def sample_at(self, t: float, n: int, generator: torch.Generator, c=None) -> Tensor:
         """n exact samples x_t (n, d)."""
         x_0 = self.sample(n, generator, c)
-        alpha_t, sigma_t = coefficients(t, x_0, self.p)
+        alpha_t, sigma_t = coefficients(t, x_0, self.process)
         noise = torch.randn(x_0.shape, generator=generator, dtype=x_0.dtype)
         return alpha_t * x_0 + sigma_t * noise
 
@@ -100,31 +100,33 @@ class Mixture:
 # -- the toys ------------------------------------------------------------------------------------
 
 
-def ring(p: Process = flow) -> Mixture:
+def ring(process: Process = flow) -> Mixture:
     """8 modes on a circle of radius 2, sd 0.1; two classes, which alternate."""
     angle = torch.arange(8) * (2 * math.pi / 8)
-    return Mixture(2 * torch.stack([angle.cos(), angle.sin()], 1), 0.1, torch.arange(8) % 2, p)
+    return Mixture(
+        2 * torch.stack([angle.cos(), angle.sin()], 1), 0.1, torch.arange(8) % 2, process
+    )
 
 
-def wide(p: Process = flow) -> Mixture:
+def wide(process: Process = flow) -> Mixture:
     """The ring with radius 8 and the same sd."""
-    narrow = ring(p)
+    narrow = ring(process)
     return replace(narrow, means=4 * narrow.means)
 
 
-def grid(p: Process = flow) -> Mixture:
+def grid(process: Process = flow) -> Mixture:
     """5 x 5 modes at distance 1, sd 0.1; five classes, one per row."""
     axis = torch.arange(-2.0, 3.0)
-    return Mixture(torch.cartesian_prod(axis, axis), 0.1, torch.arange(25) % 5, p)
+    return Mixture(torch.cartesian_prod(axis, axis), 0.1, torch.arange(25) % 5, process)
 
 
-def spirals(p: Process = flow) -> Mixture:
+def spirals(process: Process = flow) -> Mixture:
     """Two interleaved arms of 20 modes, sd 0.07; a class per arm."""
     # equal steps of radius^2 give equal arc lengths
     radius = (0.5**2 + (2.2**2 - 0.5**2) * torch.linspace(0, 1, 20)).sqrt()
     angle = 3 * math.pi * (radius - 0.5) / (2.2 - 0.5)
     arm = radius[:, None] * torch.stack([angle.cos(), angle.sin()], 1)
-    return Mixture(torch.cat([arm, -arm]), 0.07, torch.arange(40) // 20, p)
+    return Mixture(torch.cat([arm, -arm]), 0.07, torch.arange(40) // 20, process)
 
 
 TOYS = {"ring": ring, "wide": wide, "grid": grid, "spirals": spirals}

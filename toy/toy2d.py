@@ -291,7 +291,7 @@ def report(
     times, nets = step_times(cfg.steps, cfg.shift), student_nets(roles, phases)
     xs, c = draw(cfg, nets, times, n, device)
     exact = lambda s, i: mixture.sample_at(s, n, stream("exact", cfg.seed, i))
-    pairs = {f"phase {p.k}": (xs[p.last], exact(p.s, p.s or 0)) for p in phases}
+    pairs = {f"phase {p.k}": (xs[p.end], exact(p.s, p.s or 0)) for p in phases}
     if finished:
         (*_, x_teacher), _ = draw(cfg, [exact_teacher(cfg, device)] * cfg.steps, times, n, device)
         _, y = pairs[f"phase {k}"]
@@ -343,8 +343,8 @@ def draw_picture(cfg, nets: list, phases: list[Phase], device, n: int = 3000) ->
         f"teacher, {cfg.steps} steps": draw(cfg, teacher, times, n, device)[0],
         "exact": [mixture.sample_at(t, n, stream("picture", i)) for i, t in enumerate(times)],
     }
-    expert = {i: phase.k for phase in phases for i in range(phase.first, phase.last)}
-    ends = {phase.last for phase in phases}
+    expert = {i: phase.k for phase in phases for i in range(phase.first, phase.end)}
+    ends = {phase.end for phase in phases}
     figure = Figure((2.1 * len(times), 6.4), layout="constrained")
     axes = figure.subplots(3, len(times), squeeze=False)
     for row, (name, xs) in zip(axes, rows.items()):
