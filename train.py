@@ -58,6 +58,7 @@ class Run:
     i: int = 0  # next iteration of the phase; negative while the fake warms up
     optimizers: dict[str, AdamW] = field(default_factory=dict)  # by role name
     skips: dict[str, int] = field(default_factory=dict)  # non-finite updates in a row
+    watch: common.Watch = field(default_factory=common.Watch)  # progress inside an iteration
 
     @property
     def phase(self) -> Phase:
@@ -194,7 +195,7 @@ def micro_batches(run: Run, update: int, truncate: bool = True) -> Iterator[Micr
     depths = run.phase.num_steps if truncate and cfg.truncate == "on" else 0
     sizes = split_batch(cfg.batch, cfg.micro_batch, depths, cfg.depths == "mixed", r)
     share, updates = parallel.my_share(list(enumerate(sizes))), cfg.fake_updates + 1
-    for m, (n, depth) in common.watch_update(share, update, updates if run.i >= 0 else 1):
+    for m, (n, depth) in run.watch(share, update, updates if run.i >= 0 else 1):
         rng = stream(*run.key(update), m)
         c, shape = run.data(n, stream(*run.key(update), "data"), rng)
         z = moe.to_device(torch.randn(n, *shape, generator=rng), run.device)

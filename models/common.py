@@ -728,19 +728,39 @@ class Log:
             return self.file.seek(0, os.SEEK_END)
 
 
-def watch_update(micro_batches: list, u: int, updates: int) -> Iterator:
-    """Iterate over the micro-batches of update u of an iteration, with a bar for the iteration.
+class Watch:
+    """A bar by micro-batch for one iteration after the other."""
 
-    Many micro-batches are slow: then it shows at once. Where no bar is drawn, a slow update prints
-    a line.
-    """
-    n, began, text = len(micro_batches), time.monotonic(), f"update {u + 1} of {updates}"
-    options = dict(total=n * updates, initial=n * u, delay=0 if n > 2 else 1, disable=None)
-    yield from tqdm(micro_batches, text, leave=False, unit=" micro-batches", **options)
-    seconds = time.monotonic() - began
-    if seconds > SLOW_UPDATE and not sys.stderr.isatty():
-        left = (updates - u - 1) * seconds / 60
-        print(f"{text} took {seconds:.0f} s; about {left:.0f} minutes left in this iteration")
+    def __init__(self):
+        self.bar = None
+
+    def __call__(self, micro_batches: list, u: int, updates: int) -> Iterator:
+        """Iterate over the micro-batches of update u of an iteration.
+
+        Where they are many, and so slow, the bar shows at once. Where no bar is drawn, a slow
+        update prints a line.
+        """
+        n, text, began = len(micro_batches), f"update {u + 1} of {updates}", time.monotonic()
+        if u == 0 or self.bar is None:
+            self.close()
+            options = dict(leave=False, delay=0 if n > 2 else 1, disable=None)
+            self.bar = tqdm(desc=text, total=n * updates, unit=" micro-batches", **options)
+        self.bar.set_description(text)
+        for item in micro_batches:
+            yield item
+            self.bar.update()
+        seconds, left = time.monotonic() - began, updates - u - 1
+        if seconds > SLOW_UPDATE and not sys.stderr.isatty():
+            minutes = f"about {left * seconds / 60:.0f} minutes"
+            print(f"{text} took {seconds:.0f} s; {minutes} left in this iteration")
+        if not left:
+            self.close()
+
+    def close(self) -> None:
+        """Remove the bar."""
+        if self.bar is not None:
+            self.bar.close()
+        self.bar = None
 
 
 def with_progress(steps: Iterable, text: str, stop: Stop) -> Iterator:

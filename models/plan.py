@@ -338,10 +338,8 @@ def card(gigabytes: int) -> float:
 @lru_cache
 def peak_flops(dtype: torch.dtype, device: str) -> float:
     """FLOP/s to compute MFU with: measured on a GPU, assumed elsewhere."""
-    if torch.device(device).type != "cuda":
-        return ASSUMED_FLOPS
-    print("measuring the speed of the GPU, for MFU")
-    return matmul_flops(dtype, device)
+    print("counting FLOPs")
+    return matmul_flops(dtype, device) if torch.device(device).type == "cuda" else ASSUMED_FLOPS
 
 
 def matmul_flops(dtype: torch.dtype, device: str) -> float:

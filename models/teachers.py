@@ -283,11 +283,12 @@ def load_base(
         lora.note(f"attention by {attention_backend(q)}, with a mask {attention_backend(q, mask)}")
     options = dict(dtype=dtype_named(cfg.dtype), allocate=allocate, device=device)
     options["int8"] = cfg.base == "int8"
+    noise = f", {export.NOISE[branch]} noise" if teacher_spec(cfg.teacher).boundary else ""
     if is_random(cfg):
+        print(f"{cfg.teacher}{noise}: random weights")
         return configure(cfg, weights.random_network(cfg.teacher, seed=branch, **options))
     paths, _ = weights.branch_paths(cfg.teacher, *cfg.weights)
     path, loras = paths[branch - 1], weights.teacher_loras(cfg)[branch - 1]
-    noise = f", {export.NOISE[branch]} noise" if len(paths) == 2 else ""
     print(f"{cfg.teacher}{noise}: {' + '.join(map(str, [path, *loras]))}")
     options |= dict(teacher=cfg.teacher, loras=loras, deltas=deltas)
     return configure(cfg, weights.load(path, **options))

@@ -173,21 +173,25 @@ class Terminal(io.StringIO):
 
 
 def test_an_iteration_has_a_bar_by_micro_batch_with_the_time_left(monkeypatch):
-    """From the start, before the first micro-batch is done; it counts the whole iteration."""
+    """From the start, before the first micro-batch is done; one bar for all updates."""
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    items = common.watch_update(list("abcd"), 1, 6)
-    assert next(items) == "a"
-    assert re.search(r"update 2 of 6: .* 4/24 \[00:00<\?", terminal.getvalue())
-    monkeypatch.setattr(common, "tqdm", lambda x, *_, **options: terminal.write(f"{options}") and x)
-    list(common.watch_update(list("ab"), 0, 6))
-    assert "'delay': 1" in terminal.getvalue()  # toys: it shows only if they are slow
+    watch = common.Watch()
+    items = watch(list("abcd"), 0, 6)
+    assert next(items) == "a" and "update 1 of 6:   0%" in terminal.getvalue()
+    assert list(items) == list("bcd")
+    items, watch.bar.start_t = watch(list("abcd"), 1, 6), watch.bar.start_t - 40
+    assert next(items) == "a" and re.search(r"update 2 .* 4/24 \[00:40<03:2", terminal.getvalue())
+    assert list(watch(list("abcd"), 5, 6)) == list("abcd") and watch.bar is None
+    next(watch(list("ab"), 0, 6))  # toys: it shows only if it is slow
+    assert watch.bar.delay == 1
 
 
 def test_a_slow_update_prints_a_line_where_no_bar_is_drawn(monkeypatch, capsys):
-    list(common.watch_update(list("abcd"), 1, 6))
+    watch = common.Watch()
+    list(watch(list("abcd"), 0, 6))
     assert capsys.readouterr().out == ""
     monkeypatch.setattr(common, "SLOW_UPDATE", -1)
-    list(common.watch_update(list("abcd"), 1, 6))
+    list(watch(list("abcd"), 1, 6))
     assert re.fullmatch(
         r"update 2 of 6 took 0 s; about 0 min.*iteration\n", capsys.readouterr().out
     )
@@ -200,6 +204,7 @@ def test_the_speed_of_the_gpu_is_measured_before_the_first_iteration(tmp_path, m
     monkeypatch.setattr(
         train, "run_iteration", lambda run: calls.append("iteration") or iterate(run)
     )
+    monkeypatch.setattr(train, "report", lambda run: ({}, b"a picture"))
     monkeypatch.setattr(train, "time", types.SimpleNamespace(monotonic=lambda: 5.0))
     flags = "--iters 1 --batch 1 --micro-batch 1 --fake-updates 1 --sample-every 0 --eval-samples 2"
     line = ["--teacher", "wan21-tiny", "--device", "cpu", "--out", str(tmp_path / "o")]
