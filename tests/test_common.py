@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 
 from models import common
 from models.common import UserError, option
@@ -32,6 +33,43 @@ class Config:
     teacher_lora: tuple = option((), "files", kind=str)
     prompts: str = option("", "a file")
     images: str = option("", "a file")
+
+
+def write_sparse(path, size: int, last_row: bytes) -> None:
+    """Write a safetensors file of about `size` bytes, x (n, 1024) float32: zeros, but the last."""
+    count = size // 4096
+    entry = {"dtype": "F32", "shape": [count, 1024], "data_offsets": [0, 4096 * count]}
+    header = json.dumps({"x": entry}).encode()
+    with open(path, "wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        file.seek(4096 * (count - 1), os.SEEK_CUR)
+        file.write(last_row)
+
+
+def test_a_file_larger_than_memory_is_read_by_rows(tmp_path):
+    """It takes no room on disk. Negative control: safe_open for torch cannot open it."""
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    write_sparse(tmp_path / "x", 4 * pages, torch.ones(1024).numpy().tobytes())
+    x = common.TensorFile(tmp_path / "x")["x"]
+    count = x.shape[0]
+    assert x[count - 2 : count].mean(1).tolist() == [0, 1] and x[:0].shape == (0, 1024)
+    if Path("/proc/sys/vm/overcommit_memory").read_text().strip() != "1":
+        with pytest.raises(Exception, match="memory"):
+            safe_open(tmp_path / "x", framework="pt")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64, torch.bool])
+def test_a_stored_tensor_has_the_rows_of_the_tensor(tmp_path, dtype):
+    """Of any dtype, without dimensions, and empty."""
+    tensors = {"x": torch.arange(24).view(6, 2, 2).to(dtype), "scalar": torch.ones((), dtype=dtype)}
+    tensors["empty"] = torch.empty(0, 3, dtype=dtype)
+    common.write_tensors(tmp_path / "x", tensors, {"kind": "test"})
+    file, metadata = common.open_tensors(tmp_path / "x", "test", "")
+    assert file.keys() == tensors.keys() and metadata == {"kind": "test"}
+    for key, x in tensors.items():
+        assert torch.equal(file.get_tensor(key), x) and file[key].shape == x.shape
+    for rows in (slice(0, 6), slice(2, 5), slice(5, 9), slice(3, 3), slice(None)):
+        assert torch.equal(file["x"][rows], tensors["x"][rows])
 
 
 def test_only_the_writer_writes_shared_files(tmp_path, monkeypatch):

@@ -249,6 +249,34 @@ def test_an_encoder_that_lacks_a_weight_is_refused(tmp_path, wan_folder, part):
     load("wan22", wan_folder, "cpu")  # negative control
 
 
+QUANTISED = {  # tensors that are added to a file, or replace its largest
+    "float8": lambda x: {"": x.to(torch.float8_e4m3fn), "scale_weight": torch.ones(1)},
+    "bytes": lambda x: {"": x.to(torch.uint8), "absmax": torch.ones(4)},
+    "whole numbers": lambda x: {"": x.to(torch.int8)},
+    "scales alone": lambda x: {"": x, "scale_weight": torch.ones(1)},
+    "inverse scales": lambda x: {"": x, "weight_scale_inv": torch.ones(1)},
+    "a mark": lambda x: {"": x, "scaled_fp8": torch.zeros(2)},
+    "nothing": lambda x: {"": x.half()},  # negative control: another float
+}
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "vae"])
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_a_quantised_encoder_is_refused_by_its_header(tmp_path, wan_folder, kind, part):
+    """The libraries would cast the weights and ignore their scales."""
+    shutil.copytree(wan_folder, tmp_path / "w")
+    [file] = (tmp_path / "w" / part).glob("*.safetensors")
+    tensors = load_file(file)
+    key = max(tensors, key=lambda key: tensors[key].numel())
+    for name, x in QUANTISED[kind](tensors.pop(key)).items():
+        tensors[key.removesuffix("weight") + name if name else key] = x
+    save_file(tensors, file, {"format": "pt"})
+    load = encoders.load_vae if part == "vae" else encoders.load_encoder
+    refused = pytest.raises(UserError, match=f"{file}: expected F32, BF16, F16 without scales")
+    with refused if kind != "nothing" else contextlib.nullcontext():
+        load("wan22", tmp_path / "w", "cpu")
+
+
 def test_another_models_encoder_is_refused(wan_folder, qwen_folder):
     for teacher, folder in (("wan22", qwen_folder), ("qwen-image", wan_folder)):
         with pytest.raises(UserError, match="needs a"):

@@ -574,6 +574,30 @@ def test_json_of_other_types_is_refused_in_one_line(tmp_path, name, key, value):
     assert "\n" not in str(error.value) and str(folder) in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "teacher,kind,other",
+    [
+        ("qwen-image-tiny", "QwenImagePipeline", "QwenImageEditPlusPipeline"),
+        ("qwen-image-tiny", "QwenImagePipeline", "QwenImageLayeredPipeline"),
+        ("wan21-tiny", "WanPipeline", "WanVACEPipeline"),
+        ("wan22-i2v-tiny", "WanImageToVideoPipeline", "WanPipeline"),
+    ],
+)
+def test_another_model_of_the_same_classes_is_refused(tmp_path, teacher, kind, other):
+    """By model_index.json. The transformer may be named alone, if it is a fine-tune after all."""
+    parts = [tmp_path / "transformer", tmp_path / "transformer_2"]
+    parts = parts if weights.TEACHERS[teacher].boundary else parts[:1]
+    for part in parts:
+        part.mkdir()
+    index = tmp_path / "model_index.json"
+    index.write_text(json.dumps({"_class_name": kind}))
+    assert weights.branch_paths(teacher, tmp_path)[0] == parts
+    index.write_text(json.dumps({"_class_name": other}))
+    with pytest.raises(UserError, match=f"{index}: expected {kind}, found {other}; of a fine-tune"):
+        weights.branch_paths(teacher, tmp_path)
+    assert weights.branch_paths(teacher, *parts)[0] == parts
+
+
 def test_a_lora_of_another_network_is_refused(tmp_path):
     """A tensor that fits no layer is not silently skipped."""
     save_file({"blocks.9.ffn.0.diff": torch.ones(96, 64)}, tmp_path / "lora.safetensors")
@@ -612,8 +636,8 @@ print(peak() - before, sum(p.nbytes for p in net.parameters()))
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype,fits", [("bfloat16", True), ("float32", False)])
-def test_loading_2_gb_takes_the_bf16_network_one_shard_and_little_more(tmp_path, dtype, fits):
-    """At most 200 MB more than that. Negative control: kept in float32 it does not fit."""
+def test_loading_2_gb_takes_the_bf16_network_and_little_more(tmp_path, dtype, fits):
+    """At most 300 MB, tensors of 55 MB. Negative control: kept in float32 it does not fit."""
     sizes = dict(dim=1536, ffn_dim=8960, num_heads=12, num_layers=11)
     net = weights.build(Wan, sizes, torch.float32)
     tensors = {key: torch.ones(p.shape) for key, p in net.named_parameters()}
@@ -625,4 +649,4 @@ def test_loading_2_gb_takes_the_bf16_network_one_shard_and_little_more(tmp_path,
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True)
     growth, network = map(int, done.stdout.split())
     bf16 = network if fits else network // 2
-    assert sum(files) > 2e9 and (growth < bf16 + max(files) + 200e6) == fits
+    assert sum(files) > 2e9 and (growth < bf16 + 300e6) == fits
