@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from models import parallel
 from models.common import TensorFile, UserError, read_json, reading, stream
@@ -449,5 +450,5 @@ def files_of_branches(files: Iterable[LoraFile], branches: int) -> list[list[Lor
 
 @lru_cache
 def note(text: str) -> None:
-    """Print a note once, however often the file is looked at."""
-    print(f"note: {text}")
+    """Print a note once, above a progress bar if there is one."""
+    tqdm.write(f"note: {text}")
