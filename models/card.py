@@ -153,41 +153,7 @@ def tools_section(student, stems: list[str]) -> str:
     cfg, is_qwen = student.cfg, teacher_spec(student.cfg.teacher).network is QwenImage
     node = "ModelSamplingAuraFlow" if is_qwen else "ModelSamplingSD3"
     loader = "UNETLoader" if student.is_full else "LoraLoaderModelOnly (strength 1)"
-    comfy = f"the base's workflow with {node} (shift {cfg.shift}); for each file {loader} and a "
-    comfy += "KSamplerAdvanced with the values of its row above"
-    comfy += f": steps {cfg.steps}, cfg 1.0, euler, simple; latents go from row to row"
-    ok = "at most 1e-5"
-    rows = [("diffusers 0.42.1", ok, "the snippet above"), ("ComfyUI, two versions", ok, comfy)]
-    if not student.is_full:
-        convert = "`convert_lora.py --target default` first; unconverted, nothing is applied"
-        rows.append(("musubi-tuner", "-", convert))
-    if student.boundary_t and not student.is_full:
-        boundary, low = boundary_between(student), student.phases[1].first
-        files = [dict(name=stem, path=f"{stem}.safetensors", strength=1.0) for stem in stems]
-        unshifted = [round(1000 * (1 - i / cfg.steps)) for i in range(cfg.steps)]
-        lightx2v = dict(lora_configs=files, infer_steps=cfg.steps, denoising_step_list=unshifted)
-        lightx2v |= dict(sample_shift=cfg.shift, boundary_step_index=low, enable_cfg=False)
-        lightning = f"`--lora_dir` this folder; in its `wan/configs` sample_steps {cfg.steps}, "
-        lightning += f"sample_shift {cfg.shift}, boundary {boundary}"
-        synth = f"num_inference_steps={cfg.steps}, sigma_shift={cfg.shift}, cfg_scale=1, "
-        synth += f"switch_DiT_boundary={boundary}"
-        wrapper = "scheduler `flowmatch_distill` (4 steps at shift 5); its `euler` shifts twice"
-        rows += [
-            ("LightX2V", ok, f"`{json.dumps(lightx2v)}` in the config of a distilled Wan2.2"),
-            ("Wan2.2-Lightning", ok, lightning),
-            ("DiffSynth-Studio", ok, f"`load_lora` into `pipe.dit` and `pipe.dit2`; `{synth}`"),
-            ("mmgp", ok, "the two files as they are"),
-            ("ComfyUI-WanVideoWrapper", "times 999.8, 937.5, 833.3, 625", wrapper),
-            ("FastVideo", "-", "takes only lora_A and lora_B: does not read these files"),
-        ]
-    table = "\n".join(f"| {' | '.join(row)} |" for row in rows)
-    note = ""
-    if 1000 % cfg.steps:
-        note = f"""
-1000 is not a multiple of {cfg.steps}: the times of ComfyUI's `simple` and of LightX2V's integers
-are off by up to 0.0009, which changed the latents of the random networks by 5 to 6 %.
-"""
-    return f"""
+    text = f"""
 ## Tools
 
 The loading and sampling code of these tools was executed in November 2026, at commit 831f4a0 of the
@@ -195,5 +161,35 @@ repository that made this file, with small random networks, beside its own sampl
 
 | tool | error of the latents, relative | what it needs |
 |---|---|---|
-{table}
-{note}"""
+| diffusers 0.42.1 | at most 1e-5 | the snippet above |
+| ComfyUI, two versions | at most 1e-5 | the workflow of the base with {node} (shift {cfg.shift}); \
+for each file {loader} and a KSamplerAdvanced with the values of its row above: steps \
+{cfg.steps}, cfg 1.0, euler, simple; latents go from row to row |
+"""
+    if not student.is_full:
+        text += """| musubi-tuner | not measured | `convert_lora.py --target default` first; \
+before, nothing is applied |
+"""
+    if student.boundary_t and not student.is_full:
+        files = [dict(name=stem, path=f"{stem}.safetensors", strength=1.0) for stem in stems]
+        unshifted = [round(1000 * (1 - i / cfg.steps)) for i in range(cfg.steps)]
+        lightx2v = dict(lora_configs=files, infer_steps=cfg.steps, denoising_step_list=unshifted)
+        lightx2v |= dict(sample_shift=cfg.shift, boundary_step_index=student.phases[1].first)
+        text += f"""| LightX2V | at most 1e-5 | in the config of a distilled Wan2.2: \
+`{json.dumps(lightx2v | dict(enable_cfg=False))}` |
+| Wan2.2-Lightning | at most 1e-5 | `--lora_dir` this folder; in its `wan/configs` sample_steps \
+{cfg.steps}, sample_shift {cfg.shift}, boundary {boundary_between(student)} |
+| DiffSynth-Studio | at most 1e-5 | `load_lora` into `pipe.dit` and `pipe.dit2`; \
+num_inference_steps {cfg.steps}, sigma_shift {cfg.shift}, cfg_scale 1, \
+switch_DiT_boundary {boundary_between(student)} |
+| mmgp | at most 1e-5 | the two files as they are |
+| WanVideoWrapper | times 999.8, 937.5, 833.3, 625 | scheduler `flowmatch_distill` (4 steps, shift \
+5); its `euler` shifts twice |
+| FastVideo | not measured | does not read these files: it takes lora_A and lora_B only |
+"""
+    if 1000 % cfg.steps:
+        text += f"""
+1000 is not a multiple of {cfg.steps}: the times of ComfyUI's `simple` and of LightX2V's integers
+are off by up to 0.0009, which changed the latents of the random networks by 5 to 6 %.
+"""
+    return text
