@@ -57,7 +57,6 @@ def diffusers_section(student, stems: list[str], base: str) -> str:
     """A snippet. tests/test_export.py runs it."""
     cfg, spec = student.cfg, teacher_spec(student.cfg.teacher)
     is_qwen, is_full, boundary_t = spec.network is QwenImage, student.is_full, student.boundary_t
-    pipeline = "QwenImage" if is_qwen else "WanImageToVideo" if spec.is_i2v else "Wan"
     network = "QwenImageTransformer2DModel" if is_qwen else "WanTransformer3DModel"
     experts = [stem for phase, stem in zip(student.phases, stems) for _ in phase.t[:-1]]
     *frames, height, width = cfg.size[0].partition(":")[0].split("x")
@@ -72,10 +71,10 @@ for noise, folder in (("high", "transformer"), ("low", "transformer_2")):
     options = dict(config=base, subfolder=folder, torch_dtype=torch.bfloat16)
     file = here + "/" + noise + "_noise_model.safetensors"
     nets[folder] = {network}.from_single_file(file, **options)
-pipe = {pipeline}Pipeline.from_pretrained(base, **nets, torch_dtype=dtypes)
+pipe = {spec.pipeline}.from_pretrained(base, **nets, torch_dtype=dtypes)
 """
     elif boundary_t:
-        load = f"""pipe = {pipeline}Pipeline.from_pretrained(base, torch_dtype=dtypes)
+        load = f"""pipe = {spec.pipeline}.from_pretrained(base, torch_dtype=dtypes)
 for noise, is_low in (("high", False), ("low", True)):
     options = dict(adapter_name=noise, load_into_transformer_2=is_low)
     pipe.load_lora_weights(here, weight_name=noise + "_noise_model.safetensors", **options)
@@ -85,7 +84,7 @@ for noise, is_low in (("high", False), ("low", True)):
 experts, nets = {json.dumps(experts)}, dict()  # experts: of each step
 for name in sorted(set(experts)):
     nets[name] = {network}.from_single_file(here + "/" + name + ".safetensors", **options)
-pipe = {pipeline}Pipeline.from_pretrained(base, transformer=nets[experts[0]], torch_dtype=dtypes)
+pipe = {spec.pipeline}.from_pretrained(base, transformer=nets[experts[0]], torch_dtype=dtypes)
 
 
 def use(name):  # one expert at a time on the GPU
@@ -95,7 +94,7 @@ def use(name):  # one expert at a time on the GPU
 """
     else:
         load = f"""experts = {json.dumps(experts)}  # of each step
-pipe = {pipeline}Pipeline.from_pretrained(base, torch_dtype=dtypes)
+pipe = {spec.pipeline}.from_pretrained(base, torch_dtype=dtypes)
 for name in sorted(set(experts)):
     pipe.load_lora_weights(here, weight_name=name + ".safetensors", adapter_name=name)
 use = pipe.set_adapters
@@ -133,7 +132,7 @@ export_to_video(frames, "video.mp4", fps={spec.fps})"""
 
 ```python
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler, {network}, {pipeline}Pipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, {network}, {spec.pipeline}
 
 base, here = "{base}", "."  # here: the folder of this card
 dtypes = dict(default=torch.bfloat16, vae=torch.float32)
