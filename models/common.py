@@ -744,7 +744,7 @@ class Watch:
         if u == 0 or self.bar is None:
             self.close()
             options = dict(leave=False, delay=0 if n > 2 else 1, disable=None)
-            self.bar = tqdm(desc=text, total=n * updates, unit=" micro-batches", **options)
+            self.bar = tqdm(desc=text, total=n * updates, unit="micro-batch", **options)
         self.bar.set_description(text)
         for item in micro_batches:
             yield item
