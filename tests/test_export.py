@@ -158,7 +158,7 @@ def test_an_export_that_is_stopped_leaves_nothing(tmp_path, monkeypatch, number)
     # a shell's background jobs ignore Ctrl-C
     interrupt = signal.signal(signal.SIGINT, signal.default_int_handler)
     handlers = [signal.getsignal(number), signal.signal(signal.SIGTERM, lambda *_: None)]
-    monkeypatch.setattr(export, "save_file", stop)
+    monkeypatch.setattr(export, "save_tensors", stop)
     with pytest.raises(KeyboardInterrupt):
         export.export_student(student, tmp_path / "out")
     signal.signal(signal.SIGTERM, handlers[1])
