@@ -407,7 +407,8 @@ def report(jobs: list[Job], args) -> None:
             worst = decide(parts)
             rows.append(f"| {n} | {sentence} | {part_verdict(worst)} | {worst} |")
             lines = [f"{part}: {part_verdict(part)}" for part in parts]
-            claims.append(dict(claim=n, verdict=part_verdict(worst), parts=lines))
+            found = dict(claim=n, verdict=part_verdict(worst), decides=str(worst), parts=lines)
+            claims.append(found)
     digit_metrics = "accuracy", "frechet", "coverage", "diversity", "lr"
     names = [table for table in results if table not in ("memory", *MATCHING)]
     tables = []
