@@ -375,14 +375,15 @@ class Change(NamedTuple):
 
 
 def changes(cfg, gpus: int) -> Iterator[Change]:
-    """What saves memory at the same sizes, the cheapest first; the first changes nothing."""
+    """What saves memory at the same sizes, the cheapest first; the first has the present ranks."""
     now = parallel.topology
     saving = {} if cfg.micro_batch == 1 else {"micro_batch": 1}
     saving |= {} if cfg.checkpointing == "on" else {"checkpointing": "on"}
     adapters = {name: "lora" for name in ("generator", "fake") if getattr(cfg, name) == "full"}
     no_int8 = {} if cfg.base == "float" else {"base": "float"}  # it is for one process
     for settings in ({}, saving, saving | adapters):
-        yield Change(settings, now.shard_group, now.context_parallel)
+        ranks = min(now.shard_group, gpus)
+        yield Change(settings, ranks, min(now.context_parallel, ranks))
         count = -(-cfg.batch // (settings.get("micro_batch", cfg.micro_batch) or cfg.batch))
         for context in (1, 2, 4, 8):
             counts = range(context, gpus + 1, context)
