@@ -11,6 +11,7 @@ import subprocess
 import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,11 +24,10 @@ from torch import Tensor
 from models.common import UserError, first_line, reading
 from models.weights import needs_extras
 
-try:
-    from matplotlib.figure import Figure  # without pyplot: no screen, and safe in a thread
-except ValueError:  # a notebook's backend, which this Python does not have
-    del os.environ["MPLBACKEND"]
-    from matplotlib.figure import Figure
+backend = os.environ.get("MPLBACKEND", "").partition("module://")[2].partition(".")[0]
+if backend and not find_spec(backend):
+    del os.environ["MPLBACKEND"]  # a notebook's, which this Python does not have
+from matplotlib.figure import Figure  # noqa: E402 - without pyplot: no screen, safe in a thread
 
 # -- pixels --------------------------------------------------------------------------------------
 

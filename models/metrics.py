@@ -35,7 +35,7 @@ from tqdm import tqdm
 from models import common, encoders, media
 from models.common import UserError
 
-PATTERN = r"(?i)(\d+)(-\d+)?\.(mp4|webm|avi|mov|gif|webp|png|jpg|jpeg)"
+PATTERN = r"(?i)(\d+)(-\d+)?\.(mp4|m4v|mkv|webm|avi|mov|gif|webp|png|jpg|jpeg)"
 CACHE, KIND = ".metrics.safetensors", "metrics of samples, version 1"
 TITLES = {"flow": "flow px/frame", "moves": "dynamic degree", "cosine": "cosine", "lpips": "LPIPS"}
 TITLES |= {"spread": "pixel spread", "distance": "pixel distance", "frechet": "Frechet"}
@@ -174,14 +174,15 @@ def run_command(args) -> None:
         raise UserError(f"--out: expected a new folder, {args.out} contains {min(others)}")
     device = common.pick_device(args.device, "auto")
     dino, lpips = args.dino and encoders.load_dino(args.dino, device), encoders.load_lpips(device)
-    folders = {str(folder): measure_folder(folder, pattern, dino) for folder in args.folders}
-    rows, pictures = make_rows(folders, lpips), {}
-    print_table(rows)
-    for row, (name, groups) in zip(rows, folders.items()):
-        pictures |= extremes(name, groups, row["values"])
-    common.write_json(args.out / "metrics.json", common.finite({"folders": rows}))
-    common.write_file(args.out / "metrics.png", media.draw_samples(folders, pictures))
-    print(f"picture: {args.out / 'metrics.png'}")
+    with common.own_folder(args.out):
+        folders = {str(folder): measure_folder(folder, pattern, dino) for folder in args.folders}
+        rows, pictures = make_rows(folders, lpips), {}
+        print_table(rows)
+        for row, (name, groups) in zip(rows, folders.items()):
+            pictures |= extremes(name, groups, row["values"])
+        common.write_json(args.out / "metrics.json", common.finite({"folders": rows}))
+        common.write_file(args.out / "metrics.png", media.draw_samples(folders, pictures))
+        print(f"picture: {args.out / 'metrics.png'}")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -2,6 +2,10 @@
 
 import io
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy
 import pytest
@@ -46,6 +50,16 @@ def test_picked_frames_begin_and_end_with_those_of_the_video():
     frames = numpy.arange(81)
     assert media.pick_frames(frames).tolist() == [0, 20, 40, 60, 80]
     assert media.pick_frames(frames[:1]).tolist() == [0]
+
+
+@pytest.mark.slow
+def test_a_notebooks_backend_needs_not_be_installed():
+    """`!python train.py` inherits the variable from the notebook."""
+    environment = os.environ | {"MPLBACKEND": "module://matplotlib_inline.backend_inline"}
+    code = "from models import media; print(len(media.to_png(media.Figure())))"
+    options = dict(cwd=Path(__file__).parent.parent, env=environment, capture_output=True)
+    done = subprocess.run([sys.executable, "-c", code], **options, text=True)
+    assert done.returncode == 0 and int(done.stdout) > 100, done.stderr
 
 
 @pytest.mark.parametrize("shape", [(2, 16, 6, 8), (2, 16, 3, 6, 8)])
