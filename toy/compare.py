@@ -31,8 +31,9 @@ from toy.toy2d import (
     roles_from,
 )
 
+SHOWN = 5000  # samples in a panel
 UPDATES, WARMUP = 800, 400  # of the student and of the fake, over all phases
-CPU, TIMES, SAMPLES = torch.device("cpu"), (1.0, 0.75, 0.5, 0.25, 0.0), 5000
+CPU, TIMES, SAMPLES = torch.device("cpu"), (1.0, 0.75, 0.5, 0.25, 0.0), 10_000
 
 
 STUDENTS = {  # the row's name: settings of train.py
@@ -54,7 +55,7 @@ def train_student(settings: dict, seed: int, start: dict, out: Path) -> train.Ru
     return run
 
 
-def figure(rows: dict[str, tuple[list, set]], mixture) -> bytes:
+def figure(rows: dict[str, tuple[list, set]], mixture, seed: int) -> bytes:
     """A png. rows: name -> (x at each of TIMES, the times at which the method matches p(x_t))."""
     fig = Figure((11.5, 10), layout="constrained")
     axes = fig.subplots(len(rows), 5)
@@ -63,8 +64,8 @@ def figure(rows: dict[str, tuple[list, set]], mixture) -> bytes:
         colors = nearest_mode(xs[-1], mixture)
         modes, precision, _ = mode_coverage(xs[-1], mixture)
         for i, (ax, x, t) in enumerate(zip(line, xs, TIMES)):
-            plot_points(ax, x, colors, len(mixture.means), limits[i])
-            exact = mixture.sample_at(t, len(x), stream("compare", i))
+            plot_points(ax, x[:SHOWN], colors[:SHOWN], len(mixture.means), limits[i])
+            exact = mixture.sample_at(t, len(x), stream("exact", seed, t or 0))  # as train.py
             text = "noise" if t == 1 else f"energy {max(energy(x, exact), 0):.4f}"
             if t == 0:
                 text += f"\n{modes:.1f} of 8 modes, {100 * precision:.0f} % in a mode"
@@ -103,7 +104,7 @@ def main() -> None:
             run = train_student(settings, args.seed, start, args.out)
             xs, _ = draw(run.cfg, run.nets, run.times, SAMPLES, CPU)
             rows[name] = xs, {phase.s for phase in run.phases}
-        write_file(args.out / "compare.png", figure(rows, mixture))
+        write_file(args.out / "compare.png", figure(rows, mixture, args.seed))
         print(f"picture: {args.out / 'compare.png'}")
 
 
