@@ -34,8 +34,9 @@ guidance (CFG 1).
 {lines}
 
 Trained: {"all parameters" if cfg.generator == "full" else lora}; {cfg.iters} updates per phase at
-{cfg.lr}, batch {cfg.batch}, seed {cfg.seed}; the fake ({cfg.fake}, {cfg.fake_rollout} rollouts) {cfg.fake_updates} updates at
-{cfg.fake_lr} for each of them; the teacher with guidance {format_value(cfg.guidance)}; interval
+{cfg.lr}, batch {cfg.batch}, seed {cfg.seed}; the fake ({cfg.fake}, {cfg.fake_rollout} rollouts)
+{cfg.fake_updates} updates at {cfg.fake_lr} for each of them; the teacher with guidance
+{format_value(cfg.guidance)}; interval
 {cfg.interval}, target {cfg.target}, weight {cfg.weight}, truncation {cfg.truncate}; sizes
 {format_value(cfg.size)}.
 """

@@ -472,6 +472,7 @@ MEANINGS = {  # of a metric, for print_metrics
     "energy_floor": "mean and sd of exact samples against other exact samples",
     "modes": "effective number of modes that the samples hit",
     "precision": "fraction of samples inside a mode (3 standard deviations)",
+    "spread": "standard deviation within a mode, over that of exact samples",
     "class_accuracy": "fraction whose nearest mode is of their class",
     "accuracy": "fraction that the classifier recognises as their class",
     "frechet": "Frechet distance to the teacher's 40 steps; 0: the same",
