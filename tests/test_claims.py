@@ -110,7 +110,7 @@ def test_the_command_on_random_metrics_finds_only_what_is_planted(
         | {x: 1 + source.random() for x in claims.DEPTHS}
     )
     monkeypatch.setattr(claims, "run_jobs", lambda jobs, args: [fake(job) for job in jobs])
-    argv = ["claims.py", "--quick", "--seeds", "10", "--out", str(tmp_path)]
+    argv = ["claims.py", "--quick", "--seeds", "5", "--out", str(tmp_path)]
     monkeypatch.setattr(sys, "argv", argv)
     claims.main()
     text = capsys.readouterr().out
@@ -150,7 +150,7 @@ def test_existing_runs_are_not_repeated_and_lost_ones_are_to_the_bit(tmp_path):
     assert kept.stat().st_mtime_ns == time
 
 
-@pytest.mark.parametrize("flag, seeds, scale", [("", 10, 1), ("--quick", 3, 5), ("--digits", 5, 2)])
+@pytest.mark.parametrize("flag, seeds, scale", [("", 5, 1), ("--quick", 3, 5), ("--digits", 5, 2)])
 def test_each_table_has_its_seeds_and_each_run_a_file(flag, seeds, scale, monkeypatch, tmp_path):
     jobs = []
     monkeypatch.setattr(claims, "report", lambda asked, args: jobs.extend(asked))
