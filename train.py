@@ -242,7 +242,7 @@ def step_optimizers(run: Run, name: str, values: dict[str, Tensor]) -> dict:
             f"phase {run.k}, iteration {run.i}: {run.skips[name]} updates of {name} in a row were "
             "not finite; start over with --overwrite and a lower --lr or --fake-lr"
         )
-    if finite:
+    if finite and optimizers[0].steps <= 3:  # later, gradients may have shrunk
         note_if_slow(name, numbers[-1])
     for p in [p for o in optimizers for p in o.parameters.values()]:
         p.grad = None

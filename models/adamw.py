@@ -44,6 +44,6 @@ class AdamW:
 
 
 def note_if_slow(role: str, update_rms: float) -> None:
-    """Say once if the updates of a role are far smaller than its learning rate."""
+    """Say once if the first updates of a role are far smaller than its learning rate."""
     if update_rms < 0.1:
-        note(f"an update of {role} was smaller than a tenth of its learning rate")
+        note(f"the first updates of {role} are smaller than a tenth of its learning rate")

@@ -314,7 +314,7 @@ def test_with_the_usual_eps_an_adapter_hardly_moves(monkeypatch, capsys, latents
     monkeypatch.setattr(adamw, "EPS", 1e3)
     assert max(first_movements(monkeypatch, latents, "lora").values()) < 0.1
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
-    assert sorted(line.split()[4] for line in lines) == ["fake1", "student1"]
+    assert sorted(line.split()[5] for line in lines) == ["fake1", "student1"]
 
 
 # -- int8 bases and buckets ----------------------------------------------------------------------
