@@ -49,7 +49,7 @@ def train_phase(phase: Phase, experts: list, start: MLP, iters=400, warmup=200) 
     expert, fake = copy.deepcopy(start), copy.deepcopy(start)
     experts.append(expert)
     nets = [net for net in experts for _ in range(N // K)]  # the network of each step
-    settings = dict(betas=(0.0, 0.999), eps=1e-20, weight_decay=0.0)
+    settings = dict(betas=(0.0, 0.999), eps=1e-16, weight_decay=0.0)
     adamw = lambda net: torch.optim.AdamW(net.parameters(), **settings)
     student_adamw, fake_adamw = adamw(expert), adamw(fake)
 
