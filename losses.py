@@ -3,7 +3,8 @@
 Two losses alternate. Score matching teaches the fake network the distribution of the student's
 samples. Distribution matching moves the samples from where the fake says they are to where the
 teacher says they should be. In a phase that ends at s > 0 no clean sample x_0 exists, only x_s, so
-both are written in terms of x_s. At s = 0 they become the familiar losses of DMD.
+both are written in terms of x_s. At s = 0 the target and the gradient become those of DMD; Eq. 13
+keeps its weight.
 
 Every loss returns one number per sample, (B,): the mean over its elements.
 """

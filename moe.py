@@ -3,7 +3,8 @@
 The student is a mixture of experts over time: one expert per phase, chosen by the *index* of the
 step. The teacher, and with it the fake, has one or two branches (Wan2.2: a high-noise and a
 low-noise network), chosen by t. A role is called as v = role(x_t, t, c). Its name, such as
-"teacher1", "student2" or "fake1", names its adapter and its tensors in a checkpoint.
+"teacher1", "student2" or "fake1", names its adapter and its tensors in a checkpoint: students are
+numbered by phase, teachers and fakes by branch.
 """
 
 from collections.abc import Callable

@@ -4,7 +4,7 @@ Conventions of the whole project:
 
     time         t = 0 is data, t = 1 is noise; s < t
     process      x_t = alpha_t x_0 + sigma_t eps
-    velocity     v = eps - x_0, which every network predicts, in float32
+    velocity     v = eps - x_0; every network predicts its mean given x_t, in float32
     score        grad log p(x_t)
     shift        u is an unshifted time, t = shift_time(u, shift) a shifted one; re-noising draws u
     order        phases, steps and experts count from noise to data; phase 1 starts at t = 1

@@ -107,7 +107,7 @@ def begin_phase(run: Run, k: int) -> None:
     """Start the expert and the fakes of phase k from the teacher; earlier experts stay frozen.
 
     The old fake never saw times below t_{k-1}, nor samples of the new expert. A new fake is the
-    teacher without guidance, which is what the new expert makes too (toys: a network fitted to it).
+    teacher without guidance, near to what the new expert makes (toys: a network fitted to it).
     """
     run.k, run.i, run.optimizers = k, -run.cfg.warmup, {}  # frees old moments before new ones
     student = run.roles.student[k]
@@ -121,7 +121,7 @@ def run_iteration(run: Run) -> list[dict]:
     """Update the fake several times, then the student once.
 
     The student's gradient is right only where the fake has converged on the student's present
-    samples (assumption A1). So the fake goes first and takes five updates for each of the student.
+    samples (assumption A1). So the fake goes first and takes several updates (the paper: 5).
     """
     updates = run.cfg.fake_updates if run.i >= 0 else 1
     shared = list(simulate(run, 0)) if run.cfg.reuse_rollouts else None
@@ -138,7 +138,7 @@ def simulate(run: Run, update: int) -> Iterator[tuple]:
 
 
 def update_fake(run: Run, update: int, samples: Iterable[tuple]) -> dict:
-    """One step of score matching on the student's samples: Eq. 8; inside (s, 1) Eq. 13.
+    """One step of score matching on the student's samples: Eq. 8, in the form of Eq. 13.
 
     v_real - v_fake is a difference of scores only if teacher and fake are the same function of
     their scores (assumption A2). The target of Eq. 11 ensures this; the naive one does not.

@@ -62,16 +62,16 @@ def train_phase(phase: Phase, experts: list, start: MLP, iters=400, warmup=200) 
     for i in tqdm(range(-warmup, iters), f"phase {phase.k}", disable=None):
         for optimizer, lr in ((student_adamw, 1e-3), (fake_adamw, 2e-3)):
             optimizer.param_groups[0]["lr"] = lr * min(1.0, (iters - i) / (iters / 2))  # then to 0
-        for u in range(5 if i >= 0 else 1):  # the fake must follow the student (A1)
+        for n in range(5 if i >= 0 else 1):  # the fake must follow the student (A1)
             with torch.no_grad():  # complete rollouts: the samples that users will draw
-                x_s, t, eps, x_t = sample(stream(0, phase.k, i, u, 0), BATCH, None)
+                x_s, t, eps, x_t = sample(stream(0, phase.k, i, n, 0), BATCH, None)
             subinterval_matching(fake(x_t, t), x_s, s, t, eps).mean().backward()  # Eq. 13
             fake_adamw.step(), fake_adamw.zero_grad()
         if i < 0:
             continue  # the fake warms up
         for depth in range(1, phase.num_steps + 1):  # depth - 1 steps, then the jump to s (SGTS)
             x_s, t, _, x_t = sample(stream(0, phase.k, i, 5, depth - 1), BATCH // (N // K), depth)
-            with torch.no_grad():  # v_real - v_fake: the difference of two scores (Eq. 5, A2)
+            with torch.no_grad():  # their difference is one of two scores (Eq. 5, A2)
                 v_real, v_fake = data.velocity(x_t, t), fake(x_t, t)
                 gradient = dmd_gradient(x_s, x_t, s, t, v_real, v_fake, "xs")  # Eq. 10
             (dmd_loss(x_s, gradient).mean() / phase.num_steps).backward()
