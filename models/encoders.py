@@ -285,16 +285,19 @@ def read_prompts(path: Path) -> list[str]:
 
     In a folder each .txt is one prompt, as the captions of trainers are.
     """
-    suffix = path.suffix.lower()  # of the name as given: what it links to may have none
-    with reading(path, "expected UTF-8 as .txt, .csv, .tsv or .jsonl, or a folder of .txt"):
-        files = sorted(path.glob("*.txt")) if path.is_dir() else [path]
+    is_folder, texts, expected = path.is_dir(), [], "expected UTF-8 as .txt, .csv, .tsv or .jsonl"
+    suffix = "" if is_folder else path.suffix.lower()  # what the name links to may have none
+    with reading(path, expected):
         if suffix in (".csv", ".tsv"):
             return [caption for (caption,) in read_csv(path, CAPTIONS)]
-        if suffix not in ("", ".txt", ".jsonl") and not path.is_dir():
+        if suffix not in ("", ".txt", ".jsonl"):
             raise ValueError(f"its suffix is {suffix}")
-        texts = [file.read_text(encoding="utf-8-sig") for file in files]
+    for file in sorted(path.glob("*.txt")) if is_folder else [path]:
+        with reading(file, expected):
+            texts.append(file.read_text(encoding="utf-8-sig"))
+    with reading(path, expected):
         rows = [row.strip() for text in texts for row in text.split("\n")]
-        if path.is_dir():
+        if is_folder:
             prompts = [" ".join(text.split()) for text in texts if text.strip()]
         elif suffix == ".jsonl":
             prompts = [caption_of(row, i) for i, row in enumerate(rows, 1) if row]
