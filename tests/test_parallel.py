@@ -187,7 +187,7 @@ def test_a_rank_reads_its_own_rows_of_published_weights(tmp_path):
     print(f"bytes read of {size}, per rank: rows {shares[0]}, whole tensors {shares[2]}")
     assert (shares[0] < 0.6).all() and (shares[2] > 0.99).all()
     assert_identical(rows, load_file(file))
-    expected = weights.load(file, torch.float32, teacher="wan21-tiny", loras=[(lora, 1.0)])
+    expected = weights.load(file, torch.float32, teacher="wan21-tiny", loras=[(Path(lora), 1.0)])
     assert_close(dict(expected.named_parameters()), merged)
     with pytest.raises(AssertionError):
         assert_close(rows, merged)

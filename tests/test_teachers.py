@@ -4,6 +4,7 @@ import gc
 import json
 import math
 import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -165,7 +166,7 @@ def test_a_role_that_is_an_attribute_gives_wrong_gradients(monkeypatch):
     monkeypatch.setattr(lora.Linear, "forward", forward)
     off = student_gradient(set_by_attribute(begin(checkpointing="off")))
     run = begin(checkpointing="on")  # of blocks; that of a whole step would call the role again
-    run.cfg = train.replace(run.cfg, checkpointing="off")
+    run.cfg = replace(run.cfg, checkpointing="off")
     on = student_gradient(set_by_attribute(run))
     torch.testing.assert_close(off, right)  # nothing is computed again
     assert (on - right).norm() > 0.05 * right.norm()
