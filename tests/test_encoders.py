@@ -549,7 +549,7 @@ def test_a_vae_whose_config_does_not_fit_is_refused(tmp_path, wan_folder, mean):
 @pytest.mark.parametrize(
     "name,content,error",
     [
-        ("captions.csv", None, "cannot read"),
+        ("captions.csv", None, "expected captions.csv"),
         ("captions.csv", "name,text\na.png,one\n", "columns file, caption or prompt or text"),
         ("captions.csv", "file,caption\nz.png,one\n", "cannot read"),
         ("captions.csv", "file,caption\na.png,A fox, running\n", "line 2: expected 2 cells"),
