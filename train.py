@@ -9,6 +9,7 @@ python train.py --resume                       continue the run in the output fo
 """
 
 import argparse
+import math
 import shlex
 import sys
 import time
@@ -247,7 +248,8 @@ def step_optimizers(run: Run, name: str, values: dict[str, Tensor]) -> dict:
     for p in [p for o in optimizers for p in o.parameters.values()]:
         p.grad = None
     row = {"phase": run.k, "iteration": run.i, "role": name, "skipped": not finite}
-    return common.finite(row | dict(zip(values, numbers, strict=True)))
+    numbers = [x if math.isfinite(x) else None for x in numbers]  # JSON has no NaN
+    return row | dict(zip(values, numbers, strict=True))
 
 
 def mean_squares(*tensors: Tensor) -> Tensor:

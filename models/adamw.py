@@ -32,12 +32,12 @@ class AdamW:
         Afterwards p.grad holds the update divided by the learning rate.
         """
         self.steps += 1
-        correction = math.sqrt(1 - BETA**self.steps)  # the second moment starts at zero
+        correction, skip = math.sqrt(1 - BETA**self.steps), ~finite  # second moments start at zero
         for name, p in self.parameters.items():
             if p.grad is None:  # e.g. the last text branch of Qwen-Image, whose output is unused
                 continue
             p, grad, v = local(p), local(p.grad), local(self.second[name])  # this rank's shard
-            grad.masked_fill_(~finite, 0.0)
+            grad.masked_fill_(skip, 0.0)
             v.mul_(BETA).addcmul_(grad, grad, value=1 - BETA)
             grad.div_(v.sqrt().div_(correction).add_(EPS))  # 1 or -1 in the first update
             p.sub_(grad, alpha=self.lr * factor)
