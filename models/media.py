@@ -69,9 +69,10 @@ def encode_mp4(frames: numpy.ndarray, fps: int) -> bytes:
         return path.read_bytes()
 
 
-def pick_frames(frames: numpy.ndarray, count: int = 5) -> numpy.ndarray:
-    """At most `count` frames of a video at equal distances, with the first and the last."""
-    return frames[numpy.linspace(0, len(frames) - 1, min(count, len(frames))).round().astype(int)]
+def pick_frames(frames: numpy.ndarray) -> numpy.ndarray:
+    """Five frames at equal distances, with the first and the last; of one frame, that frame."""
+    count = 5 if len(frames) > 1 else 1
+    return frames[numpy.linspace(0, len(frames) - 1, count).round().astype(int)]
 
 
 # -- samples of any tool -------------------------------------------------------------------------
@@ -79,17 +80,8 @@ def pick_frames(frames: numpy.ndarray, count: int = 5) -> numpy.ndarray:
 VIDEOS = (".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi")  # read by ffmpeg, others by PIL
 
 
-def import_cv2():
-    """OpenCV, without messages of its own, with one thread per call. Raises UserError."""
-    with needs_extras("opencv-python-headless"):
-        import cv2
-    cv2.utils.logging.setLogLevel(0)
-    cv2.setNumThreads(1)
-    return cv2
-
-
-def read_video(path: Path) -> tuple[list[numpy.ndarray], float]:
-    """Frames (h, w, 3) of a video or picture, RGB, and frames per second; 8 if unknown.
+def read_video(path: Path) -> tuple[numpy.ndarray, float]:
+    """Frames (F, h, w, 3) of a video or picture, RGB, and frames per second; 8 if unknown.
 
     ffmpeg is that of imageio-ffmpeg, or the one named by IMAGEIO_FFMPEG_EXE.
     """
@@ -98,7 +90,7 @@ def read_video(path: Path) -> tuple[list[numpy.ndarray], float]:
             if file.mode.startswith(("I", "F")):
                 raise ValueError(f"expected 8 bits per channel, found mode {file.mode}")
             frames = [numpy.asarray(x.convert("RGB")) for x in ImageSequence.Iterator(file)]
-            return frames, 1000 / (file.info.get("duration") or 125)
+            return numpy.stack(frames), 1000 / (file.info.get("duration") or 125)
     with needs_extras("imageio-ffmpeg"):
         import imageio_ffmpeg
     name = f"file:{path}"  # a colon in a name would be that of a protocol
@@ -111,29 +103,26 @@ def read_video(path: Path) -> tuple[list[numpy.ndarray], float]:
     metadata = next(reader)
     reader.close()
     (width, height), fps = metadata["size"], metadata["fps"]
-    return [*numpy.frombuffer(done.stdout, "uint8").reshape(-1, height, width, 3)], fps or 8
+    return numpy.frombuffer(done.stdout, "uint8").reshape(-1, height, width, 3), fps or 8
 
 
-def pick_five(frames: list) -> list:
-    """Five frames at equal distances, with the first and the last; of one frame, that frame."""
-    count = 5 if len(frames) > 1 else 1
-    return [frames[i] for i in numpy.linspace(0, len(frames) - 1, count).round().astype(int)]
+def shrink(pictures: numpy.ndarray) -> Tensor:
+    """Pictures (n, h, w, 3) -> (n, 3, 64, 64), uint8."""
+    return F.adaptive_avg_pool2d(torch.tensor(pictures).movedim(3, 1).float(), 64).round().byte()
 
 
-def shrink(pictures: list[numpy.ndarray]) -> Tensor:
-    """Pictures (h, w, 3) of any size -> (n, 3, 64, 64), uint8."""
-    small = [F.adaptive_avg_pool2d(torch.tensor(x).movedim(2, 0).float(), 64) for x in pictures]
-    return torch.stack(small).round().byte()
-
-
-def flow_lengths(frames: list[numpy.ndarray], side: int = 240) -> Iterator[numpy.ndarray]:
+def flow_lengths(frames: numpy.ndarray, side: int = 240) -> Iterator[numpy.ndarray]:
     """Yield the lengths of the optical flow between neighbouring frames, sorted.
 
     By DIS (Kroeger et al., 2016), on frames whose shorter side is reduced to `side`. The unit is
     the shorter side. A length is 0 where moving the pixels removes less than a quarter of the
     difference between the frames: DIS also finds flow in grain.
     """
-    cv2, grays = import_cv2(), []
+    with needs_extras("opencv-python-headless"):
+        import cv2
+    cv2.utils.logging.setLogLevel(0)
+    cv2.setNumThreads(1)  # files are measured in parallel
+    grays = []
     for frame in frames:
         scale = min(1, side / min(frame.shape[:2]))
         small = cv2.resize(frame, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)

@@ -48,7 +48,7 @@ def measure_file(path: Path) -> dict[str, Tensor]:
         flow = [480 * lengths.mean() for lengths in media.flow_lengths(frames)]
         apart = media.flow_lengths(frames[:: max(1, round(fps / 8))])
         largest = [lengths[-(len(lengths) // 20) :].mean() for lengths in apart]
-        pictures = media.shrink(media.pick_five(frames))
+        pictures = media.shrink(media.pick_frames(frames))
     count = sum(x > 6 / 256 * max(1, 8 / fps) for x in largest)
     moves = float(count >= max(1, round((len(largest) + 1) / 4))) if flow else numpy.nan
     return {"flow": torch.tensor(flow), "moves": torch.tensor(moves), "pictures": pictures}
@@ -56,10 +56,10 @@ def measure_file(path: Path) -> dict[str, Tensor]:
 
 def measure_folder(folder: Path, pattern: re.Pattern, dino: tuple | None) -> dict[str, dict]:
     """Prompt -> file name -> path and tensors; these are kept by digest. Raises UserError."""
-    files = sorted(folder.glob("*"))
-    prompts = {x: m[pattern.groups and 1] or "" for x in files if (m := pattern.fullmatch(x.name))}
+    matches = {path: pattern.fullmatch(path.name) for path in sorted(folder.glob("*"))}
+    prompts = {path: m[pattern.groups and 1] or "" for path, m in matches.items() if m}
     if not prompts:
-        found = files[0] if files else f"no file in {folder}"
+        found = next(iter(matches), f"no file in {folder}")
         raise UserError(f"expected samples such as 003-01.mp4, found {found}; see --pattern")
     cache, new, groups = defaultdict(dict), {}, defaultdict(dict)
     with contextlib.suppress(UserError):  # there is no cache, or it is broken
@@ -74,13 +74,18 @@ def measure_folder(folder: Path, pattern: re.Pattern, dino: tuple | None) -> dic
             for (path, prompt), x in zip(prompts.items(), bar):
                 new[digests[path]] = x
                 if dino and dino[0] not in x:
-                    x[dino[0]] = dino[1](media.pick_five(media.read_video(path)[0]))
+                    x[dino[0]] = dino[1](media.pick_frames(media.read_video(path)[0]))
                 groups[prompt][path.name] = x | {"path": path, "features": x.get(dino and dino[0])}
     finally:  # after Ctrl-C and errors, too
         tensors = {f"{digest}/{name}": x for digest, xs in new.items() for name, x in xs.items()}
         with contextlib.suppress(UserError):  # the folder cannot be written
             common.write_tensors(folder / CACHE, tensors, {"kind": KIND})
     return groups
+
+
+def read_frames(sample: dict) -> numpy.ndarray:
+    """The frames (5 or 1, h, w, 3) that are compared. Raises UserError."""
+    return media.pick_frames(media.read_video(sample["path"])[0])
 
 
 def prompt_metrics(group: dict, first: dict, lpips: Callable | None = None) -> dict[str, float]:
@@ -98,15 +103,23 @@ def prompt_metrics(group: dict, first: dict, lpips: Callable | None = None) -> d
         z = (z / z.norm(dim=-1, keepdim=True)).flatten(1)  # |z|^2 = 5
         values["cosine"] = 1 - torch.pdist(z).square().mean() / 10
     if lpips and len(samples) > 1:
-        values["lpips"] = lpips([media.pick_five(media.read_video(x["path"])[0]) for x in samples])
+        values["lpips"] = lpips([read_frames(x) for x in samples])
     return {key: x.item() for key, x in values.items() if not x.isnan()}
 
 
-def frechet(a: Tensor, b: Tensor) -> float:
-    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2) of features (n, D), (m, D)."""
-    r_a, r_b = (torch.linalg.qr(x - x.mean(0), "r")[1] / max(1, len(x) - 1) ** 0.5 for x in (a, b))
-    distance = (a.mean(0) - b.mean(0)).square().sum() + r_a.square().sum() + r_b.square().sum()
-    distance -= 2 * torch.linalg.matrix_norm(r_a @ r_b.T, "nuc")  # the last trace: C = R^T R
+def moments(z: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean (D,) and covariance (D, D) of features (n, D)."""
+    return z.mean(0), z.T.cov(correction=int(len(z) > 1))
+
+
+def frechet(a: tuple, b: tuple) -> float:
+    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2) of two pairs of moments."""
+    roots = []  # R with C = R R^T
+    for _, cov in (a, b):
+        values, vectors = torch.linalg.eigh(cov)
+        roots.append(vectors * values.clamp(min=0).sqrt())
+    distance = (a[0] - b[0]).square().sum() + a[1].trace() + b[1].trace()
+    distance -= 2 * torch.linalg.matrix_norm(roots[0].T @ roots[1], "nuc")  # of the last root
     return distance.clamp(min=0).item()
 
 
@@ -129,14 +142,16 @@ def make_rows(folders: dict[str, dict], lpips: Callable | None) -> list[dict]:
     """Numbers of each folder; folder -> what measure_folder returns. Raises UserError."""
     rows, first = [], next(iter(folders.values()))
     for folder, groups in folders.items():
-        if not (both := sorted(groups.keys() & first.keys())):
+        both = sorted(groups.keys() & first.keys())
+        if not both:
             raise UserError(f"{folder} has no prompt of {[*folders][0]}; see --pattern")
         values = {p: prompt_metrics(x, first.get(p, {}), lpips) for p, x in groups.items()}
         row = {"folder": folder, "samples": sum(map(len, groups.values())), "values": values}
         row["metrics"] = compare(values, rows[0]["values"] if rows else values)
         features = [[x["features"] for p in both for x in y[p].values()] for y in (groups, first)]
         if features[0][0] is not None:
-            row["metrics"]["frechet"] = {"mean": frechet(*map(torch.cat, features))}
+            a, b = (moments(torch.cat(x)) for x in features)
+            row["metrics"]["frechet"] = {"mean": frechet(a, b)}
         rows.append(row)
     return rows
 
@@ -161,8 +176,8 @@ def extremes(folder: str, groups: dict, values: dict) -> dict[str, list]:
     key, pictures = "flow" if any("flow" in x for x in values.values()) else "spread", {}
     scores = {prompt: x.get(key, 0) for prompt, x in values.items()}
     for prompt in sorted({min(scores, key=scores.get), max(scores, key=scores.get)}):
-        frames = [media.pick_five(media.read_video(x["path"])[0]) for x in groups[prompt].values()]
-        pictures[f"{folder}, prompt {prompt}: {TITLES[key]} {scores[prompt]:.3g}"] = sum(frames, [])
+        title = f"{folder}, prompt {prompt}: {TITLES[key]} {scores[prompt]:.3g}"
+        pictures[title] = [x for sample in groups[prompt].values() for x in read_frames(sample)]
     return pictures
 
 
@@ -170,7 +185,8 @@ def run_command(args) -> None:
     """Measure folders, print the table, write metrics.json and metrics.png. Raises UserError."""
     with common.reading("--pattern", r"give a regular expression such as (\d+)_.*\.mp4"):
         pattern = re.compile(args.pattern)
-    if others := common.folder_contents(args.out) - {"metrics.json", "metrics.png"}:
+    others = common.folder_contents(args.out) - {"metrics.json", "metrics.png"}
+    if others:
         raise UserError(f"--out: expected a new folder, {args.out} contains {min(others)}")
     device = common.pick_device(args.device, "auto")
     dino, lpips = args.dino and encoders.load_dino(args.dino, device), encoders.load_lpips(device)

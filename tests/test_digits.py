@@ -13,6 +13,7 @@ import sample
 import train
 from models import encoders
 from models.common import UserError, file_digest, from_json, normal, stream
+from models.metrics import frechet
 from moe import student_nets
 from phases import step_times
 from toy import digits, make_digits
@@ -75,7 +76,7 @@ def test_the_prompts_are_the_conditions_of_the_ten_classes():
     assert torch.equal(rows, digits.conditions(torch.arange(11))["text"][:, 0])
     data = digits.PRESET.make_data(train.make_config("mnist"), None)
     c, shape = data(64, stream("shared"), stream("rng"))
-    assert shape == digits.SHAPE and set(digits.labels_of(c).tolist()) == set(range(10))
+    assert shape == digits.SHAPE and set(c["text"].argmax(2).flatten().tolist()) == set(range(10))
 
 
 def test_idx_files_are_read_and_a_truncated_one_is_an_error(tmp_path):
@@ -109,7 +110,8 @@ def test_the_classifier_sees_the_prompted_class_and_none_in_noise():
     """Controls: the teacher with the null prompt, and random bytes."""
     teacher = digits.guided_teacher(train.make_config("mnist").guidance[0])
     unprompted = lambda x_t, t, c: teacher(x_t, t, digits.conditions(torch.full((60,), 10)))
-    draw = lambda net: digits.to_pixels(digits.sample_teacher(net, 20, 60, CPU, "test"))
+    z = normal((60, *digits.SHAPE), "test")
+    draw = lambda net: digits.to_pixels(digits.sample_teacher(net, 20, z, CPU))
     accuracies = [
         (digits.classify(digits.load_classifier(), pixels)[1] == digits.cycle_labels(60)).sum() / 60
         for pixels in (draw(teacher), draw(unprompted), random_pixels(60))
@@ -125,9 +127,9 @@ def test_frechet_is_the_distance_of_gaussians():
     eye, zero = torch.eye(3).double(), torch.zeros(3).double()
     rotation = torch.linalg.qr(normal((3, 3), "rotation").double())[0]
     a, b = (rotation * torch.tensor(v).double() @ rotation.T for v in ([1, 4, 9], [4, 4, 25]))
-    assert digits.frechet((zero, a), (zero, a)) == pytest.approx(0, abs=1e-9)
-    assert digits.frechet((zero, eye), (zero + 2, eye)) == pytest.approx(12)
-    assert digits.frechet((zero, a), (zero, b)) == pytest.approx(1 + 0 + 4)
+    assert frechet((zero, a), (zero, a)) == pytest.approx(0, abs=1e-9)
+    assert frechet((zero, eye), (zero + 2, eye)) == pytest.approx(12)
+    assert frechet((zero, a), (zero, b)) == pytest.approx(1 + 0 + 4)
 
 
 def test_metrics_tell_samples_from_noise_copies_and_wrong_labels():
@@ -184,15 +186,16 @@ def test_a_run_reports_its_own_samples(finished, monkeypatch):
     """metrics.json belongs to the student's samples; each row of the png is what its name says."""
     metrics = json.loads((finished / "metrics.json").read_text())
     cfg, phases, roles = load_run(finished)
-    rows, key, times = {}, (cfg.seed, "report"), step_times(4, cfg.shift)
+    rows, times = {}, step_times(4, cfg.shift)
     monkeypatch.setattr(digits, "draw_sheet", lambda drawn: rows.update(drawn) or b"")
     digits.report(cfg, phases, roles, 2, CPU, finished, finished=True)
-    xs = digits.sample_digits(student_nets(roles, phases), times, 100, CPU, *key)
+    z = normal((100, *digits.SHAPE), cfg.seed, "report", "z")
+    xs = digits.sample_from(student_nets(roles, phases), times, z, CPU)
     samples = digits.classify(digits.load_classifier(), digits.to_pixels(xs[-1]))
     measured = digits.measure(*samples, digits.cycle_labels(100), digits.load_reference())
     assert {name: metrics[name] for name in measured} == pytest.approx(measured, rel=1e-4)
     assert metrics["samples"] == 100 and "frechet_floor" not in metrics  # it needs 10,000
-    few_steps = digits.sample_teacher(roles.teacher[1], 4, 30, CPU, *key, shift=cfg.shift)
+    few_steps = digits.sample_teacher(roles.teacher[1], 4, z[:30], CPU, shift=cfg.shift)
     expected = {"teacher, 4 steps": few_steps, "student, 4 steps": xs[-1][:30]}
     expected |= {"t = 1": xs[0][:10], "t = 0.75": xs[2][:10], "t = 0": xs[4][:10]}
     assert all(torch.allclose(rows[name], x, atol=1e-4) for name, x in expected.items())

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from models import teachers, weights
 from models.common import UserError, normal, read_json
 from models.media import Figure, to_png
+from models.metrics import frechet, moments
 from models.wan import guide
 from moe import Roles, chunked, cond_to, student_nets
 from phases import Phase, step_times, trajectory
@@ -48,11 +49,6 @@ def to_pixels(x: Tensor) -> Tensor:
 def conditions(labels: Tensor) -> dict[str, Tensor]:
     """Encode a class as a prompt of one token, one-hot in 16 channels; 10 is the null prompt."""
     return {"text": F.one_hot(labels, 16).float()[:, None]}  # (n, 1, 16)
-
-
-def labels_of(c: dict[str, Tensor]) -> Tensor:
-    """Classes (n,) that the conditions encode."""
-    return c["text"][:, 0].argmax(1).cpu()
 
 
 def cycle_labels(n: int) -> Tensor:
@@ -103,20 +99,6 @@ def load_classifier() -> Classifier:
 
 
 # -- metrics -------------------------------------------------------------------------------------
-
-
-def moments(z: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean (D,) and covariance (D, D) of features (n, D)."""
-    return z.mean(0), z.T.cov()
-
-
-def frechet(a: tuple, b: tuple) -> float:
-    """|m_a - m_b|^2 + tr(C_a + C_b - 2 (C_a^1/2 C_b C_a^1/2)^1/2) of two pairs of moments."""
-    (mean_a, cov_a), (mean_b, cov_b) = a, b
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    middle = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()
-    return ((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * middle).item()
 
 
 def class_spread(z: Tensor, labels: Tensor) -> Tensor:
@@ -184,30 +166,19 @@ def teacher_metrics(cfg) -> dict:
 
 
 @torch.no_grad()
-def sample_from(nets: list, times: tuple, x: Tensor, device, text: str) -> list[Tensor]:
+def sample_from(nets: list, times: tuple, x: Tensor, device, text="sampling") -> list[Tensor]:
     """x at each of the times, on the CPU, from x at the first; the ten classes in turn."""
     c = cond_to(conditions(cycle_labels(len(x))), device)
     steps = trajectory([chunked(net, 500) for net in nets], times, x.to(device), c)
     return [x.cpu() for x in tqdm(steps, text, len(times), leave=False, disable=None)]
 
 
-def sample_digits(nets: list, times: tuple, n: int, device, *key, text="sampling") -> list[Tensor]:
-    """x (n, 16, 1, 8, 8) at each of the times, on the CPU, from noise of the random stream key."""
-    return sample_from(nets, times, normal((n, *SHAPE), *key, "z"), device, text)
-
-
 def sample_teacher(
-    teacher: Callable, steps: int, n: int, device, *key, shift: float = SHIFT
+    teacher: Callable, steps: int, x_s: Tensor, device, s: float = 1.0, shift: float = SHIFT
 ) -> Tensor:
-    """Latents (n, 16, 1, 8, 8) that the teacher draws in so many Euler steps of shift S."""
-    text, times = f"teacher, {steps} steps", step_times(steps, shift)
-    return sample_digits([teacher] * steps, times, n, device, *key, text=text)[-1]
-
-
-def complete_with_teacher(x: Tensor, s: float, teacher: Callable, device, steps=10) -> Tensor:
-    """Take x_s to t = 0 with Euler steps of the teacher."""
-    times = tuple(s * t for t in step_times(steps, SHIFT))
-    return sample_from([teacher] * steps, times, x, device, "completing with the teacher")[-1]
+    """Take x_s (n, 16, 1, 8, 8) to t = 0 in so many Euler steps."""
+    times = tuple(s * t for t in step_times(steps, shift))
+    return sample_from([teacher] * steps, times, x_s, device, f"teacher, {steps} steps")[-1]
 
 
 def guided_teacher(guidance: float) -> Callable:
@@ -250,18 +221,17 @@ def report(
 ) -> tuple[dict, bytes]:
     """Metrics and a png of the student of phases[:k]; the teacher takes the steps that it lacks."""
     n = cfg.eval_samples if finished else min(1000, cfg.eval_samples)
-    nets, teacher, key = student_nets(roles, phases[:k]), roles.teacher[1], (cfg.seed, "report")
-    times = step_times(cfg.steps, cfg.shift)[: len(nets) + 1]
-    *_, x = xs = sample_digits(nets, times, n, device, *key)
-    if k < len(phases):
-        x = complete_with_teacher(x, phases[k - 1].s, teacher, device)
+    z, teacher = normal((n, *SHAPE), cfg.seed, "report", "z"), roles.teacher[1]
+    nets, times = student_nets(roles, phases[:k]), step_times(cfg.steps, cfg.shift)
+    xs = sample_from(nets, times[: len(nets) + 1], z, device)
+    x = xs[-1] if k == len(phases) else sample_teacher(teacher, 10, xs[-1], device, phases[k - 1].s)
     features, predicted = classify(load_classifier(), to_pixels(x))
     metrics = measure(features, predicted, cycle_labels(n), load_reference()) | {"samples": n}
     metrics |= teacher_metrics(cfg) if finished else {}
-    rows = {
-        f"teacher, {steps} steps": sample_teacher(teacher, steps, 30, device, *key, shift=cfg.shift)
-        for steps in (40, cfg.steps)
-    }
+    rows = {}
+    for steps in (40, cfg.steps):
+        x = sample_teacher(teacher, steps, z[:30], device, shift=cfg.shift)
+        rows[f"teacher, {steps} steps"] = x
     rows[f"student, {len(nets)} steps"] = xs[-1][:30]
     rows |= {f"t = {times[i]:.3g}": xs[i][:CLASSES] for i in (0, *(p.end for p in phases[:k]))}
     return metrics, draw_sheet(rows)
@@ -292,7 +262,7 @@ def save_samples(cfg, c, xs: list[Tensor], args, names, device) -> tuple[dict, l
     np.save(array, (pixels if args.trajectory else pixels[-1]).numpy())
     x = xs[-1][:100]
     x = F.pad(x, (0, 0) * 4 + (0, -len(x) % CLASSES), value=-1.0)  # the last line is full, too
-    labels, (z, predicted) = labels_of(c), classify(load_classifier(), pixels[-1])
+    labels, (z, predicted) = cycle_labels(args.n), classify(load_classifier(), pixels[-1])
     metrics = {"accuracy": (predicted == labels).double().mean().item()}
     if len(z) >= 1000:  # with fewer, the covariance of a class means nothing
         metrics = measure(z, predicted, labels, load_reference()) | {"samples": len(z)}

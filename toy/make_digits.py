@@ -8,35 +8,22 @@ DIR holds MNIST's IDX files.
 import gzip
 import json
 import math
-import shlex
 import sys
-import zlib
 from argparse import Namespace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script from the project's root
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from losses import flow_matching
-from models import weights
-from models.common import (
-    Parser,
-    UserError,
-    environment,
-    exit_status,
-    file_digest,
-    first_line,
-    integers,
-    normal,
-    stream,
-    uniform,
-    write_json,
-    write_tensors,
-)
+from models import common, weights
+from models.common import UserError, integers, normal, uniform, write_json, write_tensors
+from models.metrics import moments
 from models.wan import Wan
 from sde import diffuse, shift_time
 from toy import digits
@@ -51,14 +38,14 @@ WEIGHTS = ("transformer/model.safetensors", "judge.safetensors", "reference.safe
 
 def read_digits(folder: Path) -> tuple[Tensor, Tensor]:
     """Bytes (n, 28, 28) and labels (n,) from IDX files. Raises UserError."""
-    found = [p for p in ("train", "t10k") if (folder / f"{p}-images-idx3-ubyte.gz").is_file()]
-    if not found:
-        raise UserError(
-            f"--data {folder}: expected t10k-images-idx3-ubyte.gz or train-images-idx3-ubyte.gz "
-            "and their labels; download MNIST"
-        )
-    images = torch.cat([read_idx(folder / f"{part}-images-idx3-ubyte.gz") for part in found])
-    labels = torch.cat([read_idx(folder / f"{part}-labels-idx1-ubyte.gz") for part in found])
+    parts = [p for p in ("train", "t10k") if (folder / f"{p}-images-idx3-ubyte.gz").is_file()]
+    if not parts:
+        expected = "t10k- or train-images-idx3-ubyte.gz and their labels"
+        raise UserError(f"--data {folder}: expected {expected}; download MNIST")
+    images, labels = (
+        torch.cat([read_idx(folder / f"{part}-{kind}-ubyte.gz") for part in parts])
+        for kind in ("images-idx3", "labels-idx1")
+    )
     if images.shape[1:] != (28, 28) or labels.shape != (len(images),) or labels.max() >= CLASSES:
         raise UserError(f"--data {folder}: expected images of 28 x 28 and one label 0..9 for each")
     return images, labels.long()
@@ -66,25 +53,14 @@ def read_digits(folder: Path) -> tuple[Tensor, Tensor]:
 
 def read_idx(path: Path) -> Tensor:
     """Read a gzipped IDX file as bytes, in the shape that its header gives. Raises UserError."""
-    try:
+    with common.reading(path, "download it again"):
         content = gzip.decompress(path.read_bytes())
-        axes = content[3]
-        shape = [int.from_bytes(content[4 + 4 * i : 8 + 4 * i], "big") for i in range(axes)]
-        return torch.frombuffer(bytearray(content[4 + 4 * axes :]), dtype=torch.uint8).view(shape)
-    except (OSError, EOFError, ValueError, IndexError, RuntimeError, zlib.error) as error:
-        raise UserError(f"cannot read {path} ({first_line(error)}); download it again") from error
+        header = 4 + 4 * content[3]  # bytes; an axis has four, the largest first
+        shape = np.frombuffer(content[4:header], ">i4").tolist()
+        return torch.frombuffer(bytearray(content[header:]), dtype=torch.uint8).view(shape)
 
 
 # -- the teacher ---------------------------------------------------------------------------------
-
-
-def new_network(seed: int) -> Wan:
-    """The untrained teacher. Its output layer is zero."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        net = Wan(**weights.TEACHERS["mnist"].settings)
-    nn.init.zeros_(net.head.head.weight)
-    return net
 
 
 def fit_teacher(pixels: Tensor, labels: Tensor, steps: int, seed: int, batch: int = 128) -> dict:
@@ -92,14 +68,18 @@ def fit_teacher(pixels: Tensor, labels: Tensor, steps: int, seed: int, batch: in
 
     A tenth of the labels is replaced by the null prompt, so that CFG works.
     """
-    x, net = digits.to_latents(pixels), new_network(seed)
+    x = digits.to_latents(pixels)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        net = Wan(**weights.TEACHERS["mnist"].settings)
+    nn.init.zeros_(net.head.head.weight)
     parameters = dict(net.named_parameters())
     averaged = {name: p.detach().clone() for name, p in parameters.items()}
     optimizer = torch.optim.AdamW(net.parameters(), 2e-3, (0.9, 0.99), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda i: min(1, i / 500) * (0.5 + 0.5 * math.cos(math.pi * i / steps))
     )
-    bar, mean_loss = tqdm(range(steps), "teacher", mininterval=10), None
+    bar = tqdm(range(steps), "teacher", mininterval=10)
     for i in bar:
         key = "teacher", seed, i
         rows = integers(batch, len(x), *key, "rows")
@@ -114,8 +94,7 @@ def fit_teacher(pixels: Tensor, labels: Tensor, steps: int, seed: int, batch: in
         schedule.step()
         for name, p in parameters.items():
             averaged[name].lerp_(p.detach(), 1 - min(0.9995, (1 + i) / (10 + i)))
-        mean_loss = loss.item() if i == 0 else mean_loss + 0.01 * (loss.item() - mean_loss)
-        bar.set_postfix(loss=f"{mean_loss:.4f}", refresh=False)
+        bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
     return averaged
 
 
@@ -130,12 +109,6 @@ def write_prompts(path: Path) -> None:
 
 
 # -- the classifier ------------------------------------------------------------------------------
-
-
-def train_test_split(n: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Rows for training the classifier, and the 15 % that test it."""
-    order = torch.randperm(n, generator=stream("judge", seed, "split"))
-    return order[n * 15 // 100 :], order[: n * 15 // 100]
 
 
 def fit_classifier(
@@ -174,40 +147,41 @@ def augment(x: Tensor, *key) -> Tensor:
 
 def statistics(z: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Moments of features (n, 64) over all samples and per class, spread and features per class."""
-    (mean, cov), spread = digits.moments(z), digits.class_spread(z, labels)
-    by_class = [digits.moments(z[labels == digit]) for digit in range(CLASSES)]
-    class_mean, class_cov = map(torch.stack, zip(*by_class, strict=True))
-    # rounded as in the file; (10, n / 10, 64)
-    features = torch.stack([z[labels == digit] for digit in range(CLASSES)]).half().double()
-    moments = dict(mean=mean, cov=cov, class_mean=class_mean, class_cov=class_cov, spread=spread)
-    return moments | {"features": features}
+    by_class = [z[labels == digit] for digit in range(CLASSES)]
+    mean, cov = moments(z)
+    class_mean, class_cov = map(torch.stack, zip(*map(moments, by_class)))
+    features = torch.stack(by_class).half().double()  # (10, n / 10, 64), rounded as in the file
+    spread = digits.class_spread(z, labels)
+    tensors = dict(mean=mean, cov=cov, class_mean=class_mean, class_cov=class_cov, spread=spread)
+    return tensors | {"features": features}
 
 
 def provenance(args: Namespace) -> dict:
-    """The command, the seed and the environment, for the files that it makes."""
-    words = ["DIR" if word == str(args.data) else word for word in sys.argv[1:]]
-    command = shlex.join(["python", "toy/make_digits.py", *words])
-    return {"command": command, "seed": args.seed} | environment("cpu", 1, 1)
+    """The settings and the environment, for the files that it makes."""
+    settings = {name: getattr(args, name) for name in ("seed", "steps", "epochs")}
+    return settings | common.environment("cpu", 1, 1)
 
 
-def make_teacher(pixels: Tensor, labels: Tensor, args: Namespace) -> None:
+def make_teacher(args: Namespace) -> None:
     """Train the teacher; write it as a published Wan, and its prompts."""
-    tensors, folder = fit_teacher(pixels, labels, args.steps, args.seed), FOLDER / "transformer"
+    (pixels, labels), folder = read_digits(args.data), FOLDER / "transformer"
+    tensors = fit_teacher(pixels, labels, args.steps, args.seed)
     config = {"_class_name": "WanModel", "patch_size": [1, 2, 2]}
     write_json(folder / "config.json", config | weights.TEACHERS["mnist"].settings)
-    metadata = provenance(args) | {"steps": args.steps, "digits": len(pixels)}
-    write_tensors(folder / "model.safetensors", tensors, metadata)
+    write_tensors(folder / "model.safetensors", tensors, provenance(args) | {"digits": len(pixels)})
     write_prompts(FOLDER / "prompts.safetensors")
 
 
-def make_classifier(pixels: Tensor, labels: Tensor, args: Namespace) -> None:
+def make_classifier(args: Namespace) -> None:
     """Train the classifier; write it, and its accuracy on the digits that test it."""
-    train, test = train_test_split(len(pixels), args.seed)
+    pixels, labels = read_digits(args.data)
+    order = torch.randperm(len(pixels), generator=common.stream("judge", args.seed, "split"))
+    test, train = order.tensor_split([len(order) * 15 // 100])
     classifier = fit_classifier(pixels[train], labels[train], args.epochs, args.seed)
     write_tensors(FOLDER / "judge.safetensors", classifier.state_dict(), provenance(args))
     is_right = digits.classify(classifier, pixels[test])[1] == labels[test]
-    metrics = {"learnt": len(train), "held_out": len(test)}
-    metrics["accuracy"] = is_right.double().mean().item()
+    accuracy = is_right.double().mean().item()
+    metrics = {"learnt": len(train), "held_out": len(test), "accuracy": accuracy}
     print(json.dumps(metrics))
     write_json(FOLDER / "judge.json", provenance(args) | metrics)
 
@@ -218,7 +192,8 @@ def make_reference(args: Namespace) -> None:
     labels = digits.cycle_labels(SAMPLES)
 
     def sample(steps: int, number: int) -> tuple[Tensor, Tensor]:
-        x = digits.sample_teacher(teacher, steps, SAMPLES, "cpu", "reference", number)
+        z = normal((SAMPLES, *digits.SHAPE), "reference", number, "z")
+        x = digits.sample_teacher(teacher, steps, z, "cpu")
         return digits.classify(classifier, digits.to_pixels(x))
 
     z, predicted = sample(40, 0)
@@ -233,19 +208,18 @@ def make_reference(args: Namespace) -> None:
     tensors = {name: x.float() for name, x in reference.items()}
     tensors["features"] = tensors["features"].half()
     write_tensors(FOLDER / "reference.safetensors", tensors, provenance(args))
-    digests = {name: file_digest(FOLDER / name) for name in WEIGHTS}
+    digests = {name: common.file_digest(FOLDER / name) for name in WEIGHTS}
     write_json(FOLDER / "reference.json", provenance(args) | metrics | {"sha256": digests})
+
+
+PARTS = {"teacher": make_teacher, "classifier": make_classifier, "reference": make_reference}
 
 
 def main() -> None:
     """Make the parts of toy/mnist that the flags name. Raises UserError."""
-    parser = Parser(__doc__)
+    parser = common.Parser(__doc__)
     add = parser.add_argument
-    add(
-        "--only",
-        choices=("teacher", "classifier", "reference"),
-        help="make one part (default: all)",
-    )
+    add("--only", choices=PARTS, help="make one part (default: all)")
     add("--data", type=Path, default=Path("mnist"), help="folder of IDX files (default mnist)")
     add("--steps", type=int, default=16_000, help="training steps of the teacher (default 16000)")
     add("--epochs", type=int, default=20, help="of the classifier (default 20)")
@@ -253,14 +227,9 @@ def main() -> None:
     args = parser.parse_args()
     if min(args.steps, args.epochs) < 1:
         raise UserError("--steps and --epochs must be at least 1")
-    data = read_digits(args.data) if args.only != "reference" else ()
-    if args.only in (None, "teacher"):
-        make_teacher(*data, args)
-    if args.only in (None, "classifier"):
-        make_classifier(*data, args)
-    if args.only in (None, "reference"):
-        make_reference(args)
+    for name in [args.only] if args.only else PARTS:
+        PARTS[name](args)
 
 
 if __name__ == "__main__":
-    sys.exit(exit_status("make_digits.py", main))
+    sys.exit(common.exit_status("make_digits.py", main))
