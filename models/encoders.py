@@ -21,7 +21,8 @@ import math
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import combinations, pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -64,6 +65,8 @@ MAX_TOKENS = 512  # tokens kept of a prompt, as in the published pipelines
 
 CAPTIONS = ("caption", "prompt", "text")  # columns, or keys, that a prompt may have
 SHARD = 512  # prompts per file of embeddings
+FORMATS = "expected UTF-8 as .txt, .csv, .tsv or .jsonl; put cells with commas in quotes"
+NO_PROMPT = "contains no prompt; write one per line, or one .txt per prompt"
 MAKE_TEXT = "run python -m models.encoders text"
 MAKE_IMAGES = "run python -m models.encoders images"
 DOWNLOAD = "download it again"
@@ -191,8 +194,6 @@ def embed_prompts(
         stored = {}
         with contextlib.suppress(UserError):  # a broken file is replaced as well
             stored = open_tensors(file, "embeddings", OVERWRITE)[1]
-        if str(stored.get("encoder")).endswith(name):  # older files have the whole path
-            stored["encoder"] = name
         if stored == shards.get(file):
             del shards[file]
         else:
@@ -204,8 +205,8 @@ def embed_prompts(
     encoder, cut = load_encoder(teacher, folder, device), []
     for file in others:
         file.unlink()
-    done = len(prompts) - sum(len(metadata["prompts"]) for metadata in shards.values())
-    bar = tqdm(total=len(prompts), initial=done, unit=" prompts", disable=None)
+    count = sum(len(metadata["prompts"]) for metadata in shards.values())
+    bar = tqdm(total=count, unit=" prompts", disable=None)
     with bar, reading(path, DOWNLOAD):  # tokenizer and encoder may not fit each other
         [negative_row] = embed_tokens(encoder, tokenize(encoder, [negative], cut))
         for file, metadata in shards.items():
@@ -253,7 +254,8 @@ def open_embeddings(path: Path) -> Embeddings:
                 if dtype not in DTYPES or shape != (shape[0], channels):
                     raise ValueError(f"{key} is {dtype} {shape}, not float (L, {channels})")
             text, negative = file["text"], file.get_tensor("negative")
-            rows = (offsets := file.get_tensor("offsets")).tolist()
+            offsets = file.get_tensor("offsets")
+            rows = offsets.tolist()
             if offsets.dtype != torch.int64 or rows != sorted({0, text.shape[0], *rows}):
                 raise ValueError("expected int64 offsets that increase from 0 to the rows of text")
             check_texts(metadata["prompts"], len(rows) - 1)
@@ -283,70 +285,62 @@ def batch(rows: list[Tensor]) -> dict[str, Tensor]:
 def read_prompts(path: Path) -> list[str]:
     """Read prompts: text, one per line (# starts a comment), or csv, tsv or jsonl.
 
-    In a folder each .txt is one prompt, as the captions of trainers are.
+    In a folder each .txt is one prompt, as the captions of trainers are. Raises UserError.
     """
-    is_folder, texts, expected = path.is_dir(), [], "expected UTF-8 as .txt, .csv, .tsv or .jsonl"
-    suffix = "" if is_folder else path.suffix.lower()  # what the name links to may have none
-    with reading(path, expected):
-        if suffix in (".csv", ".tsv"):
-            return [caption for (caption,) in read_csv(path, CAPTIONS)]
-        if suffix not in ("", ".txt", ".jsonl"):
+    if not path.is_dir():
+        return [prompt for (prompt,) in read_rows(path, CAPTIONS)]
+    texts = []
+    for file in sorted(path.glob("*.txt")):
+        with reading(file, FORMATS):
+            texts.append(" ".join(file.read_text(encoding="utf-8-sig").split()))
+    if not any(texts):
+        raise UserError(f"{path} {NO_PROMPT}")
+    return [text for text in texts if text]
+
+
+def read_rows(path: Path, *columns: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Read columns of a file, each under the first of its names that is there. UserError."""
+    expected = " and ".join(" or ".join(names) for names in columns)
+    suffix, found, line = path.suffix.lower(), [], 0  # what the name links to may have none
+    with reading(path, FORMATS), open(path, "rb") as file:
+        if suffix not in PARSERS:
             raise ValueError(f"its suffix is {suffix}")
-    for file in sorted(path.glob("*.txt")) if is_folder else [path]:
-        with reading(file, expected):
-            texts.append(file.read_text(encoding="utf-8-sig"))
-    with reading(path, expected):
-        rows = [row.strip() for text in texts for row in text.split("\n")]
-        if is_folder:
-            prompts = [" ".join(text.split()) for text in texts if text.strip()]
-        elif suffix == ".jsonl":
-            prompts = [caption_of(row, i) for i, row in enumerate(rows, 1) if row]
-        else:
-            prompts = [row for row in rows if row and row[0] != "#"]
-    if not prompts:
-        raise UserError(f"{path} contains no prompt; write one per line, or one .txt per prompt")
-    return prompts
-
-
-def caption_of(row: str, number: int) -> str:
-    """The prompt in a line of jsonl: a string, or under a key of CAPTIONS. Raises ValueError."""
-    try:
-        row = json.loads(row)
-        row = row if isinstance(row, dict) else {"text": row}
-        text = next((row[key] for key in CAPTIONS if key in row), None)
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"expected a text as {' or '.join(CAPTIONS)}, found {row}"[:200])
-        text.encode()  # fails if it has half of a surrogate pair
-        return text.strip()
-    except ValueError as error:
-        raise ValueError(f"line {number}: {getattr(error, 'msg', error)}") from error
-
-
-def read_csv(path: Path, *columns: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """Read columns of a csv or tsv file, each under the first of its names that is there."""
-    delimiter, found, line = "\t" if path.suffix.lower() == ".tsv" else ",", [], 0
-    with reading(path, "quote cells that contain commas, tabs or quotes"), open(path, "rb") as file:
-        rows = csv.reader((x.decode("utf-8-sig") for x in file), strict=True, delimiter=delimiter)
         try:
-            header = [name.strip() for name in next(rows, [])]
-            chosen = [next((x for x in names if header.count(x) == 1), "") for names in columns]
-            if not all(chosen):
-                expected = ", ".join(" or ".join(names) for names in columns)
-                raise UserError(f"{path}: expected columns {expected}, found {header}"[:500])
-            line = rows.line_num  # the last line that was read
-            for row in rows:
-                if row and len(row) != len(header):
-                    raise ValueError(f"expected {len(header)} cells, found {len(row)}")
-                if row:  # not a blank line
-                    found.append(tuple(row[header.index(name)].strip() for name in chosen))
-                    if not all(found[-1]):
-                        raise ValueError(f"expected {' and '.join(chosen)}, found an empty cell")
-                line = rows.line_num
+            for last_line, row in PARSERS[suffix](x.decode("utf-8-sig") for x in file):
+                if row:
+                    texts = [next((row[x] for x in names if x in row), "") for names in columns]
+                    if not all(isinstance(x, str) and x.strip() for x in texts):
+                        raise ValueError(f"expected {expected}, found {row}"[:200])
+                    "".join(texts).encode()  # fails if one has half of a surrogate pair
+                    found.append(tuple(text.strip() for text in texts))
+                line = last_line
         except (csv.Error, ValueError) as error:
-            raise ValueError(f"line {line + 1}: {error}") from error
+            raise ValueError(f"line {line + 1}: {getattr(error, 'msg', error)}") from error
     if not found:
-        raise UserError(f"{path} contains no row below its header")
+        raise UserError(f"{path} {NO_PROMPT}")
     return found
+
+
+def parse_lines(lines: Iterable[str], load: Callable = str) -> Iterator[tuple[int, dict]]:
+    """Yield each line's number and what load makes of it: a text or a dict. # starts a comment."""
+    for number, line in enumerate(lines, 1):
+        row = load(line) if line.strip() and line.strip()[0] != "#" else {}
+        yield number, row if isinstance(row, dict) else {"text": row}
+
+
+def parse_csv(lines: Iterable[str], delimiter: str = ",") -> Iterator[tuple[int, dict]]:
+    """Yield the number of each row's last line and its cells by column; none if it is blank."""
+    rows = csv.reader(lines, strict=True, delimiter=delimiter)
+    header = [name.strip() for name in next(rows, [])]
+    yield rows.line_num, {}
+    for cells in rows:
+        if cells and len(cells) != len(header):
+            raise ValueError(f"expected {len(header)} cells, found {len(cells)}")
+        yield rows.line_num, dict(zip(header, cells))
+
+
+PARSERS = {"": parse_lines, ".txt": parse_lines, ".jsonl": partial(parse_lines, load=json.loads)}
+PARSERS |= {".csv": parse_csv, ".tsv": partial(parse_csv, delimiter="\t")}
 
 
 def shorten(text: str) -> str:
@@ -375,8 +369,7 @@ def load_vae(teacher: str, folder: Path | None, device: str):
 def latent_statistics(vae) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of the latents per channel, (1, C, 1, 1, 1) each."""
     values = vae.config.latents_mean, vae.config.latents_std
-    mean, std = (torch.tensor(v, device=vae.device).view(1, -1, 1, 1, 1) for v in values)
-    return mean, std
+    return tuple(torch.tensor(v, device=vae.device).view(1, -1, 1, 1, 1) for v in values)
 
 
 def in_tiles_if_short(vae, call: Callable[[], Tensor]) -> Tensor:
@@ -512,9 +505,7 @@ def encode_images(vae, folder: Path, sizes: list, frames: int) -> tuple[dict, di
 
     Returns image.HxW (n, 20, F, h, w) bf16 for each size, and the captions of each.
     """
-    if folder.is_dir() and not (folder / "captions.csv").exists():
-        raise UserError(f"--images: expected captions.csv, columns file and caption, in {folder}")
-    rows = read_csv(folder / "captions.csv", ("file",), CAPTIONS)
+    rows = read_rows(folder / "captions.csv", ("file",), CAPTIONS)
     nearest = [nearest_size(folder / file, sizes) for file, _ in rows]  # reads all before the work
     conditions, captions = defaultdict(list), defaultdict(list)
     bar = tqdm(rows, unit=" pictures", disable=None)
@@ -565,7 +556,7 @@ def main(argv: list[str] | None = None) -> int:
     published = [name for name, spec in TEACHERS.items() if spec.repository]
     parser = Parser(__doc__)
     add = parser.add_argument
-    add("task", choices=("text", "images"))
+    add("task", choices=TASKS)
     add("--teacher", required=True, choices=published, help="its encoders are used")
     add("--weights", type=Path, help="folder of the published weights (default weights/NAME)")
     add("--out", type=Path, required=True, help="text: a folder, images: a .safetensors file")
@@ -580,12 +571,12 @@ def main(argv: list[str] | None = None) -> int:
     add("--size", nargs="+", default=["480x832", "832x480"], help="HEIGHTxWIDTH, one or more")
     add("--frames", type=int, default=81, help="of the video, 4n + 1 (default 81)")
 
-    def run_command() -> None:
+    def run_task() -> None:
         args = parser.parse_args(argv)
-        run_text(args) if args.task == "text" else run_images(args)
+        TASKS[args.task](args)
 
     advice = "try a smaller --batch, --size or --device cpu"
-    return common.exit_status("encoders.py", run_command, advice)
+    return common.exit_status("encoders.py", run_task, advice)
 
 
 def run_text(args) -> None:
@@ -613,6 +604,9 @@ def run_images(args) -> None:
     metadata = {"kind": "first frames", "teacher": args.teacher, "captions": captions}
     write_tensors(args.out, tensors, metadata)
     print(f"{args.out}: {sum(map(len, captions.values()))} pictures")
+
+
+TASKS = {"text": run_text, "images": run_images}
 
 
 def parse_height_width(text: str) -> tuple[int, int]:

@@ -14,7 +14,6 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script from the project's root
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,27 +36,23 @@ WEIGHTS = ("transformer/model.safetensors", "judge.safetensors", "reference.safe
 
 
 def read_digits(folder: Path) -> tuple[Tensor, Tensor]:
-    """Bytes (n, 28, 28) and labels (n,) from IDX files. Raises UserError."""
-    parts = [p for p in ("train", "t10k") if (folder / f"{p}-images-idx3-ubyte.gz").is_file()]
-    if not parts:
-        expected = "t10k- or train-images-idx3-ubyte.gz and their labels"
-        raise UserError(f"--data {folder}: expected {expected}; download MNIST")
-    images, labels = (
-        torch.cat([read_idx(folder / f"{part}-{kind}-ubyte.gz") for part in parts])
-        for kind in ("images-idx3", "labels-idx1")
-    )
-    if images.shape[1:] != (28, 28) or labels.shape != (len(images),) or labels.max() >= CLASSES:
-        raise UserError(f"--data {folder}: expected images of 28 x 28 and one label 0..9 for each")
-    return images, labels.long()
+    """Bytes (n, 28, 28) and labels (n,) from gzipped IDX files. Raises UserError."""
+    files = sorted(folder.glob("*-images-idx3-ubyte.gz"), reverse=True)  # train, t10k
+    names = [file.name.replace("images-idx3", "labels-idx1") for file in files]
+    if not files:
+        raise UserError(f"--data {folder}: expected *-images-idx3-ubyte.gz and labels of MNIST")
+    images = torch.cat([read_idx(file, 16) for file in files]).view(-1, 28, 28)
+    labels = torch.cat([read_idx(folder / name, 8) for name in names]).long()
+    if len(images) != len(labels):
+        raise UserError(f"--data {folder}: {len(images)} images have {len(labels)} labels")
+    return images, labels
 
 
-def read_idx(path: Path) -> Tensor:
-    """Read a gzipped IDX file as bytes, in the shape that its header gives. Raises UserError."""
+def read_idx(path: Path, header: int) -> Tensor:
+    """Read the bytes of a gzipped IDX file after its header. Raises UserError."""
     with common.reading(path, "download it again"):
-        content = gzip.decompress(path.read_bytes())
-        header = 4 + 4 * content[3]  # bytes; an axis has four, the largest first
-        shape = np.frombuffer(content[4:header], ">i4").tolist()
-        return torch.frombuffer(bytearray(content[header:]), dtype=torch.uint8).view(shape)
+        content = bytearray(gzip.decompress(path.read_bytes()))
+        return torch.frombuffer(content, dtype=torch.uint8, offset=header)
 
 
 # -- the teacher ---------------------------------------------------------------------------------
