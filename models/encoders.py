@@ -424,10 +424,7 @@ def add_mask(latents: Tensor) -> Tensor:
 
 
 def load_dino(folder: Path, device: str) -> tuple[str, Callable]:
-    """Load a DINO. Returns a name with its digest, and pictures (h, w, 3) -> CLS features (n, D).
-
-    Raises UserError.
-    """
+    """Load a DINO: a name with its digest, pictures (n, h, w, 3) -> CLS (n, D). UserError."""
     expected = "--dino: expected the folder of a DINOv2 or DINOv3, as transformers saves it"
     kind = read_json(folder / "config.json", expected).get("model_type")
     if not str(kind).startswith("dino"):
@@ -439,7 +436,7 @@ def load_dino(folder: Path, device: str) -> tuple[str, Callable]:
         processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
 
     @torch.no_grad()
-    def embed(pictures: list[numpy.ndarray]) -> Tensor:
+    def embed(pictures: numpy.ndarray) -> Tensor:
         inputs = processor(images=[Image.fromarray(x) for x in pictures], return_tensors="pt")
         return net(**inputs.to(device)).pooler_output.cpu().double()
 
@@ -449,7 +446,7 @@ def load_dino(folder: Path, device: str) -> tuple[str, Callable]:
 
 
 def load_lpips(device: str) -> Callable | None:
-    """Load LPIPS: lists of pictures (h, w, 3), one list per sample -> mean over pairs of samples.
+    """Load LPIPS: frames (F, h, w, 3) of each sample -> mean over pairs of samples.
 
     None without the package or AlexNet's weights: nothing is downloaded.
     """
@@ -464,10 +461,8 @@ def load_lpips(device: str) -> Callable | None:
     net = lpips.LPIPS(net="alex", verbose=False).to(device)
 
     @torch.no_grad()
-    def distance(samples: list[list[numpy.ndarray]]) -> Tensor:
-        xs = [
-            torch.from_numpy(numpy.stack(x)).movedim(3, 1).to(device) / 127.5 - 1 for x in samples
-        ]
+    def distance(samples: list[numpy.ndarray]) -> Tensor:
+        xs = [torch.from_numpy(x).movedim(3, 1).to(device) / 127.5 - 1 for x in samples]
         xs = [F.interpolate(x, xs[0].shape[2:], mode="bilinear", antialias=True) for x in xs]
         bar = tqdm([*combinations(xs, 2)], "LPIPS", leave=False, disable=None)
         return torch.stack([net(a, b).mean() for a, b in bar]).mean().cpu()
@@ -503,7 +498,8 @@ def nearest_size(path: Path, sizes: list[tuple[int, int]]) -> tuple[int, int]:
 def encode_images(vae, folder: Path, sizes: list, frames: int) -> tuple[dict, dict]:
     """Encode the pictures of captions.csv, each at its nearest size.
 
-    Returns image.HxW (n, 20, F, h, w) bf16 for each size, and the captions of each.
+    Returns image.HxW (n, 20, F, h, w) for each size, in bf16 as a bf16 network takes them, and
+    the captions of each.
     """
     rows = read_rows(folder / "captions.csv", ("file",), CAPTIONS)
     nearest = [nearest_size(folder / file, sizes) for file, _ in rows]  # reads all before the work
@@ -611,12 +607,12 @@ TASKS = {"text": run_text, "images": run_images}
 
 def parse_height_width(text: str) -> tuple[int, int]:
     """480x832 -> (480, 832), height first. Raises UserError."""
-    numbers = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
-    height, width = map(int, numbers.groups()) if numbers else (0, 0)
-    if not height or not width or height % 16 or width % 16:
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+    size = tuple(int(side) for side in match.groups()) if match else (0, 0)
+    if 0 in size or math.gcd(16, *size) < 16:
         expected = "HEIGHTxWIDTH, multiples of 16 such as 480x832"
         raise UserError(f"--size: expected {expected}, got {text}")
-    return height, width
+    return size
 
 
 if __name__ == "__main__":

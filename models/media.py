@@ -223,11 +223,12 @@ def sheet(rows: dict[str, Tensor], decode: Callable | None, title: str = "") -> 
     latents = [x.float().cpu() for x in rows.values()]
     is_video = latents[0].ndim == 5
     if decode:
-        pictures, note = [decode(x) for x in latents], "decoded" + ", first frame" * is_video
+        pictures, note = [decode(x) for x in latents], "decoded, first frame"
     else:
         frames = [x[:, :, x.shape[2] // 2] if is_video else x for x in latents]
-        note = "linear preview of latents" + ", middle frame" * is_video
-        pictures = latent_preview(frames)
+        pictures, note = latent_preview(frames), "linear preview of latents, middle frame"
+    if not is_video:
+        note = note.partition(",")[0]
     return contact_sheet(dict(zip(rows, pictures)), f"{title}, {note}" if title else note)
 
 

@@ -145,7 +145,7 @@ def test_lpips_is_the_mean_over_pairs_and_needs_weights(tmp_path, monkeypatch, c
     monkeypatch.setattr(torch.hub, "get_dir", lambda: tmp_path)
     assert encoders.load_lpips("cpu") is None and "alexnet" in capsys.readouterr().out
     monkeypatch.setattr(Path, "is_file", lambda path: path.name == "alexnet-owt-7be5be79.pth")
-    grey = [[numpy.full((h, 40, 3), x, numpy.uint8)] for h, x in ((40, 0), (40, 51), (80, 102))]
+    grey = [numpy.full((1, h, 40, 3), x, numpy.uint8) for h, x in ((40, 0), (40, 51), (80, 102))]
     assert encoders.load_lpips("cpu")(grey).item() == pytest.approx(0.4 * (1 + 2 + 1) / 3)
 
 
