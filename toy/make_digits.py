@@ -151,9 +151,8 @@ def statistics(z: Tensor, labels: Tensor) -> dict[str, Tensor]:
     return tensors | {"features": features}
 
 
-def provenance(args: Namespace) -> dict:
+def provenance(**settings) -> dict:
     """The settings and the environment, for the files that it makes."""
-    settings = {name: getattr(args, name) for name in ("seed", "steps", "epochs")}
     return settings | common.environment("cpu", 1, 1)
 
 
@@ -163,7 +162,8 @@ def make_teacher(args: Namespace) -> None:
     tensors = fit_teacher(pixels, labels, args.steps, args.seed)
     config = {"_class_name": "WanModel", "patch_size": [1, 2, 2]}
     write_json(folder / "config.json", config | weights.TEACHERS["mnist"].settings)
-    write_tensors(folder / "model.safetensors", tensors, provenance(args) | {"digits": len(pixels)})
+    origin = provenance(seed=args.seed, steps=args.steps, digits=len(pixels))
+    write_tensors(folder / "model.safetensors", tensors, origin)
     write_prompts(FOLDER / "prompts.safetensors")
 
 
@@ -173,12 +173,13 @@ def make_classifier(args: Namespace) -> None:
     order = torch.randperm(len(pixels), generator=common.stream("judge", args.seed, "split"))
     test, train = order.tensor_split([len(order) * 15 // 100])
     classifier = fit_classifier(pixels[train], labels[train], args.epochs, args.seed)
-    write_tensors(FOLDER / "judge.safetensors", classifier.state_dict(), provenance(args))
+    origin = provenance(seed=args.seed, epochs=args.epochs)
+    write_tensors(FOLDER / "judge.safetensors", classifier.state_dict(), origin)
     is_right = digits.classify(classifier, pixels[test])[1] == labels[test]
     accuracy = is_right.double().mean().item()
     metrics = {"learnt": len(train), "held_out": len(test), "accuracy": accuracy}
     print(json.dumps(metrics))
-    write_json(FOLDER / "judge.json", provenance(args) | metrics)
+    write_json(FOLDER / "judge.json", origin | metrics)
 
 
 def make_reference(args: Namespace) -> None:
@@ -202,9 +203,9 @@ def make_reference(args: Namespace) -> None:
     print(json.dumps(metrics, indent=1))
     tensors = {name: x.float() for name, x in reference.items()}
     tensors["features"] = tensors["features"].half()
-    write_tensors(FOLDER / "reference.safetensors", tensors, provenance(args))
+    write_tensors(FOLDER / "reference.safetensors", tensors, provenance())
     digests = {name: common.file_digest(FOLDER / name) for name in WEIGHTS}
-    write_json(FOLDER / "reference.json", provenance(args) | metrics | {"sha256": digests})
+    write_json(FOLDER / "reference.json", provenance() | metrics | {"sha256": digests})
 
 
 PARTS = {"teacher": make_teacher, "classifier": make_classifier, "reference": make_reference}
