@@ -92,7 +92,7 @@ def test_the_card_has_the_settings_of_the_other_tools(tmp_path):
         ]
         assert config["denoising_step_list"] == [1000, 750, 500, 250]
         assert config["boundary_step_index"] == 2 and config["sample_shift"] == shift
-        assert f"switch_DiT_boundary {boundary} |" in card and f", boundary {boundary} |" in card
+        assert f"boundary, or switch_DiT_boundary, {boundary}\n" in card
         assert ("register_to_config" in card) == (shift == 7) and "not a multiple" not in card
     student = make_student(tmp_path, "wan22-tiny", steps=6)
     assert "1000 is not a multiple of 6" in make_card(student, ["high", "low"], "base")
