@@ -44,16 +44,13 @@ class Job(NamedTuple):
 
 def student_job(args) -> Job:
     """The steps of a finished student, or of a preview of its last phase."""
-    flags = ("steps", "shift", "times", "guidance", "lora")
-    flags = [flag for flag in flags if getattr(args, flag) is not None]
-    if flags:
-        raise UserError(f"--{flags[0]} is for --teacher: a student has its own steps and no CFG")
+    for flag in given_flags(args, "steps", "shift", "times", "guidance", "lora"):
+        raise UserError(f"--{flag} is for --teacher: a student has its own steps and no CFG")
     student, run_dir = open_student(args)
     cfg = override_config(replace(student.cfg, guidance=(1.0,)), args)
-    times = step_times(cfg.steps, cfg.shift)
     roles = [f"student{phase.k}" for phase in student.phases for _ in range(phase.num_steps)]
     weights_of = partial(student_weights, cfg, student.file)
-    return Job(cfg, roles, times, student.base_of, weights_of, run_dir, student)
+    return Job(cfg, roles, tuple(student.times), student.base_of, weights_of, run_dir, student)
 
 
 def open_student(args) -> tuple[export.Student, Path]:
@@ -62,8 +59,8 @@ def open_student(args) -> tuple[export.Student, Path]:
     run_dir = file.parent.parent if file.parent.name == "previews" else file.parent
     if not file.is_file() or not (run_dir / "config.json").is_file():
         expected = "the folder of a finished run or a file of its previews/"
-        hint = export.sample_hint(args.student)
-        raise UserError(f"--student: expected {expected}, got {args.student}{hint}")
+        advice = "sample exported LoRA files with --teacher NAME --lora FILE"
+        raise UserError(f"--student: expected {expected}, got {args.student}; {advice}")
     advice = f"train it again with: python train.py --out {run_dir} --overwrite"
     config = common.read_json(run_dir / "config.json", advice)
     cfg = common.config_from_json(Config, config, run_dir)
@@ -106,26 +103,24 @@ def teacher_job(args) -> Job:
     settings = {"steps": spec.sampling_defaults[0] if spec else 40}
     if args.lora:
         settings = {"steps": 4, "guidance": (1.0,), "generator": "lora"}
-    given = {name: getattr(args, name) for name in ("steps", "shift")}
-    settings |= {name: value for name, value in given.items() if value is not None}
-    settings |= {"guidance": tuple(args.guidance)} if args.guidance else {}
+    given = given_flags(args, "steps", "shift")
+    settings |= given | ({"guidance": tuple(args.guidance)} if args.guidance else {})
     weights = common.absolute_paths(tuple(args.weights))
     cfg = make_config(args.teacher, **settings, weights=weights, phases=1, depths="drawn")
-    cfg = override_config(cfg, args)
+    cfg, preset = override_config(cfg, args), preset_of(cfg)
     validate(cfg, files=False)
-    preset = preset_of(cfg)
     preset.base_files(cfg)
     run_dir = args.out or Path("out") / f"{args.teacher}-{'lora' if args.lora else 'samples'}"
     boundary_t, times = preset.boundary_of(cfg), step_times(cfg.steps, cfg.shift)
     if args.times:
         times = (*(t / 1000 for t in args.times), 0.0)
-        if not args.lora or given["steps"] or given["shift"]:
+        if not args.lora or given:
             raise UserError("--times is for --lora, in place of --steps and --shift")
         if times[0] > 1 or not all(t > end for t, end in zip(times, times[1:])):
             found = " ".join(f"{t:g}" for t in args.times)
             raise UserError(f"--times: expected numbers that fall from 1000, got {found}")
     if args.lora:
-        steps_given = any(value is not None for value in (args.times, *given.values()))
+        steps_given = bool(args.times or given)
         plan = export.assign_loras(cfg, args.lora, steps_given, times, boundary_t)
         return Job(cfg, *plan, run_dir)
     times = teachers.teacher_times(cfg, args.shift) if spec else times
@@ -133,79 +128,53 @@ def teacher_job(args) -> Job:
     return Job(cfg, roles, times, {"teacher1": 1, "teacher2": 2}, lambda _: RoleWeights(), run_dir)
 
 
+def given_flags(args, *names: str) -> dict:
+    """The flags among these that the command names, with their values."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
 def override_config(cfg: Config, args) -> Config:
     """The settings with the flags of this command."""
     preset = preset_of(cfg)
     args.n = args.n or preset.num_samples
-    given = {name: getattr(args, name) for name in ("dtype", "base") if getattr(args, name)}
-    return preset.apply_flags(replace(cfg, **given), args)
-
-
-def generate(job: Job, args, out: Path, device: torch.device) -> tuple:
-    """Settings, conditions, names and x at every time of the samples. Prints the NFE."""
-    cfg, c, shape, names = preset_of(job.cfg).sample_inputs(job.cfg, args, out, job.run_dir, device)
-    job, total, began = job._replace(cfg=cfg), len(names) or args.n, time.time()
-    xs = run_sampler(job, c, shape, total, args, device)
-    print(
-        f"{total} sample{'s' * (total > 1)}, {count_nfe(job)} network evaluations (NFE) each, "
-        f"{time.time() - began:.2f} s{official_sampler_note(args)}"
-    )
-    return cfg, c, names, xs
+    return preset.apply_flags(replace(cfg, **given_flags(args, "dtype", "base")), args)
 
 
 def run_sampler(job: Job, c, shape: tuple, total: int, args, device) -> list[Tensor]:
-    """x at every time if --trajectory, else at the last, on the CPU."""
-    cfg = job.cfg
-    velocity = preset_of(job.cfg).make_sampler(
-        cfg, job.base_of, job.weights_of, device, job.run_dir
-    )
+    """x at every time if --trajectory, else at the last, on the CPU. Prints the NFE."""
+    cfg, nfe, began, xs = job.cfg, step_nfe(job), time.time(), []
+    velocity = preset_of(cfg).make_sampler(cfg, job.base_of, job.weights_of, device, job.run_dir)
     z = torch.stack([normal(shape, args.seed, "sample", j, "z") for j in range(args.n)])
     z = z.repeat(total // args.n, *[1] * len(shape)).to(device)  # the same noises for each prompt
-    with tqdm(total=count_nfe(job) * total, unit=" NFE", disable=None) as bar, torch.no_grad():
-        nets = [
-            moe.chunked(with_bar(partial(velocity, name), bar, nfe), cfg.micro_batch or total)
-            for name, nfe in zip(job.roles, step_nfe(job))
-        ]
-        xs = []
+    size, bar = cfg.micro_batch or total, tqdm(total=sum(nfe) * total, unit=" NFE", disable=None)
+
+    def call(name: str, evaluations: int, x_t: Tensor, t: Tensor, c: dict | None) -> Tensor:
+        v = velocity(name, x_t, t, c)
+        bar.update(evaluations * len(x_t))
+        return v
+
+    nets = [moe.chunked(partial(call, *step), size) for step in zip(job.roles, nfe)]
+    with bar, torch.no_grad():
         for x in trajectory(nets, job.times, z, moe.cond_to(c, device)):
             xs = [*(xs if args.trajectory else []), x.cpu()]
+    spec, note = TEACHERS.get(args.teacher), ""
+    if spec and not args.lora and spec.network is Wan and not spec.folder:
+        note = "; Euler steps, where the official sampler uses UniPC"
+    count = f"{total} sample{'s' * (total > 1)}, {sum(nfe)} network evaluations (NFE) each"
+    print(f"{count}, {time.time() - began:.2f} s{note}")
     return xs
 
 
-def with_bar(net: Callable, bar: tqdm, nfe: int) -> Callable:
-    """The same network; a call advances the bar."""
-
-    def call(x_t: Tensor, t: Tensor, c: dict | None = None) -> Tensor:
-        v = net(x_t, t, c)
-        bar.update(nfe * len(x_t))
-        return v
-
-    return call
-
-
 def step_nfe(job: Job) -> list[int]:
-    """Network evaluations of each step: two where CFG needs the null prompt."""
+    """Network evaluations (NFE) of each step: two where CFG needs the null prompt."""
     scales, is_network = job.cfg.guidance, job.cfg.teacher in TEACHERS
     scale = lambda name: scales[min(job.base_of[name], len(scales)) - 1]
     return [2 if is_network and scale(name) != 1 else 1 for name in job.roles]
 
 
-def count_nfe(job: Job) -> int:
-    """Network evaluations (NFE) per sample."""
-    return sum(step_nfe(job))
-
-
-def official_sampler_note(args) -> str:
-    """How the published sampler of a teacher differs."""
-    spec = TEACHERS.get(args.teacher)
-    differs = spec and not args.lora and spec.network is Wan and not spec.folder
-    return "; Euler steps, where the official sampler uses UniPC" if differs else ""
-
-
 def sample_metadata(job: Job, args) -> dict:
     """What made the samples, for the header of their latents."""
-    names = ("seed", "n", "prompt", "prompts", "image", "student", "lora")
-    given = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    given = given_flags(args, "seed", "n", "prompt", "prompts", "image", "student", "lora")
     metadata = {name: x if isinstance(x, (int, str)) else str(x) for name, x in given.items()}
     cfg = job.cfg
     return metadata | dict(times=job.times, guidance=cfg.guidance, size=cfg.size, frames=cfg.frames)
@@ -215,46 +184,32 @@ def run_command(args) -> None:
     """Sample, or export."""
     parallel.require_single_process("sample.py")
     job = student_job(args) if args.student else teacher_job(args)
+    preset, out = preset_of(job.cfg), args.out or job.run_dir
     if args.export:
-        return export_files(job, args.export)
-    out = args.out or default_out(job, args)
-    check_out(out)
+        if job.student is None or job.cfg.teacher not in TEACHERS:
+            raise UserError("--export is for students of large teachers: --student DIR")
+        for path in export.export_student(job.student, args.export):
+            print(f"{path.stat().st_size / 1e6:12.3f} MB  {path}")
+        return
+    if args.student and not args.out:
+        is_preview = args.student.parent.name == "previews"
+        out = job.run_dir / ("samples" + (f"-{args.student.stem}" if is_preview else ""))
+    names = common.folder_contents(out)
+    if names and not names & {"latents.safetensors", "samples.npy"}:
+        expected = "expected a new folder or one of earlier samples"
+        raise UserError(f"--out: {expected}, {out} contains {min(names)}; choose another --out")
     args.metadata = sample_metadata(job, args)
     args.title = f"{args.student or args.teacher}, {len(job.roles)} steps"
-    device = torch.device(common.pick_device(args.device, preset_of(job.cfg).device))
+    device = torch.device(common.pick_device(args.device, preset.device))
     with common.own_folder(out):
-        cfg, c, names, xs = generate(job, args, out, device)
-        metrics, files = preset_of(job.cfg).save_samples(cfg, c, xs, args, names, device)
+        cfg, c, shape, names = preset.sample_inputs(job.cfg, args, out, job.run_dir, device)
+        total = len(names) or args.n
+        xs = run_sampler(job._replace(cfg=cfg), c, shape, total, args, device)
+        metrics, files = preset.save_samples(cfg, c, xs, args, names, device)
         common.remove_files(out, common.SAMPLE_FILES)  # new ones may be fewer
         for name, content in files:
             common.write_file(out / name, content)
         common.print_metrics(metrics, out)
-
-
-def default_out(job: Job, args) -> Path:
-    """Where samples go: into the run's folder; those of a preview into a folder of their own."""
-    if not args.student:
-        return job.run_dir
-    is_preview = args.student.parent.name == "previews"
-    return job.run_dir / ("samples" + (f"-{args.student.stem}" if is_preview else ""))
-
-
-def check_out(out: Path) -> None:
-    """Raise UserError for a folder that has other files than samples, and no samples of ours."""
-    names = common.folder_contents(out)
-    if names and not names & {"latents.safetensors", "samples.npy"}:
-        raise UserError(
-            f"--out: expected a new folder or one of earlier samples, {out} contains "
-            f"{min(names)}; choose another --out"
-        )
-
-
-def export_files(job: Job, out: Path) -> None:
-    """Write the student's files for other tools, and print what they are."""
-    if job.student is None or job.cfg.teacher not in TEACHERS:
-        raise UserError("--export is for students of large teachers: --student DIR")
-    for path in export.export_student(job.student, out):
-        print(f"{path.stat().st_size / 1e6:12.3f} MB  {path}")
 
 
 def positive(text: str) -> int:

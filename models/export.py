@@ -51,15 +51,18 @@ class Student(NamedTuple):
 def export_student(student: Student, out: Path) -> list[Path]:
     """Write a student's files and their card to a new or empty folder. Returns their paths."""
     check_exportable(student.phases, student.base_of, student.boundary_t)
-    stems = [file_stem(student, phase) for phase in student.phases]
-    names = {"README.md", *(f"{stem}.safetensors" for stem in stems)}
+    # high_noise_model, low_noise_model, as Lightning, or phase1, ...
+    noises = [NOISE[student.base_of[f"student{phase.k}"]] for phase in student.phases]
+    stems = [f"phase{phase.k}" for phase in student.phases]
+    stems = [f"{noise}_noise_model" for noise in noises] if student.boundary_t else stems
     make_tensors = full_tensors if student.is_full else lora_tensors
-    with whole_folder(out, names) as part:
+    with whole_folder(out) as part:
         for phase, stem in zip(student.phases, stems):
             file = part / f"{stem}.safetensors"
             save_tensors(make_tensors(student, phase), file, file_metadata(student, phase))
         card = make_card(student, stems, base_name(student.cfg))
         (part / "README.md").write_text(card, encoding="utf-8")
+        names = [path.name for path in part.iterdir()]
     return sorted(out / name for name in names)
 
 
@@ -75,12 +78,6 @@ def check_exportable(phases: list, base_of: dict[str, int], boundary_t: float | 
         advice = "train with --phases 2 and another --shift"
         expected = "one phase on each transformer, as other tools load one LoRA for each"
         raise UserError(f"cannot export: expected {expected}, found {found}; {advice}")
-
-
-def file_stem(student: Student, phase) -> str:
-    """Name of an expert's file: high_noise_model, low_noise_model, as Lightning, or phase1, ..."""
-    branch = student.base_of[f"student{phase.k}"]
-    return f"{NOISE[branch]}_noise_model" if student.boundary_t else f"phase{phase.k}"
 
 
 def lora_tensors(student: Student, phase) -> dict[str, Tensor]:
@@ -110,18 +107,15 @@ def full_tensors(student: Student, phase) -> dict[str, Tensor]:
 
 
 @contextmanager
-def whole_folder(out: Path, names: set[str]) -> Iterator[Path]:
+def whole_folder(out: Path) -> Iterator[Path]:
     """A folder inside `out` to fill. The files move up at the end; if anything fails, none is left.
 
-    out may be a mount, a link, the current folder. names: those of our files. Raises UserError
-    unless out is empty or what a killed export left.
+    out may be a mount, a link, the current folder. Raises UserError unless it is new or empty.
     """
     part, is_new = out / "unfinished-export", not out.exists()
-    if out.is_symlink() and is_new or out.exists() and not out.is_dir():
-        raise UserError(f"--export: expected a folder, {out} is a file or a broken link")
     with writing(out, "--export"):
         found = set() if is_new else {path.name for path in out.iterdir() if path.name[0] != "."}
-        others = found - {"lost+found", part.name} - (names if part.name in found else set())
+        others = found - {"lost+found", part.name}  # part: of an export that was killed
         if others:
             line = f"expected a new or empty folder, {out} is not empty: {min(others)}"
             raise UserError(f"--export: {line}; choose another folder")
@@ -160,17 +154,6 @@ def base_name(cfg) -> str:
     repository = teacher_spec(cfg.teacher).repository
     name = Path(cfg.weights[0]).name if cfg.weights else repository or cfg.teacher
     return repository if name == repository.split("/")[-1] else name
-
-
-def sample_hint(path: Path) -> str:
-    """How to sample what is at this path if it is an export, else ""."""
-    files = [path] if path.is_file() else sorted(path.glob("[!.]*.safetensors"))
-    metadata = lora.read_metadata(files[0]) if files else {}
-    if not {"teacher", "times", "shift"} <= metadata.keys():
-        return ""
-    is_lora = any(".lora_up." in key for key in lora.open_safetensors(files[0]).keys())
-    advice = f"--teacher {metadata['teacher']} --lora {path}"
-    return f"; it is an export: {advice if is_lora else 'sample the run that made it'}"
 
 
 # -- LoRA files as roles -------------------------------------------------------------------------

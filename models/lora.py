@@ -106,8 +106,8 @@ class Factors(NamedTuple):
 
 def adapted_layers(net: nn.Module) -> dict[str, Linear]:
     """The linear layers that published LoRAs adapt, by name."""
-    linears = {name: x for name, x in net.named_modules() if isinstance(x, Linear)}
-    return {name: linear for name, linear in linears.items() if net.adapted(name)}
+    modules = net.named_modules()
+    return {name: x for name, x in modules if isinstance(x, Linear) and net.adapted(name)}
 
 
 def add_adapter(net: nn.Module, name: str, rank: int = 64, alpha: float = 8, device=None) -> None:
@@ -164,13 +164,12 @@ FLAT_PREFIX = re.compile(rf"^(?:lora_unet|lora_transformer|lycoris|{WRAPPERS})_+
 INSIDE = re.compile(
     r"_(?:orig_mod|fsdp_wrapped_module|checkpoint_wrapped_module)[._]|(?<=\.)processor\."
 )
+# keys of other adapters; and of Wan2.1 I2V's image branch, in both layouts: Wan2.2 has none
 OTHER_KINDS = {
     "a LoKr": "lokr_", "a LoHa": "hada_", "a DoRA": r"dora_scale|lora_magnitude_vector",
     "a LoRA with a bias": r"lora.*\.bias$",
 }  # fmt: skip
-IMAGE_BRANCH = re.compile(  # of Wan2.1 I2V, in both layouts; Wan2.2 has none
-    r"[kv]_img|img_emb|attn2[._](?:add_[kv]_proj|norm_added_k)|image_embedder"
-)
+IMAGE_BRANCH = r"[kv]_img|img_emb|attn2[._](?:add_[kv]_proj|norm_added_k)|image_embedder"
 # settings of a training by name, small letters only: alpha, rank, and those of other rules
 ALPHAS = ("loraalpha", "networkalpha", "alpha", "ssnetworkalpha")
 RANKS = ("r", "rank", "lorarank", "networkdim", "ssnetworkdim")
@@ -179,6 +178,11 @@ OTHER_RULES["initloraweights"] = "pissa|olora|corda|loftq|lora_ga"  # these chan
 NUMBER = re.compile(r"(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?", re.I)
 DIFFS = {"diff": ".weight", "diff_b": ".bias", "diff_m": ".modulation"}
 PICKLES = (".pt", ".pth", ".ckpt", ".bin")
+GGUF = "quantised (GGUF), which is not supported; take the bf16 or fp16 safetensors"
+OTHER_FORMATS = (  # suffixes, first bytes, what to say
+    ((".gguf",), (b"GGUF",), GGUF),
+    (PICKLES, (b"PK", b"\x80\x02"), "a pickle, which is never opened; take the safetensors"),
+)
 
 
 def open_safetensors(file: Path, advice: str = "download it again"):
@@ -189,12 +193,9 @@ def open_safetensors(file: Path, advice: str = "download it again"):
         except Exception:
             with open(file, "rb") as opened:
                 start = opened.read(4)
-            if file.suffix.lower() == ".gguf" or start == b"GGUF":
-                line = "quantised (GGUF), which is not supported; take the bf16 or fp16 safetensors"
-                raise UserError(f"{file} is {line}") from None
-            if file.suffix.lower() in PICKLES or start[:2] in (b"PK", b"\x80\x02"):
-                line = "a pickle, which is never opened; take the safetensors"
-                raise UserError(f"{file} is {line}") from None
+            for suffixes, starts, text in OTHER_FORMATS:
+                if file.suffix.lower() in suffixes or start.startswith(starts):
+                    raise UserError(f"{file} is {text}") from None
             raise
 
 
@@ -246,7 +247,7 @@ def read_deltas(path: Path, strength: float, aliases: dict[str, str]) -> dict[st
     an alpha the scale is 1. .diff, .diff_b, .diff_m change a whole weight, bias, modulation.
     """
     layers: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    image_branch = 0
+    deltas, scales, image_branch = {}, set(), 0
     file = open_safetensors(path, "name a LoRA file")
     with reading(path, "name a LoRA file"):
         training = read_training(path, file.metadata)
@@ -254,24 +255,22 @@ def read_deltas(path: Path, strength: float, aliases: dict[str, str]) -> dict[st
             for kind, pattern in OTHER_KINDS.items():
                 if re.search(pattern, key):
                     raise UserError(f"{path} is {kind} ({key}): not supported; use a LoRA")
-            layer, part, unknown = parse_key(key, aliases)
-            if unknown and IMAGE_BRANCH.search(key):
+            layer, part = parse_key(key, aliases)
+            if not layer and re.search(IMAGE_BRANCH, key):
                 image_branch += 1
                 continue
-            if unknown:
-                found = f"{key} has {unknown!r}, which is not known here"
-                raise UserError(f"{path}: {found}; use a LoRA of this model")
+            if not layer:
+                raise UserError(f"{path}: {key} is not known here; use a LoRA of this model")
             if part in layers[layer]:
                 raise UserError(f"{path} has a second {key}; give one LoRA per file, of this model")
             tensor = file.get_tensor(key)
-            if part not in ("alpha", "rank") and not tensor.is_floating_point():
-                raise UserError(f"{path}: {key} is quantised ({tensor.dtype}); use another file")
+            is_float = tensor.is_floating_point() or part in ("alpha", "rank")
             layers[layer][part] = tensor = tensor.float()
-            if not tensor.isfinite().all():
-                raise UserError(f"{path}: {key} contains NaN or infinity; use another file")
+            if not (is_float and tensor.isfinite().all()):
+                problem = "contains NaN or infinity" if is_float else "is quantised"
+                raise UserError(f"{path}: {key} {problem}; use another file")
         if not layers:
             raise UserError(f"{path} contains no LoRA of this network; use another file")
-        deltas, scales = {}, set()
         for layer, parts in layers.items():
             for part in DIFFS.keys() & parts.keys():
                 diff = strength * parts[part]
@@ -320,21 +319,21 @@ def read_factors(parts: dict[str, Tensor], training: tuple, name: str) -> Factor
     """The factors of a layer, scale alpha / rank. Raises UserError for an alpha in doubt."""
     if not {"up", "down"} <= parts.keys() or "diff" in parts:
         raise UserError(f"{name}: a LoRA needs lora_up and lora_down, and no .diff")
-    up, down = parts["up"], parts["down"]
+    up, down, (beside, ranks, is_kohya) = parts["up"], parts["down"], training
     if up.ndim != 2 or down.ndim != 2 or up.shape[1] != len(down):
         found = f"{tuple(up.shape)} and {tuple(down.shape)}"
         raise UserError(f"{name}: expected factors (n, rank) and (rank, m), found {found}")
-    rank, problem, (beside, ranks, is_kohya) = len(down), "", training
-    alpha = parts["alpha"].item() if "alpha" in parts else beside
+    rank, problem, has_alpha = len(down), "", "alpha" in parts
+    alpha = parts["alpha"].item() if has_alpha else beside
     if "rank" in parts:
         ranks = {parts["rank"].item()}
-    elif "alpha" in parts or not beside:
+    elif has_alpha or not beside:
         ranks = {}  # they do not matter
     if beside and not math.isclose(alpha, beside, rel_tol=0.01):  # .alpha may be bf16
         problem = f"{alpha:g} in its tensor, {beside:g} in metadata or adapter_config.json"
     elif ranks and rank not in ranks:
         problem = f"rank {min(ranks):g} named beside factors of rank {rank}"
-    elif "alpha" not in parts and is_kohya and beside not in (None, rank):
+    elif is_kohya and not has_alpha and beside not in (None, rank):
         # musubi-tuner's convert_lora.py puts alpha / rank into the factors and keeps the metadata
         problem = f"no .alpha, but ss_network_alpha {beside:g}, which may be in the factors already"
     if problem:
@@ -342,31 +341,21 @@ def read_factors(parts: dict[str, Tensor], training: tuple, name: str) -> Factor
     return Factors(up, down, 1.0 if alpha is None else alpha / rank)
 
 
-def parse_key(key: str, aliases: dict[str, str]) -> tuple[str, str, str]:
-    """Our name of a key's layer, the part (up, down, alpha, rank, diff...), or what is unknown."""
+def parse_key(key: str, aliases: dict[str, str]) -> tuple[str, str]:
+    """Our name of a key's layer, and the part: up, down, alpha, rank, diff... Else two "".
+
+    Prefixes are removed until the name, with _ in place of dots, is one of aliases.
+    """
     suffix = SUFFIX.search(key)
-    if not suffix:
-        words = key.split(".")
-        ends = [n for n in range(len(words)) if flat_name(".".join(words[:n]), aliases) in aliases]
-        return "", "", ".".join(words[max(ends, default=0) :])
-    flat = flat_name(key[: suffix.start()], aliases)
-    if flat in aliases:
-        return aliases[flat], suffix["diff"] or suffix.lastgroup, ""
-    prefixes = [flat.removesuffix(name) for name in aliases if flat.endswith("_" + name)]
-    return "", "", min(prefixes, key=len, default=flat)
+    flat = INSIDE.sub("", key[: suffix.start()] if suffix else "").replace(".", "_")
+    while flat not in aliases and FLAT_PREFIX.match(flat):
+        flat = FLAT_PREFIX.sub("", flat)
+    return (aliases[flat], suffix["diff"] or suffix.lastgroup) if flat in aliases else ("", "")
 
 
 def bare_name(key: str) -> str:
     """A name in a file of weights without what trainers, torch.compile and FSDP put around it."""
     return PREFIX.sub("", INSIDE.sub("", key))
-
-
-def flat_name(key: str, aliases: dict[str, str]) -> str:
-    """A layer's name with _ in place of dots, without prefixes until it is one of aliases."""
-    flat = INSIDE.sub("", key).replace(".", "_")
-    while flat not in aliases and FLAT_PREFIX.match(flat):
-        flat = FLAT_PREFIX.sub("", flat)
-    return flat
 
 
 # -- which file is for which branch --------------------------------------------------------------
@@ -389,6 +378,8 @@ def read_metadata(file: Path | str) -> dict[str, str]:
 
 def noise_of(file: Path) -> str:
     """ "high", "low" or "": by the metadata that models/export.py writes, by name or by folder."""
+    if "transformer_2" in (file.name, file.parent.name):  # of diffusers, beside transformer
+        return "low"
     name, folder = (CAMEL.sub("_", x) for x in (file.name, file.parent.name))
     words = NOISE.findall(name) or WORD.findall(name) or FOLDER.findall(folder)
     noises = {"high" if word.lower().startswith("h") else "low" for word in words}
@@ -403,8 +394,9 @@ def is_swapped(noises: list[str]) -> bool:
 def sort_high_low(files: list[Path]) -> list[Path]:
     """Sort two files: high noise first. If neither says what it is, they keep their order."""
     noises = [noise_of(file) for file in files]
-    if noises in (["high"] * 2, ["low"] * 2):
-        raise UserError(f"{files[0]} and {files[1]} are both for {noises[0]} noise; name one each")
+    if noises in (["high"] * 2, ["low"] * 2) or len(set(files)) < len(files):
+        both = f"{files[0]} and {files[1]} are both for {noises[0] or 'any'} noise"
+        raise UserError(f"{both}; name one for high and one for low noise")
     return files[::-1] if is_swapped(noises) else files
 
 

@@ -137,11 +137,7 @@ def branch_paths(teacher: str, *weights: str | Path) -> tuple[list[Path], float 
         expected = f"two transformers ({pairs} in one folder)" if boundary else "one transformer"
         found = ", ".join(map(str, paths))
         raise UserError(f"{teacher}: expected {expected}, got {len(paths)}: {found}")
-    if len(set(paths)) < len(paths):
-        raise UserError(f"expected two transformers, got {paths[0]} twice; name both")
-    given, swapped = paths, paths[::-1]
-    folders = {tuple(path.name for path in swapped), tuple(path.parent.name for path in swapped)}
-    paths = swapped if PAIRS[1] in folders else lora.sort_high_low(paths)
+    given, paths = paths, lora.sort_high_low(paths)
     if paths != given:
         lora.note(f"{paths[0]} is for high noise and {paths[1]} for low noise: swapped")
     return paths, boundary
@@ -167,8 +163,8 @@ def subfolder(teacher: str, folder: Path | None, part: str) -> Path:
     found = find_subfolder(teacher, folder, part)
     if found is None:
         place = place if place.is_dir() else place.parent
-        hint = f'; get it: hf download {repository} --include "{part}/*" --local-dir {place}'
-        hint = hint if repository else ""
+        command = f'hf download {repository} --include "{part}/*" --local-dir {place}'
+        hint = f"; get it: {command}" if repository else ""
         raise UserError(f"{place} has no folder {part} as diffusers has{hint}")
     if folder and found.parent != Path(folder):
         lora.note(f"{part} comes from {found}")
@@ -295,16 +291,6 @@ def architecture(path: Path, tensors: FileTensors, teacher: str) -> tuple[type, 
     return network, {key: config[key] for key in known}
 
 
-def check_teacher(teacher: str, network: type, settings: dict, path: Path) -> None:
-    """Raise UserError for the weights of another model. Unpublished teachers may have any size."""
-    spec = teacher_spec(teacher)
-    if network is not spec.network:
-        raise UserError(f"{teacher} is a {spec.network.__name__}, got a {network.__name__}: {path}")
-    for key, value in spec.settings.items() if spec.repository else ():
-        if settings.get(key, value) != value:
-            raise UserError(f"{teacher} has {key} {value}, but {path} has {settings[key]}")
-
-
 def inspect(path: Path, dtype: torch.dtype, teacher: str = "") -> tuple[nn.Module, FileTensors]:
     """The network on the meta device, and where each parameter is stored, from headers alone.
 
@@ -313,7 +299,14 @@ def inspect(path: Path, dtype: torch.dtype, teacher: str = "") -> tuple[nn.Modul
     tensors = index_tensors(shards(path))
     network, settings = architecture(path, tensors, teacher)
     if teacher:
-        check_teacher(teacher, network, settings, path)
+        spec = teacher_spec(teacher)
+        expected = spec.settings | {"network": spec.network.__name__}
+        found = {"network": network.__name__} | settings
+        # teachers that are not published may have any size
+        for key in expected if spec.repository else ["network"]:
+            if found.get(key, expected[key]) != expected[key]:
+                line = f"{teacher} has {key} {expected[key]}, but {path} has {found[key]}"
+                raise UserError(f"{line}; name the weights of {teacher}")
     with reading(path, "its config.json does not describe a network"):
         net = build(network, settings, dtype)
     return net, match_tensors(net, tensors, path)
@@ -457,19 +450,6 @@ def read_loras(net: nn.Module, files: Iterable[lora.LoraFile]) -> dict[str, lora
     return total
 
 
-class Teacher(NamedTuple):
-    """The networks of a teacher, high noise first, and the time t from which the first serves."""
-
-    branches: list[nn.Module]
-    boundary_t: float | None
-
-
-def load_teacher(name: str, *weights, **options) -> Teacher:
-    """All branches of a teacher. weights: as in branch_paths; options: as in load."""
-    paths, boundary_t = branch_paths(name, *weights)
-    return Teacher([load(path, teacher=name, **options) for path in paths], boundary_t)
-
-
 def random_network(
     teacher: str | TeacherSpec,
     dtype: torch.dtype = torch.bfloat16,
@@ -522,17 +502,13 @@ def student_weights(cfg, file, role: str) -> RoleWeights:
 # -- the command ---------------------------------------------------------------------------------
 
 
-def main(argv: list[str] | None = None) -> int:
-    """Check published weights by their headers. Loads nothing."""
+def print_check(argv: list[str] | None) -> None:
+    """Print the number of parameters, tensors, files, and the dtypes of each branch."""
     names = [name for name, spec in TEACHERS.items() if spec.repository]
     parser = Parser(__doc__ + "\n" + "\n".join(f"{n:12} {download_hint(n)}" for n in names))
     parser.add_argument("--teacher", default="wan22", help=f"one of {', '.join(names)}")
     parser.add_argument("--weights", nargs="+", default=[], help="folder, or one path per branch")
-    return exit_status("weights.py", lambda: print_check(parser.parse_args(argv)))
-
-
-def print_check(args) -> None:
-    """Print the number of parameters, tensors, files, and the dtypes of each branch."""
+    args = parser.parse_args(argv)
     paths, boundary_t = branch_paths(args.teacher, *args.weights)
     for path in paths:
         net, infos = inspect(path, torch.bfloat16, args.teacher)
@@ -541,6 +517,11 @@ def print_check(args) -> None:
         dtypes = ", ".join(sorted({info.dtype for info in infos.values()}))
         print(f"{path}: {number:,} parameters, {len(infos)} tensors, {files} files, {dtypes}")
     print(f"boundary {boundary_t}" if boundary_t else "one transformer")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Check published weights by their headers. Loads nothing."""
+    return exit_status("weights.py", lambda: print_check(argv))
 
 
 if __name__ == "__main__":

@@ -390,7 +390,8 @@ def test_two_branches_make_the_steps_of_diffusers_pipeline(tmp_path, boundary):
     settings |= dict(output_type="latent", callback_on_step_end=keep)
     pipeline(prompt_embeds=text, latents=z, **settings)
     (tmp_path / "model_index.json").write_text(json.dumps({"boundary_ratio": boundary}))
-    branches, boundary_t = weights.load_teacher("wan22-tiny", tmp_path, dtype=torch.float32)
+    paths, boundary_t = weights.branch_paths("wan22-tiny", tmp_path)
+    branches = [weights.load(path, torch.float32, teacher="wan22-tiny") for path in paths]
     times = step_times(4, 5.0)
     nets = [branches[branch_at(t, boundary_t) - 1] for t in times[:-1]]
     with torch.no_grad():
