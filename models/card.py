@@ -154,7 +154,8 @@ to row.
         unshifted = [round(1000 * (1 - i / cfg.steps)) for i in range(cfg.steps)]
         lightx2v = dict(lora_configs=files, infer_steps=cfg.steps, denoising_step_list=unshifted)
         lightx2v |= dict(sample_shift=cfg.shift, boundary_step_index=student.phases[1].first)
-        text += f"""- LightX2V in the config of a distilled Wan2.2: `{json.dumps(lightx2v | dict(enable_cfg=False))}`
+        lightx2v["enable_cfg"] = False
+        text += f"""- LightX2V in the config of a distilled Wan2.2: `{json.dumps(lightx2v)}`
 - Wan2.2-Lightning (`--lora_dir` this folder) and DiffSynth-Studio (`load_lora` into `pipe.dit` and
   `pipe.dit2`) choose the expert by t: boundary, or switch_DiT_boundary, {boundary_between(student)}
 - WanVideoWrapper: scheduler `flowmatch_distill` (4 steps, shift 5); its `euler` shifts twice

@@ -55,11 +55,10 @@ def export_student(student: Student, out: Path) -> list[Path]:
     noises = [NOISE[student.base_of[f"student{phase.k}"]] for phase in student.phases]
     stems = [f"phase{phase.k}" for phase in student.phases]
     stems = [f"{noise}_noise_model" for noise in noises] if student.boundary_t else stems
-    make_tensors = full_tensors if student.is_full else lora_tensors
     with whole_folder(out) as part:
         for phase, stem in zip(student.phases, stems):
             file = part / f"{stem}.safetensors"
-            save_tensors(make_tensors(student, phase), file, file_metadata(student, phase))
+            save_tensors(expert_tensors(student, phase), file, file_metadata(student, phase))
         card = make_card(student, stems, base_name(student.cfg))
         (part / "README.md").write_text(card, encoding="utf-8")
         names = [path.name for path in part.iterdir()]
@@ -67,11 +66,7 @@ def export_student(student: Student, out: Path) -> list[Path]:
 
 
 def check_exportable(phases: list, base_of: dict[str, int], boundary_t: float | None) -> None:
-    """Raise UserError unless each transformer has one expert: other tools load one LoRA for each.
-
-    Some tools choose the transformer by t. The card names a boundary where the teacher's is another
-    one than the student's, such as for phases that change at 875 (shift 7).
-    """
+    """Raise UserError unless each transformer has one expert."""
     branches = [base_of[f"student{phase.k}"] for phase in phases]
     if boundary_t and branches != [1, 2]:
         found = " and ".join(f"phase {k} on {NOISE[x]} noise" for k, x in enumerate(branches, 1))
@@ -80,30 +75,28 @@ def check_exportable(phases: list, base_of: dict[str, int], boundary_t: float | 
         raise UserError(f"cannot export: expected {expected}, found {found}; {advice}")
 
 
-def lora_tensors(student: Student, phase) -> dict[str, Tensor]:
-    """An expert's LoRA under the published names."""
-    cfg, tensors = student.cfg, {}
-    own = weights.student_weights(cfg, student.file, f"student{phase.k}")
+def expert_tensors(student: Student, phase) -> dict[str, Tensor]:
+    """An expert's LoRA under the published names, or all its parameters.
+
+    These are bf16, but float32 where the port is, as in norms of Wan.
+    """
+    cfg, role, tensors = student.cfg, f"student{phase.k}", {}
+    branch, own = student.base_of[role], weights.student_weights(cfg, student.file, role)
+    if own.full:
+        net = meta_network(cfg, branch, torch.bfloat16).requires_grad_(False)
+        weights.load_tensors(net, own.full(), "cpu")
+    elif cfg.teacher_lora:
+        path = weights.branch_paths(cfg.teacher, *cfg.weights)[0][branch - 1]
+        loras = weights.teacher_loras(cfg)[branch - 1]
+        deltas = {f"{layer}.weight": lora.delta_of(x) for layer, x in own.factors.items()}
+        net = weights.load(path, teacher=cfg.teacher, loras=loras, deltas=deltas)
+    if student.is_full:
+        return {name: p.data for name, p in net.named_parameters()}
     for layer, (up, down, _) in own.factors.items():
         tensors[f"diffusion_model.{layer}.lora_up.weight"] = up
         tensors[f"diffusion_model.{layer}.lora_down.weight"] = down
         tensors[f"diffusion_model.{layer}.alpha"] = torch.tensor(float(cfg.alpha))
     return tensors
-
-
-def full_tensors(student: Student, phase) -> dict[str, Tensor]:
-    """All parameters of an expert; bf16, but float32 where its port is, as in norms of Wan."""
-    cfg, role = student.cfg, f"student{phase.k}"
-    branch, own = student.base_of[role], weights.student_weights(cfg, student.file, role)
-    if own.full:
-        net = meta_network(cfg, branch, torch.bfloat16).requires_grad_(False)
-        weights.load_tensors(net, own.full(), "cpu")
-    else:
-        path = weights.branch_paths(cfg.teacher, *cfg.weights)[0][branch - 1]
-        loras = weights.teacher_loras(cfg)[branch - 1]
-        deltas = {f"{layer}.weight": lora.delta_of(x) for layer, x in own.factors.items()}
-        net = weights.load(path, teacher=cfg.teacher, loras=loras, deltas=deltas)
-    return {name: p.data for name, p in net.named_parameters()}
 
 
 @contextmanager
@@ -140,10 +133,9 @@ def whole_folder(out: Path) -> Iterator[Path]:
 def file_metadata(student: Student, phase) -> dict[str, str]:
     """The header's strings: what sample.py --lora needs to know, and what a reader wants to."""
     cfg, branch = student.cfg, student.base_of[f"student{phase.k}"]
-    steps = json.dumps(list(range(phase.first, phase.end)))
     metadata = dict(format="pt", teacher=cfg.teacher, base=base_name(cfg), branch=str(branch))
-    metadata |= dict(phase=str(phase.k), steps=steps, times=json.dumps(student.times))
-    metadata["shift"] = str(cfg.shift)
+    metadata |= dict(phase=str(phase.k), shift=str(cfg.shift), times=json.dumps(student.times))
+    metadata["steps"] = json.dumps(list(range(phase.first, phase.end)))
     if student.boundary_t:
         metadata |= {"noise": NOISE[branch], "boundary": str(student.boundary_t)}
     return metadata
@@ -170,12 +162,11 @@ def assign_loras(
     """
     files = []
     for name in names:
-        file = lora.parse_file(name)
-        if not file.path.exists():
-            raise UserError(f"--lora: {file.path} does not exist; name LoRA files or their folder")
-        is_folder = file.path.is_dir()
-        paths = weights.safetensors_in(file.path) if is_folder else [file.path]
-        files += [lora.LoraFile(path, file.strength) for path in paths]
+        path, strength = lora.parse_file(name)
+        if not path.exists():
+            raise UserError(f"--lora: {path} does not exist; name LoRA files or their folder")
+        paths = weights.safetensors_in(path) if path.is_dir() else [path]
+        files += [lora.LoraFile(path, strength) for path in paths]
     metadata = {file: lora.read_metadata(file.path) for file in files}
     for file, entry in metadata.items():
         if entry.get("teacher", cfg.teacher) != cfg.teacher:
@@ -231,8 +222,7 @@ def assign_by_time(
     files: list[lora.LoraFile], times: tuple[float, ...], boundary_t: float | None
 ) -> tuple[list, dict, dict]:
     """Roles of the steps, branches and files by role: those of each transformer, chosen by t."""
-    branches = 2 if boundary_t else 1
-    parts = lora.files_of_branches(files, branches)
+    parts = lora.files_of_branches(files, 2 if boundary_t else 1)
     if boundary_t:
         is_named = any(lora.noise_of(file.path) for file in files)
         reason = "by metadata or name" if is_named else "in the order given"

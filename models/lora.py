@@ -325,10 +325,10 @@ def read_factors(parts: dict[str, Tensor], training: tuple, name: str) -> Factor
         raise UserError(f"{name}: expected factors (n, rank) and (rank, m), found {found}")
     rank, problem, has_alpha = len(down), "", "alpha" in parts
     alpha = parts["alpha"].item() if has_alpha else beside
+    if has_alpha or not beside:
+        ranks = set()  # they do not matter
     if "rank" in parts:
         ranks = {parts["rank"].item()}
-    elif has_alpha or not beside:
-        ranks = {}  # they do not matter
     if beside and not math.isclose(alpha, beside, rel_tol=0.01):  # .alpha may be bf16
         problem = f"{alpha:g} in its tensor, {beside:g} in metadata or adapter_config.json"
     elif ranks and rank not in ranks:
@@ -386,18 +386,9 @@ def noise_of(file: Path) -> str:
     return read_metadata(file).get("noise") or (noises.pop() if len(noises) == 1 else "")
 
 
-def is_swapped(noises: list[str]) -> bool:
-    """Whether two files came low noise first. Those that say the same, or nothing, did not."""
-    return noises in (["low", "high"], ["low", ""], ["", "high"])
-
-
-def sort_high_low(files: list[Path]) -> list[Path]:
-    """Sort two files: high noise first. If neither says what it is, they keep their order."""
-    noises = [noise_of(file) for file in files]
-    if noises in (["high"] * 2, ["low"] * 2) or len(set(files)) < len(files):
-        both = f"{files[0]} and {files[1]} are both for {noises[0] or 'any'} noise"
-        raise UserError(f"{both}; name one for high and one for low noise")
-    return files[::-1] if is_swapped(noises) else files
+def noise_order(file: Path) -> int:
+    """A key to sort by: high noise first, low noise last, and between them what does not say."""
+    return {"high": 0, "low": 2}.get(noise_of(file), 1)
 
 
 class LoraFile(NamedTuple):
@@ -428,7 +419,7 @@ def files_of_branches(files: Iterable[LoraFile], branches: int) -> list[list[Lor
     noises, paths = [noise_of(file.path) for file in files], [file.path for file in files]
     is_same = len(set(paths)) < len(paths)
     if branches == 2 == len(files) and (len(set(noises)) == 2 or not any(noises) or is_same):
-        return [[file] for file in (files[::-1] if is_swapped(noises) else files)]
+        return [[file] for file in sorted(files, key=lambda file: noise_order(file.path))]
     names = ", ".join(path.name for path in paths)
     if is_same:
         raise UserError(f"expected different LoRA files, got {names}; name each once")

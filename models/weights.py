@@ -7,7 +7,6 @@ import contextlib
 import math
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from inspect import signature
 from pathlib import Path
 from typing import NamedTuple
@@ -137,7 +136,11 @@ def branch_paths(teacher: str, *weights: str | Path) -> tuple[list[Path], float 
         expected = f"two transformers ({pairs} in one folder)" if boundary else "one transformer"
         found = ", ".join(map(str, paths))
         raise UserError(f"{teacher}: expected {expected}, got {len(paths)}: {found}")
-    given, paths = paths, lora.sort_high_low(paths)
+    noises = [lora.noise_of(path) for path in paths]
+    if noises in (["high"] * 2, ["low"] * 2) or len(set(paths)) < len(paths):
+        both = f"{paths[0]} and {paths[1]} are both for {noises[0] or 'any'} noise"
+        raise UserError(f"{both}; name one for high and one for low noise")
+    given, paths = paths, sorted(paths, key=lora.noise_order)
     if paths != given:
         lora.note(f"{paths[0]} is for high noise and {paths[1]} for low noise: swapped")
     return paths, boundary
@@ -417,8 +420,7 @@ def load(
     return load_tensors(net, read_tensors(), device, allocate)
 
 
-@dataclass
-class MergedTensor:
+class MergedTensor(NamedTuple):
     """A stored tensor with changes: x[a:b] reads these rows and changes them."""
 
     stored: FileTensor
