@@ -88,8 +88,8 @@ def expert_tensors(student: Student, phase) -> dict[str, Tensor]:
     elif cfg.teacher_lora:
         path = weights.branch_paths(cfg.teacher, *cfg.weights)[0][branch - 1]
         loras = weights.teacher_loras(cfg)[branch - 1]
-        deltas = {f"{layer}.weight": lora.delta_of(x) for layer, x in own.factors.items()}
-        net = weights.load(path, teacher=cfg.teacher, loras=loras, deltas=deltas)
+        changes = {f"{layer}.weight": [x] for layer, x in own.factors.items()}
+        net = weights.load(path, teacher=cfg.teacher, loras=loras, changes=changes)
     if student.is_full:
         return {name: p.data for name, p in net.named_parameters()}
     for layer, (up, down, _) in own.factors.items():
@@ -189,7 +189,7 @@ def assign_loras(
 
     def weights_of(role: str) -> RoleWeights:
         net = meta_network(cfg, base_of[role])
-        factors, rest = lora.split_deltas(weights.read_loras(net, files_of[role]), net)
+        factors, rest = lora.split_changes(weights.read_loras(net, files_of[role]), net)
         if rest and weights.is_random(cfg):
             raise UserError(f"--lora: {min(rest)} of random weights cannot change; give --weights")
         return RoleWeights(factors, rest)

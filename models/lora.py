@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -199,55 +199,48 @@ def open_safetensors(file: Path, advice: str = "download it again"):
             raise
 
 
-class Delta(NamedTuple):
-    """The change of one parameter."""
-
-    shape: tuple  # that the parameter must have
-    # (rows a:b of W, float32, slice(a, b)) -> these rows of W + alpha / rank up down
-    apply: Callable[[Tensor, slice], Tensor]
-    factors: Factors | None = None  # if it is of low rank
+Change = Factors | Tensor  # of a parameter: of low rank, or as large as the parameter
 
 
-def delta_of(factors: Factors) -> Delta:
-    """The change that these factors make, to be merged into a weight."""
-    up, down, scale = factors
-    shape = (len(up), down.shape[1])
-    return Delta(shape, lambda w, rows: w.addmm(up[rows], down, alpha=scale), factors)
+def merge(weight: Tensor, changes: Iterable[Change], rows: slice) -> Tensor:
+    """Rows a:b of a parameter, slice(a, b), with their changes, which are added in float32."""
+    for change in changes:
+        if isinstance(change, Factors):
+            weight = weight.float().addmm(change.up[rows], change.down, alpha=change.scale)
+        else:
+            weight = weight.float() + change[rows]
+    return weight
 
 
-def split_deltas(
-    deltas: dict[str, Delta], net: nn.Module
-) -> tuple[dict[str, Factors], dict[str, Delta]]:
+def add_change(changes: list[Change], new: Change) -> list[Change]:
+    """The changes of a parameter with another one. Two of low rank become one of a higher rank."""
+    if not (len(changes) == 1 and isinstance(changes[0], Factors) and isinstance(new, Factors)):
+        return [*changes, new]
+    up = torch.cat([x.scale * x.up for x in (*changes, new)], 1)
+    return [Factors(up, torch.cat([x.down for x in (*changes, new)]), 1.0)]
+
+
+def split_changes(
+    changes: dict[str, list[Change]], net: nn.Module
+) -> tuple[dict[str, Factors], dict[str, list[Change]]]:
     """Changes as (factors by adapted layer, the rest, which must be merged)."""
-    layers = {f"{name}.weight": name for name in adapted_layers(net)}
-    # as an adapter the factors stay float32 over a bf16 base
-    factors = {layers[key]: d.factors for key, d in deltas.items() if key in layers and d.factors}
-    rest = {key: d for key, d in deltas.items() if layers.get(key) not in factors}
+    factors, rest = {}, dict(changes)
+    for layer in adapted_layers(net):
+        change = changes.get(f"{layer}.weight", [])
+        if len(change) == 1 and isinstance(change[0], Factors):
+            # as an adapter they stay float32 over a bf16 base
+            [factors[layer]] = rest.pop(f"{layer}.weight")
     return factors, rest
 
 
-def add_deltas(a: dict[str, Delta], b: dict[str, Delta]) -> dict[str, Delta]:
-    """The changes of two files together. Factors of one layer become factors of a higher rank."""
-    both = {}
-    for name in a.keys() & b.keys():
-        first, second = a[name], b[name]
-        apply = lambda w, rows, a=first, b=second: b.apply(a.apply(w, rows), rows)
-        both[name] = Delta(first.shape, apply)
-        if first.factors and second.factors:
-            up = torch.cat([d.factors.scale * d.factors.up for d in (first, second)], 1)
-            down = torch.cat([d.factors.down for d in (first, second)])
-            both[name] = delta_of(Factors(up, down, 1.0))
-    return a | b | both
-
-
-def read_deltas(path: Path, strength: float, aliases: dict[str, str]) -> dict[str, Delta]:
+def read_changes(path: Path, strength: float, aliases: dict[str, str]) -> dict[str, Change]:
     """Read a LoRA file: name of a parameter -> its change, times the strength.
 
     aliases: every name that a file may use for a layer, with _ in place of dots -> ours. Without
     an alpha the scale is 1. .diff, .diff_b, .diff_m change a whole weight, bias, modulation.
     """
     layers: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    deltas, scales, image_branch = {}, set(), 0
+    changes, scales, image_branch = {}, set(), 0
     file = open_safetensors(path, "name a LoRA file")
     with reading(path, "name a LoRA file"):
         training = read_training(path, file.metadata)
@@ -273,19 +266,17 @@ def read_deltas(path: Path, strength: float, aliases: dict[str, str]) -> dict[st
             raise UserError(f"{path} contains no LoRA of this network; use another file")
         for layer, parts in layers.items():
             for part in DIFFS.keys() & parts.keys():
-                diff = strength * parts[part]
-                change = lambda w, rows, diff=diff: w + diff[rows]
-                deltas[layer + DIFFS[part]] = Delta(tuple(diff.shape), change)
+                changes[layer + DIFFS[part]] = strength * parts[part]
             if parts.keys() - DIFFS.keys():
                 up, down, scale = read_factors(parts, training, f"{path}: {layer}")
-                deltas[layer + ".weight"] = delta_of(Factors(up, down, strength * scale))
+                changes[layer + ".weight"] = Factors(up, down, strength * scale)
                 scales.add(scale)
     if scales:
         bounds = " to ".join(f"{x:.4g}" for x in sorted({min(scales), max(scales)}))
         note(f"{path}: alpha / rank = {bounds}")
     if image_branch:
         note(f"{path}: {image_branch} tensors of Wan2.1's image branch, absent here, are left out")
-    return deltas
+    return changes
 
 
 def read_training(path: Path, metadata: dict[str, str]) -> tuple[float | None, set, bool]:

@@ -262,12 +262,12 @@ def make_roles(cfg, phases: list[Phase], device: torch.device, out: Path) -> moe
 
 
 def load_base(
-    cfg, branch: int, device: torch.device, adapters: list[str] = (), deltas: dict | None = None
+    cfg, branch: int, device: torch.device, adapters: list[str] = (), changes: dict | None = None
 ) -> nn.Module:
     """The frozen network of a branch of the teacher.
 
     adapters: all that will be on it; FSDP2 shards a network once, with everything inside.
-    deltas: what a LoRA changes (weights.read_loras), merged into published weights.
+    changes: those of a LoRA (weights.read_loras), merged into published weights.
     """
 
     def allocate(net: nn.Module, device: torch.device) -> None:
@@ -290,7 +290,7 @@ def load_base(
     paths, _ = weights.branch_paths(cfg.teacher, *cfg.weights)
     path, loras = paths[branch - 1], weights.teacher_loras(cfg)[branch - 1]
     print(f"{cfg.teacher}{noise}: {' + '.join(map(str, [path, *loras]))}")
-    options |= dict(teacher=cfg.teacher, loras=loras, deltas=deltas)
+    options |= dict(teacher=cfg.teacher, loras=loras, changes=changes)
     return configure(cfg, weights.load(path, **options))
 
 
@@ -715,7 +715,7 @@ def make_sampler(
     def load_role(name: str) -> Callable:
         with reading(f"the tensors of {name}", "train or download it again"):
             role = weights_of(name)
-        key = name if role.full or role.deltas else base_of[name]
+        key = name if role.full or role.changes else base_of[name]
         if key not in networks:
             roles.clear()
             networks.clear()
@@ -734,14 +734,14 @@ def make_sampler(
 
 
 def load_network(cfg, branch: int, role: weights.RoleWeights, device) -> nn.Module:
-    """The network of a role: the teacher's with deltas merged, or with all weights of the role."""
+    """The network of a role: the teacher's with changes merged, or with all weights of the role."""
     if role.full:
         net = weights.meta_network(cfg, branch).requires_grad_(False)
         if cfg.base == "int8":
             lora.store_int8(net)
         with reading("the tensors of a student", "train or download it again"):
             return weights.load_tensors(net, role.full(), device)
-    return load_base(cfg, branch, device, deltas=role.deltas)
+    return load_base(cfg, branch, device, changes=role.changes)
 
 
 def save_samples(cfg, c, xs: list[Tensor], args, names: list[str], device) -> tuple[dict, Iterator]:

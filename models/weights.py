@@ -393,25 +393,25 @@ def load(
     device="cpu",
     teacher: str = "",
     loras: Iterable[lora.LoraFile] = (),
-    deltas: dict[str, lora.Delta] | None = None,
+    changes: dict[str, list[lora.Change]] | None = None,
     allocate: Callable = nn.Module.to_empty,
     int8: bool = False,
 ) -> nn.Module:
     """A network from published weights, frozen, in eval mode.
 
     path: a folder with config.json and safetensors of either layout, or one safetensors file.
-    loras, then deltas, are merged in float32. int8: see lora.store_int8. Memory never exceeds the
+    loras, then changes, are merged in float32. int8: see lora.store_int8. Memory never exceeds the
     network, one tensor and the LoRA: each is cast as it is read. A rank reads the rows it keeps.
     """
     net, tensors = inspect(Path(path), dtype, teacher)
-    merges = [read_loras(net, loras), deltas or {}]
+    first, second = read_loras(net, loras), changes or {}
 
     def read_tensors() -> NamedTensors:
         total = sum(math.prod(x.shape) for x in tensors.values())
         options = dict(unit=" weights", unit_scale=True, disable=None)
         with tqdm(total=total, desc=str(path), **options) as bar:
             for name, x in sorted(tensors.items(), key=lambda item: (item[1].file, item[1].start)):
-                yield name, MergedTensor(x, [merge[name] for merge in merges if name in merge])
+                yield name, MergedTensor(x, [*first.get(name, []), *second.get(name, [])])
                 bar.update(math.prod(x.shape))
 
     net.requires_grad_(False)
@@ -424,31 +424,29 @@ class MergedTensor(NamedTuple):
     """A stored tensor with changes: x[a:b] reads these rows and changes them."""
 
     stored: FileTensor
-    deltas: list[lora.Delta]
+    changes: list[lora.Change]
 
     def __getitem__(self, rows: slice) -> Tensor:
-        tensor = self.stored[rows]
-        for delta in self.deltas:
-            tensor = delta.apply(tensor.float(), rows)
-        return tensor
+        return lora.merge(self.stored[rows], self.changes, rows)
 
 
-def read_loras(net: nn.Module, files: Iterable[lora.LoraFile]) -> dict[str, lora.Delta]:
+def read_loras(net: nn.Module, files: Iterable[lora.LoraFile]) -> dict[str, list[lora.Change]]:
     """The changes of the network that LoRA files make together, by parameter. Raises UserError."""
-    layers = {name.rpartition(".")[0] for name, _ in net.named_parameters()}
+    shapes, total = {name: p.shape for name, p in net.named_parameters()}, {}
+    layers = {name.rpartition(".")[0] for name in shapes}
     names = {net.diffusers_name(name): name for name in layers} | {name: name for name in layers}
     aliases = {name.replace(".", "_"): ours for name, ours in names.items()}
     # diffusers' old names of the last layer of an attention lack its index
     last = {name: ours for name, ours in aliases.items() if name.endswith("_to_out_0")}
     aliases |= {name.removesuffix("_0"): ours for name, ours in last.items()}
-    shapes, total = {name: tuple(p.shape) for name, p in net.named_parameters()}, {}
     for path, strength in files:
-        deltas = lora.read_deltas(path, strength, aliases)
-        for name, delta in deltas.items():
-            if delta.shape != shapes.get(name):
-                line = f"{name}: expected the shape {shapes.get(name)}, got {delta.shape}"
+        for name, x in lora.read_changes(path, strength, aliases).items():
+            is_low_rank = isinstance(x, lora.Factors)
+            shape = (len(x.up), x.down.shape[1]) if is_low_rank else tuple(x.shape)
+            if shape != shapes.get(name):
+                line = f"{name}: expected the shape {tuple(shapes.get(name, ()))}, got {shape}"
                 raise UserError(f"{path}: {line}; is it a LoRA of another model?")
-        total = lora.add_deltas(total, deltas)
+            total[name] = lora.add_change(total.get(name, []), x)
     return total
 
 
@@ -487,7 +485,7 @@ class RoleWeights(NamedTuple):
     """The weights that turn a branch of the teacher into a role."""
 
     factors: dict[str, lora.Factors] = {}  # of an adapter, by layer
-    deltas: dict[str, lora.Delta] = {}  # to be merged, by parameter
+    changes: dict[str, list[lora.Change]] = {}  # to be merged, by parameter
     full: Callable[[], NamedTensors] | None = None  # in place of all parameters
 
 

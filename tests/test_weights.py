@@ -175,7 +175,7 @@ def test_every_form_of_lora_is_read_with_its_alpha(tmp_path, teacher, form):
 
 def read_lora(net, path):
     """Factors by layer, and the rest, of a LoRA file."""
-    return lora.split_deltas(weights.read_loras(net, [(path, 1.0)]), net)
+    return lora.split_changes(weights.read_loras(net, [(path, 1.0)]), net)
 
 
 @pytest.mark.skipif(not find_spec("peft"), reason="models/requirements.txt")
@@ -355,8 +355,8 @@ def test_a_layer_that_a_lora_leaves_out_does_not_change(tmp_path):
     v = {}
     for name, kept in (("zeros", zeros), ("less", less)):
         save_file(kept, tmp_path / "x.safetensors")
-        deltas = weights.read_loras(net, [(tmp_path / "x.safetensors", 1.0)])
-        factors, rest = lora.split_deltas(deltas, net)
+        changes = weights.read_loras(net, [(tmp_path / "x.safetensors", 1.0)])
+        factors, rest = lora.split_changes(changes, net)
         assert not rest
         lora.attach(net, name, factors)
         with torch.no_grad():
@@ -399,11 +399,12 @@ def test_strengths_and_several_files_add_up(tmp_path):
     a, b = weights.read_loras(net, files[:1]), weights.read_loras(net, files[1:])
     both = weights.read_loras(net, files)
     weight, bias, rows = torch.zeros(128, 128), torch.zeros(128), slice(None)
-    change = [deltas[f"{key}.weight"].apply(weight, rows) for deltas in (a, b, both)]
+    change = [lora.merge(weight, x[f"{key}.weight"], rows) for x in (a, b, both)]
     assert torch.allclose(change[0] + change[1], change[2], atol=1e-4)
     assert torch.allclose(16 * change[0], change[1], atol=1e-3)  # 2 / 0.5, and twice both factors
-    assert torch.equal(both[f"{key}.bias"].apply(bias, rows), torch.full((128,), 0.5 + 2 * 2.0))
-    assert len(lora.split_deltas(both, net)[0][key].down) == 4
+    merged = lora.merge(bias, both[f"{key}.bias"], rows)
+    assert torch.equal(merged, torch.full((128,), 0.5 + 2 * 2.0))
+    assert len(lora.split_changes(both, net)[0][key].down) == 4
 
 
 @pytest.mark.parametrize(
