@@ -260,12 +260,10 @@ def make_parser() -> common.Parser:
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit status: 0, 2 for a user's error, 130 for Ctrl-C."""
-    return common.exit_status(
-        "sample.py", lambda: run_command(make_parser().parse_args(argv)), MEMORY_ADVICE
-    )
+    advice = "try a smaller --n, --size or --frames, or --device cpu"
+    work = lambda: run_command(make_parser().parse_args(argv))
+    return common.exit_status("sample.py", work, advice)
 
-
-MEMORY_ADVICE = "try a smaller --n, --size or --frames, or --device cpu"
 
 if __name__ == "__main__":
     sys.exit(main())

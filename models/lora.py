@@ -308,12 +308,11 @@ def read_training(path: Path, metadata: dict[str, str]) -> tuple[float | None, s
 
 def read_factors(parts: dict[str, Tensor], training: tuple, name: str) -> Factors:
     """The factors of a layer, scale alpha / rank. Raises UserError for an alpha in doubt."""
-    if not {"up", "down"} <= parts.keys() or "diff" in parts:
-        raise UserError(f"{name}: a LoRA needs lora_up and lora_down, and no .diff")
-    up, down, (beside, ranks, is_kohya) = parts["up"], parts["down"], training
-    if up.ndim != 2 or down.ndim != 2 or up.shape[1] != len(down):
-        found = f"{tuple(up.shape)} and {tuple(down.shape)}"
-        raise UserError(f"{name}: expected factors (n, rank) and (rank, m), found {found}")
+    (beside, ranks, is_kohya), absent = training, torch.empty(0)
+    up, down = parts.get("up", absent), parts.get("down", absent)
+    if up.ndim != 2 or down.ndim != 2 or up.shape[1] != len(down) or "diff" in parts:
+        found = ", ".join(f"{part} {tuple(x.shape)}" for part, x in parts.items())
+        raise UserError(f"{name}: expected only up (n, rank) and down (rank, m), found {found}")
     rank, problem, has_alpha = len(down), "", "alpha" in parts
     alpha = parts["alpha"].item() if has_alpha else beside
     if has_alpha or not beside:
