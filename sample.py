@@ -44,8 +44,9 @@ class Job(NamedTuple):
 
 def student_job(args) -> Job:
     """The steps of a finished student, or of a preview of its last phase."""
-    for flag in given_flags(args, "steps", "shift", "times", "guidance", "lora"):
-        raise UserError(f"--{flag} is for --teacher: a student has its own steps and no CFG")
+    given = given_flags(args, "steps", "shift", "times", "guidance", "lora")
+    if given:
+        raise UserError(f"--{min(given)} is for --teacher: a student has its own steps and no CFG")
     student, run_dir = open_student(args)
     cfg = override_config(replace(student.cfg, guidance=(1.0,)), args)
     roles = [f"student{phase.k}" for phase in student.phases for _ in range(phase.num_steps)]
