@@ -8,6 +8,7 @@ from functools import partial
 
 from models import common, teachers
 from models.common import UserError
+from models.parallel import SINGLE, Topology
 from phases import Phase, make_phases
 from toy import digits, toy2d
 
@@ -156,10 +157,10 @@ def phases_of(cfg: Config) -> list[Phase]:
         raise UserError(str(error)) from None
 
 
-def validate(cfg: Config, files: bool = True) -> None:
-    """Raise UserError for settings, or input files, that cannot make a run."""
+def validate(cfg: Config, files: bool = True, topology: Topology = SINGLE) -> None:
+    """Raise UserError for settings, or input files, that cannot make a run on these ranks."""
     common.check_values(cfg)
-    preset_of(cfg).check_config(cfg)
+    preset_of(cfg).check_config(cfg, topology)
     if files:
         preset_of(cfg).input_files(cfg)
     if cfg.truncate == "off" and cfg.fake_per_depth:

@@ -124,54 +124,6 @@ def separate_roles(
     return collect_roles(phases, per_depth, teachers, make_role)
 
 
-def shared_roles(
-    phases: list[Phase],
-    per_depth: bool,
-    boundary_t: float | None,
-    load_base: Callable[[int], nn.Module],
-    start_adapter: Callable[[nn.Module, str], dict[str, nn.Parameter] | None],
-    copy_base: Callable[[nn.Module, nn.Module | None], nn.Module],
-    with_guidance: Callable[..., Tensor],
-) -> Roles:
-    """Roles on the frozen networks of a teacher, each of which is in memory once.
-
-    load_base(branch)                          that network, ready to be called; loaded when needed
-    start_adapter(net, name)                   start an adapter of this name in place and return
-                                               its parameters; None for a role that trains all of
-                                               its parameters, on a copy of its own:
-    copy_base(net, old)                        a trainable copy; written over `old` if there is one
-    with_guidance(branch, net, x_t, t, c)      the teacher's v, with CFG
-    """
-    branches = trained_names(phases, per_depth, boundary_t)
-
-    def make_role(name: str) -> Role:
-        copies = []  # the network of a role that trains all of its parameters
-
-        def velocity(x_t: Tensor, t: Tensor, c: dict | None = None) -> Tensor:
-            if copies:
-                return copies[0](x_t, t, c)
-            return load_base(branches[name])(x_t, t, c, adapter=name)
-
-        def initialise() -> dict[str, nn.Parameter]:
-            base = load_base(branches[name])
-            parameters = start_adapter(base, name)
-            if parameters is None:
-                copies[:] = [copy_base(base, copies[0] if copies else None)]
-                parameters = dict(copies[0].named_parameters())
-            return parameters
-
-        return Role(name, velocity, initialise)
-
-    def make_teacher(branch: int) -> Role:
-        return Role(
-            f"teacher{branch}",
-            lambda x_t, t, c=None: with_guidance(branch, load_base(branch), x_t, t, c),
-        )
-
-    teacher = {branch: make_teacher(branch) for branch in ((1,) if boundary_t is None else (1, 2))}
-    return collect_roles(phases, per_depth, teacher, make_role)
-
-
 def collect_roles(
     phases: list[Phase], per_depth: bool, teacher: dict[int, Role], make_role: Callable[[str], Role]
 ) -> Roles:

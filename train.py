@@ -394,7 +394,7 @@ def save_preview(run: Run, log: common.Log) -> None:
     keep = preset_of(run.cfg).keep_students
     if keep:
         save_student(run, file.with_suffix(".safetensors"))
-    if common.is_writer:
+    if common.is_rank0():
         common.write_file(run.out / "curves.png", media.curves(run.out / "log.jsonl"))
         common.remove_files(file.parent, common.STUDENT_FILES, keep)
 
@@ -469,8 +469,9 @@ def run_command(args: argparse.Namespace, cfg: Config, device: str) -> None:
     torch.set_num_threads(preset.threads or torch.get_num_threads())
     print(format_phases(phases_of(cfg), cfg.shift))
     flags = f" --context-parallel {args.context_parallel}" * (args.context_parallel > 1)
-    command = f"{parallel.launch_command('train.py')} --resume --out {shlex.quote(str(args.out))}"
-    with common.Stop(f"continue with: {command}{flags}", parallel.max_over_ranks) as stop:
+    command = f"{parallel.launch_command(parallel.topology, 'train.py')} --resume"
+    command += f" --out {shlex.quote(str(args.out))}{flags}"
+    with common.Stop(f"continue with: {command}", parallel.max_over_ranks) as stop:
         progress = partial(common.with_progress, stop=stop)
         parallel.on_rank0(lambda: preset.prepare(cfg, args.out, device, progress))
         stop.check()
@@ -489,16 +490,17 @@ def main(argv: list[str] | None = None) -> int:
         if args.resume and file.exists():  # the command need not name the teacher
             cfg = common.config_from_json(Config, common.read_json(file, START_OVER), args.out)
         device = common.pick_device(args.device, preset_of(cfg).device)
-        if not args.dry_run:
-            ranks = parallel.distributed(device, args.context_parallel, "train.py")
-            with ranks, common.own_folder(args.out):
-                validate(cfg, files=False)
-                with teachers.watch_memory(args, cfg, phases_of(cfg), device):
-                    return run_command(args, cfg, device)
-        with parallel.pretend_topology(args.processes, args.context_parallel):
-            validate(cfg, files=False)
+        if args.dry_run:
+            topology = parallel.planned_topology(args.processes, args.context_parallel)
+            validate(cfg, files=False, topology=topology)
             print(format_phases(phases_of(cfg), cfg.shift))
-            print(preset_of(cfg).plan_text(cfg, phases_of(cfg), torch.device(device)))
+            print(preset_of(cfg).plan_text(cfg, phases_of(cfg), torch.device(device), topology))
+            return
+        ranks = parallel.distributed(device, args.context_parallel, "train.py")
+        with ranks, common.own_folder(args.out):
+            validate(cfg, files=False, topology=parallel.topology)
+            with teachers.watch_memory(args, cfg, phases_of(cfg), device):
+                run_command(args, cfg, device)
 
     return common.exit_status("train.py", work, "try a smaller --batch or --eval-samples")
 

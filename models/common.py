@@ -41,8 +41,6 @@ OUT_OF_MEMORY = re.compile("out of memory|allocate memory|ALLOC_FAILED|CUDA mall
 
 SLOW_UPDATE = 60  # seconds from which an update is worth a line
 
-is_writer = True  # models/parallel.py sets it to False on ranks > 0
-
 
 class UserError(Exception):
     """An error the user can fix. Printed as one line; the exit status is 2."""
@@ -65,22 +63,40 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
 
 
+def torchrun_ranks() -> tuple[int, int, int, int]:
+    """This rank, the number of ranks, and both within the node. Raises UserError."""
+    if os.environ.get("WORLD_SIZE", "") in ("", "1"):  # whatever the other variables are
+        return 0, 1, 0, 1
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    values = [os.environ.get(name, "") for name in names]
+    if not all(map(str.isdecimal, values)):
+        found = ", ".join(f"{name}={value}" for name, value in zip(names, values))
+        advice = "start the processes with torchrun, or unset WORLD_SIZE for one process"
+        raise UserError(f"expected the variables of torchrun, found {found}; {advice}")
+    return tuple(map(int, values))
+
+
+def is_rank0() -> bool:
+    """Whether this process writes the files that ranks share: it is rank 0, or the only one."""
+    return torchrun_ranks()[0] == 0
+
+
 @dataclass(frozen=True)
 class Preset:
     """What a kind of teacher provides to train.py and sample.py.
 
-    cfg is a config.Config, phases a list of phases.Phase, out the run's folder, device a
-    torch.device, args the parsed flags of sample.py. Settings that do not go together, and files
-    that cannot be read, raise UserError.
+    cfg is a config.Config, phases a list of phases.Phase, topology a parallel.Topology, out the
+    run's folder, device a torch.device, args the parsed flags of sample.py. Settings that do not go
+    together, and files that cannot be read, raise UserError.
     """
 
-    check_config: Callable  # (cfg); reads no file
+    check_config: Callable  # (cfg, topology); reads no file
     input_files: Callable  # (cfg) -> the files that a run reads
     base_files: Callable  # (cfg) -> those that the teacher is made of
     make_roles: Callable  # (cfg, phases, device, out) -> moe.Roles
     make_data: Callable  # (cfg, out) -> data(n, shared, rng) -> conditions of n, shape of one
     report: Callable  # (cfg, phases, roles, k, device, out, finished) -> metrics, png
-    plan_text: Callable  # (cfg, phases, device) -> the text of --dry-run
+    plan_text: Callable  # (cfg, phases, device, topology) -> the text of --dry-run
     apply_flags: Callable  # (cfg, args) -> cfg, for sampling
     sample_inputs: Callable  # (cfg, args, out, run_dir, device) -> cfg, conditions, shape, names
     make_sampler: Callable  # (cfg, base_of, weights_of, device, run_dir) -> velocity(name, x, t, c)
@@ -151,7 +167,7 @@ def sync_folder(folder: Path) -> None:
 
 def write_file(path: Path, content: bytes) -> None:
     """Write a file, on rank 0: a crash leaves the old file or the new one, never a part."""
-    if is_writer:
+    if is_rank0():
         replace_file(path, lambda temporary: temporary.write_bytes(content))
 
 
@@ -167,7 +183,7 @@ def finite(value):
 
 def write_tensors(path: Path, tensors: dict, metadata: dict, all_ranks: bool = False) -> None:
     """Write safetensors, with metadata as JSON in the header; on rank 0, or on all ranks."""
-    if is_writer or all_ranks:  # all_ranks: each has a file of its own
+    if all_ranks or is_rank0():  # all_ranks: each has a file of its own
         tensors = {name: x.detach().contiguous() for name, x in tensors.items()}
         header = {"metadata": json.dumps(metadata, ensure_ascii=False)}
         replace_file(path, lambda temporary: save_tensors(tensors, temporary, header))
@@ -530,7 +546,7 @@ def own_folder(out: Path) -> Iterator[None]:
 
     On a network file system the lock may hold on one machine only. Raises UserError.
     """
-    if not is_writer:
+    if not is_rank0():
         yield
         return
     folder_contents(out)
@@ -687,7 +703,7 @@ class Stop:
 
     def _receive(self, number: int, _frame) -> None:
         self.signal = number
-        if os.environ.get("WORLD_SIZE", "1") in ("", "1"):  # torchrun sends Ctrl-C twice
+        if torchrun_ranks()[1] == 1:  # torchrun sends Ctrl-C twice
             signal.signal(number, signal.SIG_DFL)
 
     def received(self) -> int:
@@ -705,7 +721,7 @@ class Log:
 
     def __init__(self, path: Path, size: int):
         self.path = path
-        if not is_writer:
+        if not is_rank0():
             return
         with writing(path):
             self.file = open(path, "ab", buffering=0)  # unbuffered: a full disk shows at once
@@ -715,14 +731,14 @@ class Log:
 
     def write(self, rows: list[dict]) -> None:
         """Append rows."""
-        data = b"".join(json.dumps(row).encode() + b"\n" for row in rows if is_writer)
+        data = b"".join(json.dumps(row).encode() + b"\n" for row in rows if is_rank0())
         with writing(self.path):
             while data:
                 data = data[self.file.write(data) :]  # an unbuffered write may be partial
 
     def sync(self) -> int:
         """Flush the log to disk. Returns its size in bytes."""
-        if not is_writer:
+        if not is_rank0():
             return 0
         with writing(self.path):
             os.fsync(self.file.fileno())

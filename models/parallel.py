@@ -14,7 +14,6 @@ import re
 import shlex
 import signal
 import sys
-import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -29,7 +28,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from models import common
-from models.common import Interrupted, UserError
+from models.common import Interrupted, UserError, is_rank0, torchrun_ranks
 
 
 @dataclass(frozen=True)
@@ -50,31 +49,18 @@ class Topology:
         return self.processes // self.nodes  # ranks that a tensor is sharded over
 
 
-WAIT_SECONDS = 10  # for other ranks, without a word
 TIMEOUT = timedelta(hours=1)  # disks differ, and all ranks wait for the slowest to load
-topology = Topology()
+SINGLE = Topology()  # one process
+topology = SINGLE  # of this run; only `distributed` sets it
 groups: dict = {}  # "store"; "shards" and "tokens" (meshes); "data", "long_timeout" (groups)
 
 
 # -- joining and leaving -------------------------------------------------------------------------
 
 
-def torchrun_ranks() -> tuple[int, int, int, int]:
-    """This rank, the number of ranks, and both within the node. Raises UserError."""
-    if os.environ.get("WORLD_SIZE", "") in ("", "1"):  # whatever the other variables are
-        return 0, 1, 0, 1
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    values = [os.environ.get(name, "") for name in names]
-    if not all(map(str.isdecimal, values)):
-        found = ", ".join(f"{name}={value}" for name, value in zip(names, values))
-        advice = "start the processes with torchrun, or unset WORLD_SIZE for one process"
-        raise UserError(f"expected the variables of torchrun, found {found}; {advice}")
-    return tuple(map(int, values))
-
-
 def silence_other_ranks() -> None:
     """Print only on rank 0 of the processes that torchrun started."""
-    if torchrun_ranks()[0]:
+    if not is_rank0():
         sys.stdout = sys.stderr = open(os.devnull, "w")
 
 
@@ -84,21 +70,15 @@ def require_single_process(program: str) -> None:
         raise UserError(f"{program} runs in one process: python {program}, without torchrun")
 
 
-@contextmanager
-def pretend_topology(text: str, context: int):
-    """Pretend to be rank 0 of `8` processes or `4x8` (nodes x GPUs), so that --dry-run can plan."""
-    global topology
+def planned_topology(text: str, context: int) -> Topology:
+    """Topology of `8` processes or `4x8` (nodes x GPUs), for --dry-run; by default torchrun's."""
     _, started, _, per_node = torchrun_ranks()
-    text = text or f"{started // per_node}x{per_node}"  # as many as torchrun started
+    text = text or f"{started // per_node}x{per_node}"
     match = re.fullmatch(r"(?:([1-9]\d{0,3})x)?([1-9]\d{0,3})", text)
     if not match:
         raise UserError(f"--processes: expected a number such as 8, or NODESxN, got {text}")
     nodes, per_node = int(match[1] or 1), int(match[2])
-    before, topology = topology, make_topology(nodes * per_node, per_node, context)
-    try:
-        yield
-    finally:
-        topology = before
+    return make_topology(nodes * per_node, per_node, context)
 
 
 def make_topology(processes: int, per_node: int, context: int, rank: int = 0) -> Topology:
@@ -117,12 +97,10 @@ def distributed(device: str, context: int, program: str):
     If a rank fails, it prints its error and exits, and torchrun ends the others.
     """
     global topology
-    rank, processes, *_ = torchrun_ranks()
-    if processes == 1:
+    if torchrun_ranks()[1] == 1:
         topology = make_topology(1, 1, context)
         yield
         return
-    common.is_writer = rank == 0
     try:
         topology = join(device, context)
         make_groups(device)
@@ -136,13 +114,13 @@ def distributed(device: str, context: int, program: str):
         raise
     except Exception as error:
         if is_connection_lost(error):
-            command = f"{launch_command(program)} --resume"
+            command = f"{launch_command(topology, program)} --resume"
             error = UserError(f"another process ended; continue from the checkpoint: {command} ...")
         # one line of the rank that failed first; the others have the same error, or lost that rank
         sys.stderr = sys.__stderr__ if is_first_failure() else open(os.devnull, "w")
         raise error
     finally:
-        common.is_writer, topology = True, Topology()
+        topology = SINGLE
 
 
 def join(device: str, context: int) -> Topology:
@@ -151,13 +129,7 @@ def join(device: str, context: int) -> Topology:
     if device not in ("cpu", "cuda"):
         raise UserError(f"--device: expected cuda or cpu under torchrun, got {device}")
     result = make_topology(processes, per_node, context, rank)
-    line = f"rank {rank} waits for the others of {processes}; without torchrun, unset WORLD_SIZE"
-    timer = threading.Timer(WAIT_SECONDS, lambda: print(line, file=sys.__stderr__))
-    timer.start()
-    try:
-        groups["store"], *_ = next(dist.rendezvous("env://"))
-    finally:
-        timer.cancel()
+    groups["store"], *_ = next(dist.rendezvous("env://"))
     if device == "cuda":
         if local_rank >= torch.cuda.device_count():
             gpus = torch.cuda.device_count()
@@ -197,15 +169,15 @@ def is_connection_lost(error: Exception) -> bool:
 def is_first_failure() -> bool:
     """Return whether no other rank has failed before this one."""
     if "store" not in groups:
-        return common.is_writer
-    time.sleep(0 if common.is_writer else 1)  # if all ranks raise the same error, rank 0 prints it
+        return is_rank0()
+    time.sleep(0 if is_rank0() else 1)  # if all ranks raise the same error, rank 0 prints it
     with suppress(RuntimeError):  # the process with the store may have ended
         return groups["store"].add("failures", 1) == 1
     return False
 
 
-def launch_command(program: str) -> str:
-    """How this run was started, up to the program, with its path as it was typed."""
+def launch_command(topology: Topology, program: str) -> str:
+    """How to start these ranks, up to the program, with its path as it was typed."""
     nodes = f"--nnodes {topology.nodes} ..." if topology.nodes > 1 else "--standalone"
     command = f"torchrun {nodes} --nproc-per-node {topology.shard_group}"
     typed = sys.argv[0] if os.path.basename(sys.argv[0]) == program else program
@@ -357,16 +329,19 @@ def rms(tensors: list[Tensor]) -> Tensor:
 # -- context parallelism: P ranks share the L tokens of a sample ---------------------------------
 
 
+def has_all_tokens(x: Tensor) -> bool:
+    """Whether tokens are not shared: P is 1, or models/plan.py measures the whole network."""
+    return topology.context_parallel == 1 or x.is_meta
+
+
 def shard_tokens(x: Tensor, dim: int = 1) -> Tensor:
     """This rank's tokens, which are dimension `dim` of x: L -> L / P."""
-    return x if topology.context_parallel == 1 else redistribute(x, None, dim, x.shape)
+    return x if has_all_tokens(x) else redistribute(x, None, dim, x.shape)
 
 
 def gather_tokens(x: Tensor, count: int) -> Tensor:
     """All tokens on every rank: (B, L / P, D) -> (B, L, D), L = count."""
-    if topology.context_parallel == 1:
-        return x
-    return redistribute(x, 1, None, (len(x), count, x.shape[2]))
+    return x if has_all_tokens(x) else redistribute(x, 1, None, (len(x), count, x.shape[2]))
 
 
 def tokens_to_heads(x: Tensor, streams: tuple[int, ...]) -> Tensor:
@@ -375,7 +350,7 @@ def tokens_to_heads(x: Tensor, streams: tuple[int, ...]) -> Tensor:
     Attention is by head, so this is where tokens are exchanged (as in DeepSpeed-Ulysses).
     streams: number of tokens of each kind (text, image). Each kind is sharded by itself.
     """
-    if topology.context_parallel == 1 or not streams:
+    if has_all_tokens(x) or not streams:
         return x
     parts = x.split([local_length(count) for count in streams], 1)
     shapes = [(len(x), count, *x.shape[2:]) for count in streams]
@@ -384,7 +359,7 @@ def tokens_to_heads(x: Tensor, streams: tuple[int, ...]) -> Tensor:
 
 def heads_to_tokens(x: Tensor, streams: tuple[int, ...]) -> Tensor:
     """The inverse: (B, L, H / P, d) -> (B, L / P, H, d)."""
-    if topology.context_parallel == 1 or not streams:
+    if has_all_tokens(x) or not streams:
         return x
     shape = lambda y: (*y.shape[:2], y.shape[2] * topology.context_parallel, y.shape[3])
     return torch.cat([redistribute(y, 2, 1, shape(y)) for y in x.split(streams, 1)], 1)

@@ -8,11 +8,9 @@ import gc
 import importlib
 import math
 import shlex
-import time
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -21,10 +19,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import common, lora, parallel
-from models.common import UserError
 from models.encoders import MAX_TOKENS
 from models.parallel import Topology, blocks_of
 from models.qwen_image import QwenImage
@@ -36,19 +34,25 @@ IN_FLIGHT = 3  # blocks that FSDP holds: as received, as used, and the next one
 # -- one sample through one network --------------------------------------------------------------
 
 
-class Cost(NamedTuple):
-    """One sample through one network. Bytes are without weights, gradients and moments."""
+class Flops(NamedTuple):
+    """FLOPs of one sample through one network."""
 
-    forward: float  # FLOPs
-    training: float  # FLOPs of forward and backward
-    recomputed: float  # FLOPs that the checkpointing of blocks adds to it
-    forward_peak: float  # bytes of a forward without gradient
-    saved: float  # bytes that a forward with gradient keeps for backward
-    backward_peak: float  # bytes of a forward with gradient and its backward
+    forward: float
+    training: float  # of forward and backward
+    recomputed: float  # what the checkpointing of blocks adds to it
+
+
+class Activations(NamedTuple):
+    """Bytes of one sample through one network, without weights, gradients and moments."""
+
+    forward_peak: float  # of a forward without gradient
+    saved: float  # what a forward with gradient keeps for backward
+    backward_peak: float  # of a forward with gradient and its backward
 
 
 @lru_cache(maxsize=64)
 def cost(
+    measure: Callable,
     teacher: str,
     shape: tuple,
     full: bool,
@@ -56,13 +60,12 @@ def cost(
     dtype: torch.dtype,
     checkpointing: bool,
     sharded: bool = False,
-    counted: str = "both",
     int8: bool = False,
-) -> Cost:
-    """Cost of a sample of this shape (C, ...) through a role: a LoRA, or all parameters (full).
+) -> Flops | Activations:
+    """Flops or Activations of a role, a LoRA or all parameters (full), at this shape (C, ...).
 
+    measure: count_flops or count_bytes; each takes seconds.
     sharded: FSDP gathers full parameters in dtype, so no layer casts them from float32.
-    counted: "flops", "bytes" or "both"; the others are 0. Each takes seconds.
     """
     layers, costs = teacher_spec(teacher).settings["num_layers"], []
     for n in (2, 3):
@@ -72,43 +75,35 @@ def cost(
             (net if sharded else net.float()).requires_grad_(True)
         else:
             lora.add_adapter(net, "role", rank, device="meta")
-        with parallel.pretend_topology("1", 1):  # the caller may have several processes
-            costs.append(measure(net, shape, None if full else "role", counted))
+        for p in net.parameters():
+            if p.requires_grad:  # phase_memory counts gradients: discard each as it is made
+                p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
+        costs.append(measure(net, meta_inputs(net, shape), None if full else "role"))
     two, three = costs
-    return Cost(*(a + (b - a) * (layers - 2) for a, b in zip(two, three)))
+    return type(two)(*(a + (b - a) * (layers - 2) for a, b in zip(two, three)))
 
 
-def measure(net: nn.Module, shape: tuple, adapter: str | None, counted: str) -> Cost:
-    """Cost of a network on the meta device, by running it."""
-    x, t, c = meta_inputs(net, shape)
-    for p in net.parameters():
-        if p.requires_grad:  # phase_memory counts gradients: discard each as it is made
-            p.register_post_accumulate_grad_hook(lambda p: setattr(p, "grad", None))
-
-    forward = total = 0.0
-    if counted != "bytes":
-        forward, total = count_flops(lambda: net(x, t, c, adapter))
-    recomputed = forward if net.checkpointing else 0
-    if counted == "flops":
-        return Cost(forward, total - recomputed, recomputed, 0, 0, 0)
-    known = [x, t, *c.values(), *net.parameters()]
-    with MemoryTracker(known) as tracker, torch.no_grad():
-        net(x, t, c, adapter)
-    forward_peak = tracker.peak
-    with MemoryTracker(known) as tracker:
-        v = net(x, t, c, adapter)
-        saved = tracker.now
-        v.backward(torch.empty_like(v))
-    return Cost(forward, total - recomputed, recomputed, forward_peak, saved, tracker.peak)
-
-
-def count_flops(call: Callable[[], Tensor]) -> tuple[float, float]:
-    """FLOPs of a forward, and of the forward with its backward."""
+def count_flops(net: nn.Module, inputs: tuple, adapter: str | None) -> Flops:
+    """Run a network on the meta device and count its FLOPs."""
     with FlopCounterMode(display=False) as counter:
-        v = call()
+        v = net(*inputs, adapter)
         forward = counter.get_total_flops()
         v.backward(torch.empty_like(v))
-    return forward, counter.get_total_flops()
+    recomputed = forward if net.checkpointing else 0
+    return Flops(forward, counter.get_total_flops() - recomputed, recomputed)
+
+
+def count_bytes(net: nn.Module, inputs: tuple, adapter: str | None) -> Activations:
+    """Run a network on the meta device and count the bytes of its activations."""
+    known = [*tree_leaves(inputs), *net.parameters()]
+    with MemoryTracker(known) as tracker, torch.no_grad():
+        net(*inputs, adapter)
+    forward_peak = tracker.peak
+    with MemoryTracker(known) as tracker:
+        v = net(*inputs, adapter)
+        saved = tracker.now
+        v.backward(torch.empty_like(v))
+    return Activations(forward_peak, saved, tracker.peak)
 
 
 class MemoryTracker(TorchDispatchMode):
@@ -219,12 +214,16 @@ def role_kind(cfg, name: str) -> str:
     return cfg.generator if name.startswith("student") else cfg.fake
 
 
-def role_cost(cfg, name: str, shape: tuple, counted: str) -> Cost:
-    """Cost of a sample of this shape through a trained role."""
+def role_cost(measure: Callable, cfg, name: str, shape: tuple, sharded: bool = False):
+    """Flops or Activations of a sample of this shape through a trained role."""
     full, checkpointing = role_kind(cfg, name) == "full", cfg.checkpointing == "on"
-    sharded = full and parallel.topology.processes > 1
-    options = cfg.rank, dtype_named(cfg.dtype), checkpointing, sharded, counted
-    return cost(cfg.teacher, shape, full, *options, cfg.base == "int8")
+    options = cfg.rank, dtype_named(cfg.dtype), checkpointing, full and sharded
+    return cost(measure, cfg.teacher, shape, full, *options, cfg.base == "int8")
+
+
+def num_micro_batches(cfg) -> int:
+    """Number of micro-batches of a batch."""
+    return math.ceil(cfg.batch / (cfg.micro_batch or cfg.batch))
 
 
 class Memory(NamedTuple):
@@ -241,12 +240,11 @@ class Memory(NamedTuple):
         return sum(self)
 
 
-def phase_memory(cfg, active, shape: tuple | None) -> Memory:
+def phase_memory(cfg, active, shape: tuple | None, topology: Topology) -> Memory:
     """Peak of a phase with these moe.ActiveRoles, at cfg.micro_batch samples of this shape.
 
     shape None: without activations, which is quick.
     """
-    topology = parallel.topology
     options = cfg.rank, dtype_named(cfg.dtype), replace(topology, context_parallel=1)  # as cached
     size = lambda full: role_bytes(cfg.teacher, full, *options, cfg.base == "int8" and not full)
     size_of = lambda name: size(role_kind(cfg, name) == "full")
@@ -257,18 +255,21 @@ def phase_memory(cfg, active, shape: tuple | None) -> Memory:
         roles += [n for n in loaded if n not in roles and role_kind(cfg, n) == "lora"]
     roles = sum(size_of(name).role for name in roles)
     samples = cfg.micro_batch / topology.context_parallel
+    peaks = update_activations(cfg, active.trained, shape, topology.processes > 1)
     memories = []  # while each of the roles is updated
-    for name, activations in update_activations(cfg, active.trained, shape).items():
+    for name, activations in peaks.items():
         one = size_of(name)
         memories.append(Memory(bases, roles, one.role, samples * activations, one.gathered))
     return max(memories, key=lambda memory: memory.peak)
 
 
-def update_activations(cfg, trained: list[str], shape: tuple | None) -> dict[str, float]:
+def update_activations(
+    cfg, trained: list[str], shape: tuple | None, sharded: bool
+) -> dict[str, float]:
     """Peak bytes of activations of one sample while each of the roles is updated."""
     if shape is None:
         return dict.fromkeys(trained, 0.0)
-    costs = {name: role_cost(cfg, name, shape, "bytes") for name in trained}
+    costs = {name: role_cost(count_bytes, cfg, name, shape, sharded) for name in trained}
     forward_peak = max(x.forward_peak for x in costs.values())  # rollouts, v_real, v_fake
     peaks = {name: max(forward_peak, x.backward_peak) for name, x in costs.items()}
     student, steps = costs[trained[0]], cfg.steps // cfg.phases
@@ -295,7 +296,7 @@ def step_flops(cfg, phase, buckets: dict[tuple, float]) -> tuple[float, float]:
     step_recomputed = truncated and cfg.checkpointing == "on"  # see rollout
     useful = recomputed = 0.0
     for shape, probability in buckets.items():  # the expectation over shapes
-        student, fake = (role_cost(cfg, name, shape, "flops") for name in ("student1", "fake1"))
+        student, fake = (role_cost(count_flops, cfg, x, shape) for x in ("student1", "fake1"))
         n = cfg.batch * probability
         useful += n * (student_forwards * student.forward + trained * student.training)
         useful += n * (teacher_forwards * student.forward + fake.forward)
@@ -337,26 +338,13 @@ def card(gigabytes: int) -> float:
 
 @lru_cache
 def peak_flops(dtype: torch.dtype, device: str) -> float:
-    """FLOP/s to compute MFU with: measured on a GPU, assumed elsewhere."""
+    """FLOP/s to compute MFU with: of a large matrix product on a GPU, assumed elsewhere."""
     print("counting FLOPs")
-    return matmul_flops(dtype, device) if torch.device(device).type == "cuda" else ASSUMED_FLOPS
-
-
-def matmul_flops(dtype: torch.dtype, device: str) -> float:
-    """FLOP/s of a large square matrix product, the best of ten."""
-    n = 8192 if torch.device(device).type == "cuda" else 1024
+    if torch.device(device).type != "cuda":
+        return ASSUMED_FLOPS
+    n = 8192
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return 2 * n**3 / min(time_call(lambda: a @ b, device) for _ in range(10))
-
-
-def time_call(call: Callable, device: str) -> float:
-    """Seconds of a call, including the work that it starts on the device."""
-    synchronize = getattr(torch, torch.device(device).type).synchronize
-    synchronize()
-    start = time.perf_counter()
-    call()
-    synchronize()
-    return time.perf_counter() - start
+    return 2 * n**3 / Timer("a @ b", globals={"a": a, "b": b}).timeit(10).mean
 
 
 # -- what to change where a run does not fit -----------------------------------------------------
@@ -366,61 +354,31 @@ class Change(NamedTuple):
     """Another way to do a run."""
 
     settings: dict  # that differ
-    ranks: int  # processes per node
-    context: int  # of these share the tokens of a sample
-
-    def pretend(self):
-        """A context in which the topology is that of the change."""
-        return parallel.pretend_topology(f"{parallel.topology.nodes}x{self.ranks}", self.context)
+    topology: Topology
 
 
-def changes(cfg, gpus: int) -> Iterator[Change]:
+def changes(cfg, gpus: int, now: Topology) -> Iterator[Change]:
     """What saves memory at the same sizes, the cheapest first; the first has the present ranks."""
-    now = parallel.topology
-    saving = {} if cfg.micro_batch == 1 else {"micro_batch": 1}
-    saving |= {} if cfg.checkpointing == "on" else {"checkpointing": "on"}
-    adapters = {name: "lora" for name in ("generator", "fake") if getattr(cfg, name) == "full"}
-    no_int8 = {} if cfg.base == "float" else {"base": "float"}  # it is for one process
+    differing = lambda **new: {name: x for name, x in new.items() if getattr(cfg, name) != x}
+    on_ranks = lambda ranks, context: Topology(now.nodes * ranks, now.nodes, context)
+    saving, no_int8 = differing(micro_batch=1, checkpointing="on"), differing(base="float")
+    adapters = differing(generator="lora", fake="lora")
     for settings in ({}, saving, saving | adapters):
         ranks = min(now.shard_group, gpus)
-        yield Change(settings, ranks, min(now.context_parallel, ranks))
-        count = -(-cfg.batch // (settings.get("micro_batch", cfg.micro_batch) or cfg.batch))
+        yield Change(settings, on_ranks(ranks, math.gcd(now.context_parallel, ranks)))
+        count = num_micro_batches(replace(cfg, **settings))
         for context in (1, 2, 4, 8):
             counts = range(context, gpus + 1, context)
             counts = [n for n in counts if count % (n * now.nodes // context) == 0]
-            if max(counts, default=1) > 1:
-                yield Change(settings | no_int8, max(counts), context)
-    yield Change(saving | adapters | {"base": "int8"}, 1, 1)
+            if max(counts, default=1) > 1:  # several processes share no int8
+                yield Change(settings | no_int8, on_ranks(max(counts), context))
+    yield Change(saving | adapters | differing(base="int8"), on_ranks(1, 1))
 
 
-def changes_that_fit(
-    cfg, gpus: int, room: float, sizes: list[tuple], peak_of: Callable, fixed: bool = False
-) -> list[Change]:
-    """The cheapest change that fits for each of the sizes, of the first two that have one.
-
-    peak_of(cfg, room): planned bytes, or UserError. fixed: the settings cannot change.
-    """
-    found = []
-    for size in sizes:
-        resized = {} if size == cfg.size else {"size": size}
-        for change in changes(cfg, gpus):
-            change = change._replace(settings=change.settings | resized)
-            if fixed and change.settings:
-                continue
-            with suppress(UserError), change.pretend():
-                if peak_of(replace(cfg, **change.settings), room) < room:
-                    found.append(change)
-                    break
-        if len(found) == 2:
-            break
-    return found
-
-
-def command_line(argv: list[str], change: Change) -> str:
-    """The command `train.py argv` with the change, on the GPU."""
-    settings = change.settings | (
-        {"context_parallel": change.context} if change.context > 1 else {}
-    )
+def command_line(argv: list[str], settings: dict, topology: Topology) -> str:
+    """The command `train.py argv` with these settings on these ranks, on the GPU."""
+    context = topology.context_parallel
+    settings = settings | ({"context_parallel": context} if context > 1 else {})
     flags = {"--device", "--context-parallel", *map(common.flag_name, settings)}
     words, keep = [], True
     for word in argv:
@@ -428,20 +386,21 @@ def command_line(argv: list[str], change: Change) -> str:
         words += [word] if keep else []
     for name, value in settings.items():
         words += [common.flag_name(name), *common.format_value(value).split()]
-    with change.pretend():
-        return f"{parallel.launch_command('train.py')} {shlex.join(words)}".strip()
+    return f"{parallel.launch_command(topology, 'train.py')} {shlex.join(words)}".strip()
 
 
 # -- the report ----------------------------------------------------------------------------------
 
 
-def report(cfg, phases: list, active: list, buckets: dict[tuple, float], device: str) -> str:
+def report(
+    cfg, phases: list, active: list, buckets: dict[tuple, float], device: str, topology: Topology
+) -> str:
     """Memory and time as a table, one row per phase. active: moe.ActiveRoles of each phase."""
-    topology, rate = parallel.topology, peak_flops(dtype_named(cfg.dtype), device)
+    rate = peak_flops(dtype_named(cfg.dtype), device)
     shape = max(buckets, key=math.prod)  # the largest decides on the memory
     parts = Memory._fields if topology.processes > 1 else Memory._fields[:-1]
     rows = [["phase", *parts, "peak", "PFLOP", "recomputed", "s/iteration", "days"]]
-    memories = [phase_memory(cfg, roles, shape) for roles in active]
+    memories = [phase_memory(cfg, roles, shape, topology) for roles in active]
     total = 0.0
     for phase, memory in zip(phases, memories):
         flops = step_flops(cfg, phase, buckets)

@@ -12,11 +12,14 @@ import json
 import math
 import re
 import statistics
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cache, lru_cache, partial
+from itertools import islice
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save
@@ -27,6 +30,7 @@ import moe
 from models import encoders, export, lora, media, parallel, plan, qwen_image, wan, weights
 from models.common import Preset, UserError, is_out_of_memory, normal, reading, stream
 from models.layers import attention_backend
+from models.parallel import SINGLE, Topology
 from models.qwen_image import QwenImage
 from models.weights import dtype_named, is_random, teacher_spec
 from phases import Phase, branch_at, full_time, pick_interval, renoise_times, step_times, trajectory
@@ -72,7 +76,7 @@ def parse_size(cfg, text: str) -> tuple[tuple, float]:
     return shape, float(match[4] or 1)
 
 
-def check_config(cfg) -> None:
+def check_config(cfg, topology: Topology = SINGLE) -> None:
     """Raise UserError for settings that do not fit the teacher. Reads no file."""
     spec = teacher_spec(cfg.teacher)
     branches = 2 if spec.boundary else 1
@@ -91,14 +95,14 @@ def check_config(cfg) -> None:
     if cfg.base == "int8" and "full" in (cfg.generator, cfg.fake):
         # they would start from rounded weights
         raise UserError("--base int8 needs --generator lora and --fake lora")
-    if parallel.topology.processes > 1:
-        check_parallel(cfg)
+    if topology.processes > 1:
+        check_parallel(cfg, topology)
 
 
-def check_parallel(cfg) -> None:
+def check_parallel(cfg, topology: Topology) -> None:
     """Raise UserError for settings that several processes cannot share evenly."""
-    topology, settings = parallel.topology, teacher_spec(cfg.teacher).settings
-    count, ranks = num_micro_batches(cfg), topology.data_parallel
+    settings = teacher_spec(cfg.teacher).settings
+    count, ranks = plan.num_micro_batches(cfg), topology.data_parallel
     if count % ranks:
         problem = f"{count} micro-batches, which cannot be split evenly over {ranks} ranks"
         raise UserError(f"--batch {cfg.batch} is {problem}; change --batch or --micro-batch")
@@ -112,11 +116,6 @@ def check_parallel(cfg) -> None:
     if heads % topology.context_parallel:
         expected = f"a divisor of {cfg.teacher}'s {heads} heads"
         raise UserError(f"--context-parallel: expected {expected}, got {topology.context_parallel}")
-
-
-def num_micro_batches(cfg) -> int:
-    """Number of micro-batches of a batch."""
-    return math.ceil(cfg.batch / (cfg.micro_batch or cfg.batch))
 
 
 def boundary_of(cfg) -> float | None:
@@ -239,26 +238,43 @@ def prepare(cfg, out: Path, device: torch.device, progress: Callable) -> None:
 
 
 def make_roles(cfg, phases: list[Phase], device: torch.device, out: Path) -> moe.Roles:
-    """The roles of a run on the teacher's networks, each of which is in memory once."""
-    boundary_t = boundary_of(cfg)
-    names = moe.trained_names(phases, cfg.fake_per_depth, boundary_t)
-    adapters = [name for name in names if plan.role_kind(cfg, name) == "lora"]
+    """The roles of a run on the teacher's frozen networks, each of which is in memory once."""
+    boundary_t, with_guidance = boundary_of(cfg), make_guidance(cfg, out)
+    branch_of = moe.trained_names(phases, cfg.fake_per_depth, boundary_t)
+    adapters = [name for name in branch_of if plan.role_kind(cfg, name) == "lora"]
 
-    def load(branch: int) -> nn.Module:
-        return load_base(cfg, branch, device, [name for name in adapters if names[name] == branch])
+    @cache
+    def base(branch: int) -> nn.Module:  # loaded when first needed
+        return load_base(cfg, branch, device, [x for x in adapters if branch_of[x] == branch])
 
-    def start_adapter(net: nn.Module, name: str) -> dict[str, nn.Parameter] | None:
-        if name not in adapters:
-            return None
-        key = (cfg.seed, name, "adapter")
-        return lora.start_adapter(net, name, key, cfg.rank, cfg.alpha, device)
+    def adapter_role(name: str) -> moe.Role:
+        branch, key = branch_of[name], (cfg.seed, name, "adapter")
+        velocity = lambda x_t, t, c=None: base(branch)(x_t, t, c, adapter=name)
+        options = cfg.rank, cfg.alpha, device
+        return moe.Role(
+            name, velocity, lambda: lora.start_adapter(base(branch), name, key, *options)
+        )
 
-    def copy_base(net: nn.Module, old: nn.Module | None) -> nn.Module:
-        new = weights.trainable_copy(net, old, device, parallel.shard_and_allocate)
-        return old or configure(cfg, new)
+    def full_role(name: str) -> moe.Role:
+        net = None  # a copy of the teacher's; phases that share a fake write over it
 
-    networks = cache(load), start_adapter, copy_base, make_guidance(cfg, out)
-    return moe.shared_roles(phases, cfg.fake_per_depth, boundary_t, *networks)
+        def start() -> dict[str, nn.Parameter]:
+            nonlocal net
+            copy = weights.trainable_copy(
+                base(branch_of[name]), net, device, parallel.shard_and_allocate
+            )
+            net = net or configure(cfg, copy)
+            return dict(net.named_parameters())
+
+        return moe.Role(name, lambda x_t, t, c=None: net(x_t, t, c), start)
+
+    def teacher_role(branch: int) -> moe.Role:
+        velocity = lambda x_t, t, c=None: with_guidance(branch, base(branch), x_t, t, c)
+        return moe.Role(f"teacher{branch}", velocity)
+
+    teacher = {branch: teacher_role(branch) for branch in ((1,) if boundary_t is None else (1, 2))}
+    make_role = lambda name: adapter_role(name) if name in adapters else full_role(name)
+    return moe.collect_roles(phases, cfg.fake_per_depth, teacher, make_role)
 
 
 def load_base(
@@ -389,92 +405,134 @@ EXAMPLES = (
     "warning: the thirty example prompts of models/prompts.txt are for a trial of the pipeline; a "
     "student needs tens of thousands: --prompts FILE"
 )
+GO_ON = "or go on all the same with --ignore-plan"
 SMALL = 1e9  # bytes of a network that needs neither a plan nor a GPU
 
 
+class Request(NamedTuple):
+    """A run that train.py was asked for, and the GPUs that are there for it."""
+
+    args: Namespace  # of train.py
+    cfg: Any
+    phases: list[Phase]
+    topology: Topology
+    machine: plan.Machine
+
+    def commands(self, gpus: int, room: float) -> Iterator[str]:
+        """The cheapest command that fits by the plan, for each of smaller_sizes that has one."""
+        for size in smaller_sizes(self.cfg):
+            for change in plan.changes(self.cfg, gpus, self.topology):
+                settings = change.settings | ({} if size == self.cfg.size else {"size": size})
+                if self.args.resume and settings:
+                    continue  # the settings of a run cannot change
+                cfg = replace(self.cfg, **settings)
+                with suppress(UserError):
+                    if planned_peak(cfg, self.phases, change.topology, room) < room:
+                        yield plan.command_line(self.args.argv, settings, change.topology)
+                        break
+
+
 @contextmanager
-def watch_memory(args, cfg, phases: list[Phase], device: str):
+def watch_memory(args: Namespace, cfg, phases: list[Phase], device: str):
     """Plan a run before it reads weights, and say what to change if it runs out of memory.
 
     args: train.py's; --ignore-plan skips the plan. Raises UserError if the run does not fit.
     """
-    spec = weights.TEACHERS.get(cfg.teacher)  # None: a toy
-    options = cfg.rank, torch.bfloat16, parallel.Topology()
-    if not spec or plan.role_bytes(cfg.teacher, False, *options).base < SMALL:
+    options = cfg.rank, torch.bfloat16, SINGLE
+    is_toy = cfg.teacher not in weights.TEACHERS
+    if is_toy or plan.role_bytes(cfg.teacher, False, *options).base < SMALL:
         yield
         return
-    machine = plan.find_gpus(torch.device(device))
-    machine = machine._replace(room=min(parallel.gather(machine.room)))
+    gpus, room = plan.find_gpus(torch.device(device))
+    machine = plan.Machine(gpus, min(parallel.gather(room)))
+    request = Request(args, cfg, phases, parallel.topology, machine)
     finished = (args.out / "metrics.json").exists() and not args.overwrite
     warning = f"{EXAMPLES}\n" if prompts_path(cfg) == EXAMPLE_PROMPTS else ""
     text = ""
     if not (args.ignore_plan or finished):
         with tqdm(desc="planning memory", bar_format="{desc}", leave=False, disable=None):
-            text = parallel.on_rank0(lambda: check_memory(args, cfg, phases, machine))
+            text = parallel.on_rank0(lambda: check_memory(request))
     print(end=warning + text)
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error) or not machine.gpus:
+        if not is_out_of_memory(error) or not gpus:
             raise
-        peak = planned_peak(cfg, phases)
-        room = min(machine.room, 0.8 * peak)  # the plan was wrong, or was ignored
+        peak = planned_peak(cfg, phases, parallel.topology)
         found = f"out of memory; the plan was {peak / 1e9:.1f} GB on each GPU, there was room for"
-        advice = memory_advice(args, cfg, phases, machine._replace(room=room))
+        # the plan was wrong, or was ignored
+        advice = memory_advice(request, min(machine.room, 0.8 * peak))
         raise UserError(f"{found} {machine.room / 1e9:.1f} GB; {advice}") from error
     print(end=warning)
 
 
-def check_memory(args, cfg, phases: list[Phase], machine: plan.Machine) -> str:
-    """The plan in one line, with a note if GPUs would be idle. Raises UserError if it is too much.
-
-    It is planned for the ranks of parallel.topology.
-    """
+def check_memory(request: Request) -> str:
+    """The plan in one line, with a note if GPUs would be idle. Raises UserError if none fits."""
+    args, cfg, phases, topology, machine = request
     if not machine.gpus:
-        raise UserError(no_gpu_advice(args, cfg, phases))
-    peak = planned_peak(cfg, phases)
-    gigabytes = f"{peak / 1e9:.1f} GB", f"{machine.room / 1e9:.1f} GB"
+        raise UserError(f"{no_gpu_advice(request)}; {GO_ON}")
+    peak = planned_peak(cfg, phases, topology)
+    need, room = f"{peak / 1e9:.1f} GB", f"{machine.room / 1e9:.1f} GB"
     if peak >= machine.room:
-        found = "the plan needs {} on each GPU, there is room for {}".format(*gigabytes)
-        raise UserError(f"{found}; {memory_advice(args, cfg, phases, machine)}")
-    text = "memory: {} of {} on each GPU, by the plan\n".format(*gigabytes)
-    ranks = parallel.topology.shard_group
-    for change in plan.changes(cfg, machine.gpus):
-        with suppress(UserError), change.pretend():
-            if change.ranks > ranks:
-                check_config(replace(cfg, **change.settings))
+        found = f"the plan needs {need} on each GPU, there is room for {room}"
+        raise UserError(f"{found}; {memory_advice(request, machine.room)}; {GO_ON}")
+    text, ranks = f"memory: {need} of {room} on each GPU, by the plan\n", topology.shard_group
+    for settings, wider in plan.changes(cfg, machine.gpus, topology):
+        with suppress(UserError):
+            if wider.shard_group > ranks:
+                check_config(replace(cfg, **settings), wider)
                 note = f"note: this uses {ranks} of {machine.gpus} GPUs; all of them:"
-                return f"{text}{note} {plan.command_line(args.argv, change)}\n"
+                return f"{text}{note} {plan.command_line(args.argv, settings, wider)}\n"
     return text
 
 
-def memory_advice(args, cfg, phases: list[Phase], machine: plan.Machine) -> str:
+def memory_advice(request: Request, room: float) -> str:
     """The two cheapest changes that fit by the plan, as commands; on eight GPUs if none does."""
-    for gpus in (machine.gpus, 8):
-        lines = suggestions(args, cfg, phases, gpus, machine.room)
+    for gpus, where in ((request.machine.gpus, ""), (8, " on 8 such GPUs")):
+        lines = list(islice(request.commands(gpus, room), 2))
         if lines:
-            where = "" if gpus == machine.gpus else f" on {gpus} such GPUs"
-            go_on = [] if args.ignore_plan else ["go on all the same with --ignore-plan"]
-            return f"try{where}: {'; or: '.join(lines + go_on)}"
+            return f"try{where}: {'; or: '.join(lines)}"
     return "nothing smaller fits on 8 such GPUs; models/README.md has a table of what fits"
 
 
-def suggestions(args, cfg, phases: list[Phase], gpus: int, room: float) -> list[str]:
-    """Commands that fit by the plan, the cheapest first."""
-    sizes, peak_of = smaller_sizes(cfg), lambda cfg, room: planned_peak(cfg, phases, room)
-    fits = plan.changes_that_fit(cfg, gpus, room, sizes, peak_of, fixed=args.resume)
-    return [plan.command_line(args.argv, change) for change in fits]
-
-
-def no_gpu_advice(args, cfg, phases: list[Phase]) -> str:
+def no_gpu_advice(request: Request) -> str:
     """What would work in place of a large teacher on a CPU."""
-    family = cfg.teacher if f"{cfg.teacher}-tiny" in weights.TEACHERS else cfg.teacher.split("-")[0]
-    found = {}  # command -> machine
+    teacher, found = request.cfg.teacher, {}  # found: command -> machine
+    family = teacher if f"{teacher}-tiny" in weights.TEACHERS else teacher.split("-")[0]
     for gpus, size in ((1, 24), (1, 80), (8, 80)):
-        for line in suggestions(args, cfg, phases, gpus, plan.card(size))[:1]:
+        for line in islice(request.commands(gpus, plan.card(size)), 1):
             found.setdefault(line, f"on {gpus} of {size} GB: {line}")
-    here = f"{cfg.teacher} needs a GPU, found none; here: python train.py --teacher {family}-tiny"
-    return "; ".join([here, *found.values(), "go on all the same with --ignore-plan"])
+    here = f"{teacher} needs a GPU, found none; here: python train.py --teacher {family}-tiny"
+    return "; ".join([here, *found.values()])
+
+
+def smaller_sizes(cfg) -> list[tuple[str, ...]]:
+    """The sizes of a run, then smaller ones: the smallest of its own, one picture."""
+    tokens = lambda text: math.prod(parse_size(cfg, text)[0])
+    smallest, result = min(map(tokens, cfg.size)), [cfg.size]
+    choices = [tuple(text for text in cfg.size if tokens(text) == smallest)]
+    if not cfg.images:  # its first frames were made for its own sizes
+        largest = max(cfg.size, key=tokens).partition(":")[0].split("x")[-2:]
+        choices += [("x".join(["1", *largest]),), ("1x480x832",)]
+    for size in choices:
+        if max(map(tokens, size)) < max(map(tokens, result[-1])):
+            result.append(size)
+    return result
+
+
+def planned_peak(cfg, phases: list[Phase], topology: Topology, room: float = math.inf) -> float:
+    """Bytes that a process of the run needs at most. Where weights alone exceed the room, theirs.
+
+    Raises UserError for settings that cannot make a run on these ranks.
+    """
+    check_config(cfg, topology)
+    cfg = replace(cfg, micro_batch=cfg.micro_batch or cfg.batch)
+    active = [active_roles(cfg, phases, phase.k) for phase in phases]
+    peak_at = lambda shape: max(plan.phase_memory(cfg, x, shape, topology).peak for x in active)
+    without_activations = peak_at(None)
+    if without_activations >= room:
+        return without_activations
+    return peak_at(max(buckets(cfg), key=math.prod))
 
 
 # -- previews, plan and speed ---------------------------------------------------------------------
@@ -547,46 +605,16 @@ def has_vae(cfg) -> bool:
     return has_diffusers and folder is not None and not is_random(cfg)
 
 
-def plan_text(cfg, phases: list[Phase], device: torch.device) -> str:
+def plan_text(cfg, phases: list[Phase], device: torch.device, topology: Topology) -> str:
     """Memory, FLOPs and days of a run, and whether other tools could run its student."""
     cfg = replace(cfg, micro_batch=cfg.micro_batch or cfg.batch)
     active = [active_roles(cfg, phases, phase.k) for phase in phases]
-    text = plan.report(cfg, phases, active, buckets(cfg), str(device))
+    text = plan.report(cfg, phases, active, buckets(cfg), str(device), topology)
     try:
         export.check_exportable(phases, active[0].base_of, boundary_of(cfg))
     except UserError as error:
         text += f"\nnote: {error}"
     return text
-
-
-def planned_peak(cfg, phases: list[Phase], room: float = math.inf) -> float:
-    """Bytes that a process of the run needs at most. Where weights alone exceed the room, theirs.
-
-    Raises UserError for settings that cannot make a run on parallel.topology.
-    """
-    check_config(cfg)
-    cfg = replace(cfg, micro_batch=cfg.micro_batch or cfg.batch)
-    active = [active_roles(cfg, phases, phase.k) for phase in phases]
-    peak_at = lambda shape: max(plan.phase_memory(cfg, roles, shape).peak for roles in active)
-    without_activations = peak_at(None)
-    if without_activations >= room:
-        return without_activations
-    return peak_at(max(buckets(cfg), key=math.prod))
-
-
-def smaller_sizes(cfg) -> list[tuple[str, ...]]:
-    """The sizes of a run, then smaller ones: the smallest of its own, one picture."""
-    tokens = lambda text: math.prod(parse_size(cfg, text)[0])
-    smallest = tuple(x for x in cfg.size if tokens(x) == min(map(tokens, cfg.size)))
-    choices, result = [smallest], [cfg.size]
-    if not cfg.images:  # its first frames were made for its own sizes
-        picture = max(cfg.size, key=tokens).partition(":")[0].split("x")[-2:]
-        prefix = "" if teacher_spec(cfg.teacher).network is QwenImage else "1x"
-        choices += [(prefix + "x".join(picture),), (prefix + "480x832",)]
-    for size in choices:
-        if max(map(tokens, size)) < max(map(tokens, result[-1])):
-            result.append(size)
-    return result
 
 
 def active_roles(cfg, phases: list[Phase], k: int) -> moe.ActiveRoles:
@@ -617,7 +645,9 @@ def phase_summary(cfg, phases: list[Phase], k: int, rows: list[dict]) -> str:
     rows = rows[len(rows) // 2 :]  # the first iterations allocate memory and choose kernels
     keys = "seconds_iteration", "memory_gb", "mfu", "hfu"
     seconds, memory, mfu, hfu = (statistics.median(row[key] for row in rows) for key in keys)
-    forwards = (cfg.fake_updates + 1) * num_micro_batches(cfg) / parallel.topology.data_parallel
+    forwards = (
+        (cfg.fake_updates + 1) * plan.num_micro_batches(cfg) / parallel.topology.data_parallel
+    )
     speed = f"{seconds / forwards:.3g} s per micro-batch of an update"
     return f"phase {k}: {speed}, peak memory {memory:.4g} GB, MFU {mfu:.1%}, HFU {hfu:.1%}\n"
 

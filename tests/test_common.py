@@ -73,7 +73,9 @@ def test_a_stored_tensor_has_the_rows_of_the_tensor(tmp_path, dtype):
 
 
 def test_only_the_writer_writes_shared_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(common, "is_writer", False)
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    for name, value in zip(names, "1212"):
+        monkeypatch.setenv(name, value)
     common.write_json(tmp_path / "shared", 1)
     common.write_tensors(tmp_path / "own", {}, {}, all_ranks=True)
     log = common.Log(tmp_path / "log.jsonl", 5)

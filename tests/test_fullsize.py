@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
-from models import layers, lora, plan, teachers, weights
+from models import layers, lora, parallel, plan, teachers, weights
 
 ROOT, META = Path(__file__).parent.parent, torch.device("meta")
 PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm")}
@@ -108,7 +108,8 @@ def iterate(monkeypatch, teacher: str, size: str, base: str = "float") -> tuple[
     finally:
         gc.unfreeze()
     phases, [shape] = train.phases_of(cfg), teachers.buckets(cfg)
-    memory = plan.phase_memory(cfg, teachers.active_roles(cfg, phases, 2), shape)
+    active = teachers.active_roles(cfg, phases, 2)
+    memory = plan.phase_memory(cfg, active, shape, parallel.SINGLE)
     return gpu, memory.peak
 
 

@@ -16,7 +16,7 @@ from students import write_lora
 import sample
 import train
 from models import parallel, weights
-from models.common import UserError
+from models.common import UserError, torchrun_ranks
 
 ROOT = Path(__file__).parent.parent
 HELPER = ROOT / "tests" / "two_processes.py"
@@ -57,28 +57,10 @@ def test_only_the_variables_of_torchrun_make_ranks(monkeypatch, line, ranks):
     for pair in line.split():
         monkeypatch.setenv(*pair.split("="))
     if ranks:
-        assert parallel.torchrun_ranks() == ranks
+        assert torchrun_ranks() == ranks
     else:
         with pytest.raises(UserError, match="variables of torchrun, found RANK=0.*; start"):
-            parallel.torchrun_ranks()
-
-
-def test_a_rank_that_waits_says_so(monkeypatch, capfd):
-    """Negative control: where the others come at once, nothing is printed."""
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    for name, value in zip(names, "1212"):
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(parallel, "WAIT_SECONDS", 0.2)
-    for seconds in (0, 0.5):
-
-        def rendezvous(url, seconds=seconds):
-            time.sleep(seconds)
-            raise UserError("no store")
-
-        monkeypatch.setattr(parallel.dist, "rendezvous", rendezvous)
-        with pytest.raises(UserError, match="no store"):
-            parallel.join("cpu", 1)
-        assert ("rank 1 waits for the others of 2" in capfd.readouterr().err) == bool(seconds)
+            torchrun_ranks()
 
 
 def test_every_group_waits_an_hour_for_the_slowest_rank():

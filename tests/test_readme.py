@@ -70,8 +70,8 @@ def is_understood(line: str, patch: pytest.MonkeyPatch) -> bool:
     if parsed and module is train:
         args, cfg = train.parse(flags)
         ranks = re.findall(r"(?:--nnodes|--nproc-per-node) (\d+)", launch)
-        with parallel.pretend_topology("x".join(ranks), args.context_parallel):
-            train.validate(cfg, files="cities" in line)
+        topology = parallel.planned_topology("x".join(ranks), args.context_parallel)
+        train.validate(cfg, files="cities" in line, topology=topology)
     return bool(parsed)
 
 

@@ -125,7 +125,7 @@ def test_nothing_is_in_memory_twice(generator, fake):
     new = [x for x in gc.get_objects() if type(x) is torch.nn.Parameter and id(x) not in before]
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in new}
     size = {
-        kind: plan.role_bytes("wan22-tiny", kind == "full", 4, torch.bfloat16, parallel.topology)
+        kind: plan.role_bytes("wan22-tiny", kind == "full", 4, torch.bfloat16, parallel.SINGLE)
         for kind in ("lora", "full")
     }
     roles = 2 * size[generator].role + 2 * size[fake].role  # student1, student2; fake1, fake2

@@ -21,6 +21,7 @@ from models import teachers, weights
 from models.common import UserError, normal, read_json
 from models.media import Figure, to_png
 from models.metrics import frechet, moments
+from models.parallel import Topology
 from models.wan import guide
 from moe import Roles, chunked, cond_to, student_nets
 from phases import Phase, step_times, trajectory
@@ -195,9 +196,9 @@ def guided_teacher(guidance: float) -> Callable:
 # -- the preset; what its functions do is in toy/toy2d.py and models/teachers.py ------------------
 
 
-def check_config(cfg) -> None:
+def check_config(cfg, topology: Topology) -> None:
     """Raise UserError for settings that do not go together."""
-    teachers.check_config(cfg)
+    teachers.check_config(cfg, topology)
     if cfg.size != ("32x32",) or cfg.frames != 1:
         raise UserError("--size and --frames: mnist always draws 28 x 28 pixels; leave them out")
     if cfg.eval_samples < 100:

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
-from models import parallel
 from models.common import (
     Preset,
     UserError,
@@ -24,6 +23,7 @@ from models.common import (
     write_tensors,
 )
 from models.media import Figure, to_png
+from models.parallel import Topology
 from moe import Roles, cond_to, separate_roles, student_nets, trained_names
 from phases import Phase, step_times, trajectory
 from sde import diffuse
@@ -87,14 +87,14 @@ def exact_teacher(cfg, device="cpu") -> Callable:
 # -- the preset: what train.py calls -------------------------------------------------------------
 
 
-def check_config(cfg) -> None:
+def check_config(cfg, topology: Topology) -> None:
     """Raise UserError for settings that do not go together."""
     expected = dict(generator="full", fake="full", base="float", compile=False, weights=())
     expected |= dict(teacher_lora=(), prompts="", images="", size=())
     for name, value in expected.items():
         if getattr(cfg, name) != value:
             raise UserError(f"{flag_name(name)} is for large teachers, not for toy2d; drop it")
-    if parallel.topology.processes > 1:
+    if topology.processes > 1:
         raise UserError("toy2d runs in one process: use python train.py without torchrun")
     if len(cfg.guidance) != 1:
         raise UserError(f"--guidance: expected one number for toy2d, got {len(cfg.guidance)}")
@@ -186,7 +186,7 @@ def make_data(cfg, out: Path | None = None) -> Callable:
     return data
 
 
-def plan_text(cfg, phases: list[Phase], device) -> str:
+def plan_text(cfg, phases: list[Phase], device, topology: Topology) -> str:
     """The number of parameters of every role."""
     with torch.device("meta"):
         count = sum(p.numel() for p in make_network(cfg).parameters())
