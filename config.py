@@ -157,12 +157,10 @@ def phases_of(cfg: Config) -> list[Phase]:
         raise UserError(str(error)) from None
 
 
-def validate(cfg: Config, files: bool = True, topology: Topology = SINGLE) -> None:
-    """Raise UserError for settings, or input files, that cannot make a run on these ranks."""
+def validate(cfg: Config, topology: Topology = SINGLE) -> None:
+    """Raise UserError for settings that cannot make a run on these ranks. Reads no input file."""
     common.check_values(cfg)
     preset_of(cfg).check_config(cfg, topology)
-    if files:
-        preset_of(cfg).input_files(cfg)
     if cfg.truncate == "off" and cfg.fake_per_depth:
         raise UserError("--fake-rollout per-depth needs --truncate on: there are no depths without")
     depths = phases_of(cfg)[0].num_steps

@@ -72,7 +72,7 @@ def open_student(args) -> tuple[export.Student, Path]:
             raise UserError(f"{file} belongs to a run with other settings; {advice}")
     if args.weights:
         cfg = replace(cfg, weights=common.absolute_paths(tuple(args.weights)))
-    validate(cfg, files=False)
+    validate(cfg)
     preset, phases = preset_of(cfg), phases_of(cfg)
     check_base(config["files"], preset.base_files(cfg), bool(args.weights))
     if last_phase < len(phases):
@@ -109,7 +109,7 @@ def teacher_job(args) -> Job:
     weights = common.absolute_paths(tuple(args.weights))
     cfg = make_config(args.teacher, **settings, weights=weights, phases=1, depths="drawn")
     cfg, preset = override_config(cfg, args), preset_of(cfg)
-    validate(cfg, files=False)
+    validate(cfg)
     preset.base_files(cfg)
     run_dir = args.out or Path("out") / f"{args.teacher}-{'lora' if args.lora else 'samples'}"
     boundary_t, times = preset.boundary_of(cfg), step_times(cfg.steps, cfg.shift)

@@ -59,7 +59,7 @@ class Run:
     i: int = 0  # next iteration of the phase; negative while the fake warms up
     optimizers: dict[str, AdamW] = field(default_factory=dict)  # by role name
     skips: dict[str, int] = field(default_factory=dict)  # non-finite updates in a row
-    watch: common.Watch = field(default_factory=common.Watch)  # progress inside an iteration
+    watch: Callable = common.watch_update  # progress inside an iteration
 
     @property
     def phase(self) -> Phase:
@@ -235,7 +235,8 @@ def step_optimizers(run: Run, name: str, values: dict[str, Tensor]) -> dict:
     finite = torch.stack(list(values.values())).isfinite().all()  # a tensor
     for optimizer in optimizers:
         optimizer.step(lr_factor(run.cfg, run.i), finite)
-    values["update_rms"] = parallel.rms(grads)  # these are now the updates over the rate
+    # the gradients are now the updates over the rate
+    values["update_rms"] = parallel.grad_norm(grads) / sum(g.numel() for g in grads) ** 0.5
     *numbers, finite = torch.stack([*values.values(), finite]).tolist()  # the only GPU sync
     run.skips[name] = 0 if finite else run.skips.get(name, 0) + 1
     if run.skips[name] > MAX_SKIPS:
@@ -307,14 +308,12 @@ def load_state(run: Run) -> tuple[int, float]:
         run.roles.student[earlier].start()  # allocate the parameters of frozen experts
     begin_phase(run, k)
     run.i, run.skips = i, skips
-    for name, optimizer in run.optimizers.items():
-        if name not in steps:
-            raise UserError(f"{folder}: expected the steps of {name}; {START_OVER}")
-        optimizer.steps = steps[name]
-    for name, tensor in state_tensors(run).items():
-        if name not in tensors or tensors[name].shape != tensor.shape:
-            raise UserError(f"{folder}: expected a tensor {name}; {START_OVER}")
-        with common.reading(folder, START_OVER):
+    with common.reading(folder, START_OVER):
+        for name, optimizer in run.optimizers.items():
+            optimizer.steps = steps[name]
+        for name, tensor in state_tensors(run).items():
+            if tensors[name].shape != tensor.shape:
+                raise ValueError(f"{name} has the shape {tuple(tensors[name].shape)}")
             parallel.copy_to_local(tensor, tensors[name])
     return log_bytes, seconds
 
@@ -324,7 +323,8 @@ def save_student(run: Run, path: Path) -> None:
     parameters = role_tensors(trained_experts(run))
     tensors = {key: parallel.full_tensor(p) for key, p in parameters.items()}
     metadata = {"kind": "student", "settings": common.to_json(run.cfg), "phase": run.k}
-    common.write_tensors(path, tensors, metadata)
+    if common.is_rank0():
+        common.write_tensors(path, tensors, metadata)
 
 
 # -- a run from its first iteration to its last ----------------------------------------------------
@@ -344,7 +344,8 @@ def run_training(run: Run, began: float, stop: common.Stop) -> float:
     log = common.Log(run.out / "log.jsonl", log_bytes)
     preset.throughput(cfg, run.phase, 1.0, run.device)  # measures the GPU's speed, once
     bar, began, clock, saved = None, began - seconds, time.monotonic(), time.monotonic()
-    common.reset_peak_memory(run.device)
+    if run.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(run.device)  # without the text encoder's
     for rows in train(run):
         if bar is None or rows[0]["iteration"] == -cfg.warmup:
             text, done = f"phase {run.k} of {len(run.phases)}", run.i + cfg.warmup - 1
@@ -427,7 +428,7 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
     args.explicit = explicit = common.explicit_flags(args, Config)
-    for name in {"points", "prompts", "images", "weights", "teacher_lora"} & set(explicit):
+    for name in set(common.MOVABLE) & set(explicit):
         explicit[name] = common.absolute_paths(explicit[name])  # a run may be resumed elsewhere
     args.out = args.out or Path("out") / teacher
     if args.resume and args.overwrite:
@@ -439,21 +440,18 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
 
 def resolve(args: argparse.Namespace, cfg: Config, device: str) -> tuple[Config, bool]:
     """The settings to run with, and whether that run is finished. Writes or checks config.json."""
-    if not args.resume:
-        validate(cfg)
-    elif not (args.out / "config.json").exists():
+    preset = preset_of(cfg)
+    if args.resume and not (args.out / "config.json").exists():
         print(f"{args.out} contains no run yet: a new one begins")
-    for file in preset_of(cfg).input_files(cfg) if args.overwrite else ():
+    files = [] if args.resume else preset.input_files(cfg)  # before an old run is removed
+    for file in files if args.overwrite else ():
         if args.out.resolve() in file.resolve().parents:
             raise UserError(f"--overwrite: this run reads {file}, which is in --out; move it first")
     folder_args = args.out, cfg, args.explicit, args.resume, args.overwrite, Config
     cfg, finished = common.resolve_run(*folder_args)
-    if args.resume:
-        validate(cfg)
     ranks = parallel.topology.processes, parallel.topology.context_parallel
     environment = {} if finished else common.environment(device, *ranks)
-    files = preset_of(cfg).input_files(cfg)
-    common.record_run(args.out, cfg, environment, files, args.overwrite)
+    common.record_run(args.out, cfg, environment, preset.input_files(cfg), args.overwrite)
     return cfg, finished
 
 
@@ -468,9 +466,8 @@ def run_command(args: argparse.Namespace, cfg: Config, device: str) -> None:
     preset, device, began = preset_of(cfg), torch.device(device), time.monotonic()
     torch.set_num_threads(preset.threads or torch.get_num_threads())
     print(format_phases(phases_of(cfg), cfg.shift))
-    flags = f" --context-parallel {args.context_parallel}" * (args.context_parallel > 1)
-    command = f"{parallel.launch_command(parallel.topology, 'train.py')} --resume"
-    command += f" --out {shlex.quote(str(args.out))}{flags}"
+    command = parallel.launch_command(parallel.topology, "train.py")
+    command += f" --resume --out {shlex.quote(str(args.out))}"
     with common.Stop(f"continue with: {command}", parallel.max_over_ranks) as stop:
         progress = partial(common.with_progress, stop=stop)
         parallel.on_rank0(lambda: preset.prepare(cfg, args.out, device, progress))
@@ -490,15 +487,15 @@ def main(argv: list[str] | None = None) -> int:
         if args.resume and file.exists():  # the command need not name the teacher
             cfg = common.config_from_json(Config, common.read_json(file, START_OVER), args.out)
         device = common.pick_device(args.device, preset_of(cfg).device)
+        topology = parallel.make_topology(args.processes, args.context_parallel)
         if args.dry_run:
-            topology = parallel.planned_topology(args.processes, args.context_parallel)
-            validate(cfg, files=False, topology=topology)
+            validate(cfg, topology)
             print(format_phases(phases_of(cfg), cfg.shift))
             print(preset_of(cfg).plan_text(cfg, phases_of(cfg), torch.device(device), topology))
             return
         ranks = parallel.distributed(device, args.context_parallel, "train.py")
         with ranks, common.own_folder(args.out):
-            validate(cfg, files=False, topology=parallel.topology)
+            validate(cfg, topology)
             with teachers.watch_memory(args, cfg, phases_of(cfg), device):
                 run_command(args, cfg, device)
 

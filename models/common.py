@@ -181,12 +181,11 @@ def finite(value):
     return json.loads(json.dumps(value), parse_constant=lambda name: None)
 
 
-def write_tensors(path: Path, tensors: dict, metadata: dict, all_ranks: bool = False) -> None:
-    """Write safetensors, with metadata as JSON in the header; on rank 0, or on all ranks."""
-    if all_ranks or is_rank0():  # all_ranks: each has a file of its own
-        tensors = {name: x.detach().contiguous() for name, x in tensors.items()}
-        header = {"metadata": json.dumps(metadata, ensure_ascii=False)}
-        replace_file(path, lambda temporary: save_tensors(tensors, temporary, header))
+def write_tensors(path: Path, tensors: dict, metadata: dict) -> None:
+    """Write safetensors, with metadata as JSON in the header, on the ranks that call it."""
+    tensors = {name: x.detach().contiguous() for name, x in tensors.items()}
+    header = {"metadata": json.dumps(metadata, ensure_ascii=False)}
+    replace_file(path, lambda temporary: save_tensors(tensors, temporary, header))
 
 
 def save_tensors(tensors: dict, path: Path, header: dict) -> None:
@@ -303,16 +302,14 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
 
     def parse_args(self, args=None, namespace=None):
-        home = lambda match: match[1] + os.path.expanduser(match[2])  # --out=~/x
         args = sys.argv[1:] if args is None else args
-        args = [re.sub("^((?:--[a-z-]+=)?)(~(?:/.*)?)$", home, text) for text in args]
+        args = [
+            re.sub("^(--[a-z-]+=)?~(?=/|$)", rf"\g<1>{Path.home()}", x) for x in args
+        ]  # --out=~/x
         for flag, text in pairwise(["", *args]):
             flag = text[:-1] if re.fullmatch("--.+=", text) else flag
             if text in ("", f"{flag}=") and flag != "--negative":  # a prompt that may be empty
                 raise UserError(f"{flag}: expected a value, got an empty one; give it or drop it")
-            if not text.isascii() and text != text.encode(errors="ignore").decode():
-                found = f"got {text!r}"
-                raise UserError(f"expected arguments in UTF-8, {found}; rename it or retype it")
         return super().parse_args(args, namespace)
 
     def error(self, message: str):
@@ -396,7 +393,8 @@ def check_values(cfg) -> None:
         if several and type(values) is not tuple:  # in a config.json
             raise UserError(f"{flag_name(f.name)}: expected a list, got {values!r}")
         for value in values if several else (values,):
-            if expected := expected_value(f, value):
+            expected = expected_value(f, value)
+            if expected:
                 raise UserError(f"{flag_name(f.name)}: expected {expected}, got {value!r}")
 
 
@@ -476,12 +474,6 @@ def peak_memory(device: torch.device) -> dict[str, float]:
     return {"memory_gb": round(peak / 1e9, 3)}
 
 
-def reset_peak_memory(device: torch.device) -> None:
-    """Measure peak_memory from now on. A process on a CPU cannot."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
 MEANINGS = {  # of a metric, for print_metrics
     "energy": "energy distance to exact samples; 0: the same distribution",
     "energy_phases": "the same at the end of each phase",
@@ -532,9 +524,6 @@ START_OVER = "start over with --overwrite"
 
 def folder_contents(out: Path) -> set[str]:
     """Names in a folder without LEFTOVERS; none if it does not exist. Raises UserError."""
-    if not out.is_dir() and os.path.lexists(out):
-        found = "a link that leads nowhere" if out.is_symlink() else "a file"
-        raise UserError(f"--out: expected a folder, {out} is {found}; choose another")
     with writing(out), contextlib.suppress(FileNotFoundError):
         return {path.name for path in out.iterdir() if not re.fullmatch(LEFTOVERS, path.name)}
     return set()
@@ -549,7 +538,6 @@ def own_folder(out: Path) -> Iterator[None]:
     if not is_rank0():
         yield
         return
-    folder_contents(out)
     new = [path for path in (out, *out.parents) if not path.exists()]
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
@@ -599,11 +587,14 @@ def resolve_run(out: Path, cfg, explicit: dict, resume: bool, overwrite: bool, C
     if resume and given.get("iters", 0) > saved.iters:
         finished, saved = False, replace(saved, iters=given["iters"])
     for name, value in given.items():
-        if name not in MOVABLE and (expected := getattr(saved, name)) != value:
-            longer = " --resume trains the last phase on;" * (name == "iters" and value > expected)
+        expected = getattr(saved, name)
+        if name not in MOVABLE and value != expected:
+            advice = f"choose another --out or {START_OVER}"
+            if name == "iters" and value > expected:
+                advice = f"--resume trains the last phase on; {advice}"
             expected = f"{format_value(expected)} as in the run in {out}"
-            problem = f"{flag_name(name)}: expected {expected}, got {format_value(value)}"
-            raise UserError(f"{problem};{longer} choose another --out or {START_OVER}")
+            found = f"got {format_value(value)}"
+            raise UserError(f"{flag_name(name)}: expected {expected}, {found}; {advice}")
     if not resume and not finished:
         advice = f"continue it with --resume, choose another --out, or {START_OVER}"
         raise UserError(f"{out} contains an unfinished run; {advice}")
@@ -630,7 +621,8 @@ def record_run(out: Path, cfg, environment: dict, input_files: list[Path], overw
         problem = f"{(changed or list(files))[0]} has changed since the run began"
         raise UserError(f"{problem}; restore it, choose another --out, or {START_OVER}")
     for name, value in environment.items():
-        if (old := config["environment"].get(name)) != value:
+        old = config["environment"].get(name)
+        if old != value:
             print(f"note: {name} was {old} when the run began, is {value}; numbers may differ")
     if cfg.iters > config["settings"]["iters"]:
         decay = f"; rates fall in the last {cfg.lr_decay:.0%} of them" if cfg.lr_decay else ""
@@ -648,10 +640,8 @@ def config_from_json(Config: type, config: dict, out: Path):
         config["files"].values(), config["environment"].keys()
         return cfg
     except (AttributeError, TypeError, KeyError, UserError) as error:
-        found = re.search(r'"commit": "([^"]*)', json.dumps(config))
-        commit = f" ({found[1]})" if found else ""
         line = f"{out}/config.json does not fit this version of the code: {first_line(error)}"
-        advice = f"continue with the version that wrote it{commit}, or {START_OVER}"
+        advice = f"continue with the version that wrote it (its commit is there), or {START_OVER}"
         raise UserError(f"{line}; {advice}") from error
 
 
@@ -712,7 +702,8 @@ class Stop:
 
     def check(self) -> None:
         """Raise Interrupted if a signal reached any rank. All ranks must call it together."""
-        if number := self.received():
+        number = self.received()
+        if number:
             raise Interrupted(number, self.advice)
 
 
@@ -745,39 +736,19 @@ class Log:
             return self.file.seek(0, os.SEEK_END)
 
 
-class Watch:
-    """A bar by micro-batch for one iteration after the other."""
+def watch_update(micro_batches: list, u: int, updates: int) -> Iterator:
+    """Iterate over the micro-batches of update u, with a bar for the whole iteration.
 
-    def __init__(self):
-        self.bar = None
-
-    def __call__(self, micro_batches: list, u: int, updates: int) -> Iterator:
-        """Iterate over the micro-batches of update u of an iteration.
-
-        Where they are many, and so slow, the bar shows at once. Where no bar is drawn, a slow
-        update prints a line.
-        """
-        n, text, began = len(micro_batches), f"update {u + 1} of {updates}", time.monotonic()
-        if u == 0 or self.bar is None:
-            self.close()
-            options = dict(leave=False, delay=0 if n > 2 else 1, disable=None)
-            self.bar = tqdm(desc=text, total=n * updates, unit="micro-batch", **options)
-        self.bar.set_description(text)
-        for item in micro_batches:
-            yield item
-            self.bar.update()
-        seconds, left = time.monotonic() - began, updates - u - 1
-        if seconds > SLOW_UPDATE and not sys.stderr.isatty():
-            minutes = f"about {left * seconds / 60:.0f} minutes"
-            print(f"{text} took {seconds:.0f} s; {minutes} left in this iteration")
-        if not left:
-            self.close()
-
-    def close(self) -> None:
-        """Remove the bar."""
-        if self.bar is not None:
-            self.bar.close()
-        self.bar = None
+    Where they are many, and so slow, the bar shows at once. Where no bar is drawn, a slow update
+    prints a line.
+    """
+    n, text, began = len(micro_batches), f"update {u + 1} of {updates}", time.monotonic()
+    options = dict(total=n * updates, initial=n * u, unit="micro-batch", disable=None)
+    yield from tqdm(micro_batches, text, leave=False, delay=0 if n > 2 else 1, **options)
+    seconds, left = time.monotonic() - began, updates - u - 1
+    if seconds > SLOW_UPDATE and not sys.stderr.isatty():
+        minutes = f"about {left * seconds / 60:.0f} minutes"
+        print(f"{text} took {seconds:.0f} s; {minutes} left in this iteration")
 
 
 def with_progress(steps: Iterable, text: str, stop: Stop) -> Iterator:

@@ -70,24 +70,25 @@ def require_single_process(program: str) -> None:
         raise UserError(f"{program} runs in one process: python {program}, without torchrun")
 
 
-def planned_topology(text: str, context: int) -> Topology:
-    """Topology of `8` processes or `4x8` (nodes x GPUs), for --dry-run; by default torchrun's."""
-    _, started, _, per_node = torchrun_ranks()
+def make_topology(text: str, context: int) -> Topology:
+    """Return the topology of `8` processes or `4x8` (nodes x GPUs); by default as torchrun has it.
+
+    Raises UserError if these numbers do not divide each other.
+    """
+    rank, started, _, per_node = torchrun_ranks()
+    if started % per_node:
+        found = f"{per_node} on this one, {started} in all"
+        raise UserError(f"expected as many processes on every node, got {found}")
     text = text or f"{started // per_node}x{per_node}"
     match = re.fullmatch(r"(?:([1-9]\d{0,3})x)?([1-9]\d{0,3})", text)
     if not match:
         raise UserError(f"--processes: expected a number such as 8, or NODESxN, got {text}")
     nodes, per_node = int(match[1] or 1), int(match[2])
-    return make_topology(nodes * per_node, per_node, context)
-
-
-def make_topology(processes: int, per_node: int, context: int, rank: int = 0) -> Topology:
-    """Return the topology. Raises UserError if these numbers do not divide each other."""
     if context < 1 or per_node % context:
         expected = f"a divisor of {per_node}, the processes of a node"
         advice = "torchrun starts them, and --dry-run plans for --processes"
         raise UserError(f"--context-parallel: expected {expected}, got {context}; {advice}")
-    return Topology(processes, processes // per_node, context, rank)
+    return Topology(nodes * per_node, nodes, context, rank)
 
 
 @contextmanager
@@ -98,11 +99,11 @@ def distributed(device: str, context: int, program: str):
     """
     global topology
     if torchrun_ranks()[1] == 1:
-        topology = make_topology(1, 1, context)
         yield
         return
     try:
-        topology = join(device, context)
+        topology = make_topology("", context)
+        join(device)
         make_groups(device)
         for number in (signal.SIGTERM, signal.SIGINT):  # common.Stop catches them while training.
             signal.signal(number, lambda *_: None)  # torchrun repeats them until the process ends
@@ -123,12 +124,11 @@ def distributed(device: str, context: int, program: str):
         topology = SINGLE
 
 
-def join(device: str, context: int) -> Topology:
+def join(device: str) -> None:
     """Meet the other ranks."""
     rank, processes, local_rank, per_node = torchrun_ranks()
     if device not in ("cpu", "cuda"):
         raise UserError(f"--device: expected cuda or cpu under torchrun, got {device}")
-    result = make_topology(processes, per_node, context, rank)
     groups["store"], *_ = next(dist.rendezvous("env://"))
     if device == "cuda":
         if local_rank >= torch.cuda.device_count():
@@ -140,12 +140,6 @@ def join(device: str, context: int) -> Topology:
     dist.init_process_group(backend, store=dist.PrefixStore("init", groups["store"]), **options)
     # for what rank 0 does while the others wait: to embed the prompts takes hours
     groups["long_timeout"] = dist.new_group(backend="gloo", timeout=timedelta(days=7))
-    counts = [None] * processes
-    dist.all_gather_object(counts, per_node, group=groups["long_timeout"])
-    if len(set(counts)) > 1:
-        found = f"{min(counts)} and {max(counts)}"
-        raise UserError(f"expected as many processes on every node, got {found}")
-    return result
 
 
 def make_groups(device: str) -> None:
@@ -177,11 +171,13 @@ def is_first_failure() -> bool:
 
 
 def launch_command(topology: Topology, program: str) -> str:
-    """How to start these ranks, up to the program, with its path as it was typed."""
+    """How to start these ranks, without other flags. The program's path is as it was typed."""
     nodes = f"--nnodes {topology.nodes} ..." if topology.nodes > 1 else "--standalone"
     command = f"torchrun {nodes} --nproc-per-node {topology.shard_group}"
     typed = sys.argv[0] if os.path.basename(sys.argv[0]) == program else program
-    return f"{command if topology.processes > 1 else 'python'} {shlex.quote(typed)}"
+    command = f"{command if topology.processes > 1 else 'python'} {shlex.quote(typed)}"
+    context = topology.context_parallel
+    return f"{command} --context-parallel {context}" if context > 1 else command
 
 
 # -- agreement -----------------------------------------------------------------------------------
@@ -321,11 +317,6 @@ def grad_norm(grads: list[Tensor]) -> Tensor:
     return (square + torch.nn.utils.get_total_norm(replicated).to(square).square()).sqrt()
 
 
-def rms(tensors: list[Tensor]) -> Tensor:
-    """Root mean square of all elements together."""
-    return grad_norm(tensors) / sum(x.numel() for x in tensors) ** 0.5
-
-
 # -- context parallelism: P ranks share the L tokens of a sample ---------------------------------
 
 
@@ -401,7 +392,7 @@ def write_state(folder: Path, name: str, tensors: dict[str, Tensor], metadata: d
         rows = {key: [local_rows(x)[0], len(x)] for key, x in shards.items()}
         shards = {key: local(x) for key, x in shards.items()}
         header = {"kind": "checkpoint shard", "rows": rows}
-        common.write_tensors(folder / file, shards, header, all_ranks=True)
+        common.write_tensors(folder / file, shards, header)
     files = [file for file in gather(file) if file]  # a barrier, too: all of them are on disk
     if rank == 0:
         common.write_json(folder / "state.json", metadata | {"files": files})

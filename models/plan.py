@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import common, lora, parallel
@@ -241,7 +240,7 @@ class Memory(NamedTuple):
 
 
 def phase_memory(cfg, active, shape: tuple | None, topology: Topology) -> Memory:
-    """Peak of a phase with these moe.ActiveRoles, at cfg.micro_batch samples of this shape.
+    """Peak of a phase with these moe.ActiveRoles, in micro-batches of samples of this shape.
 
     shape None: without activations, which is quick.
     """
@@ -254,7 +253,7 @@ def phase_memory(cfg, active, shape: tuple | None, topology: Topology) -> Memory
         loaded = [name for name, base in active.base_of.items() if base in active.bases]
         roles += [n for n in loaded if n not in roles and role_kind(cfg, n) == "lora"]
     roles = sum(size_of(name).role for name in roles)
-    samples = cfg.micro_batch / topology.context_parallel
+    samples = (cfg.micro_batch or cfg.batch) / topology.context_parallel
     peaks = update_activations(cfg, active.trained, shape, topology.processes > 1)
     memories = []  # while each of the roles is updated
     for name, activations in peaks.items():
@@ -309,31 +308,14 @@ def step_flops(cfg, phase, buckets: dict[tuple, float]) -> tuple[float, float]:
 # -- the device ----------------------------------------------------------------------------------
 
 
-class Machine(NamedTuple):
-    """The GPUs of a node."""
-
-    gpus: int  # 0: none
-    room: float  # bytes that a process can plan with
-
-
-def find_gpus(device: torch.device) -> Machine:
-    """The GPUs beside this device, and the room on this one."""
+def find_gpus(device: torch.device) -> tuple[int, float]:
+    """How many GPUs there are beside this device, and bytes to plan with on this one."""
     gpus, free = 0, 0
     if device.type == "cuda":
         gpus, free = torch.cuda.device_count(), torch.cuda.mem_get_info(device)[0]
     elif device.type == "mps":
         gpus, free = 1, torch.mps.recommended_max_memory()
-    return Machine(gpus, room_of(free))
-
-
-def room_of(free: float) -> float:
-    """Bytes to plan with where `free` bytes are free."""
-    return 0.95 * free - 3e9  # gaps; kernels' workspaces and what is not planned
-
-
-def card(gigabytes: int) -> float:
-    """Room on an idle card that is sold with so many GB."""
-    return room_of(gigabytes * 2**30 - 5e8)
+    return gpus, 0.95 * free - 3e9  # gaps; kernels' workspaces and what is not planned
 
 
 @lru_cache
@@ -342,43 +324,44 @@ def peak_flops(dtype: torch.dtype, device: str) -> float:
     print("counting FLOPs")
     if torch.device(device).type != "cuda":
         return ASSUMED_FLOPS
-    n = 8192
+    n, count = 8192, 10
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
-    return 2 * n**3 / Timer("a @ b", globals={"a": a, "b": b}).timeit(10).mean
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.mm(a, b)  # a warm-up
+    start.record()
+    for _ in range(count):
+        torch.mm(a, b)
+    end.record()
+    end.synchronize()
+    return 2 * n**3 * count / (start.elapsed_time(end) / 1e3)  # ms
 
 
 # -- what to change where a run does not fit -----------------------------------------------------
 
 
-class Change(NamedTuple):
-    """Another way to do a run."""
+def changes(cfg, gpus: int, now: Topology) -> Iterator[tuple[dict, Topology]]:
+    """Settings that differ, and ranks, that save memory at the same sizes, the cheapest first.
 
-    settings: dict  # that differ
-    topology: Topology
-
-
-def changes(cfg, gpus: int, now: Topology) -> Iterator[Change]:
-    """What saves memory at the same sizes, the cheapest first; the first has the present ranks."""
+    The first has the present ranks.
+    """
     differing = lambda **new: {name: x for name, x in new.items() if getattr(cfg, name) != x}
     on_ranks = lambda ranks, context: Topology(now.nodes * ranks, now.nodes, context)
     saving, no_int8 = differing(micro_batch=1, checkpointing="on"), differing(base="float")
     adapters = differing(generator="lora", fake="lora")
     for settings in ({}, saving, saving | adapters):
         ranks = min(now.shard_group, gpus)
-        yield Change(settings, on_ranks(ranks, math.gcd(now.context_parallel, ranks)))
+        yield settings, on_ranks(ranks, math.gcd(now.context_parallel, ranks))
         count = num_micro_batches(replace(cfg, **settings))
         for context in (1, 2, 4, 8):
             counts = range(context, gpus + 1, context)
             counts = [n for n in counts if count % (n * now.nodes // context) == 0]
             if max(counts, default=1) > 1:  # several processes share no int8
-                yield Change(settings | no_int8, on_ranks(max(counts), context))
-    yield Change(saving | adapters | differing(base="int8"), on_ranks(1, 1))
+                yield settings | no_int8, on_ranks(max(counts), context)
+    yield saving | adapters | differing(base="int8"), on_ranks(1, 1)
 
 
 def command_line(argv: list[str], settings: dict, topology: Topology) -> str:
     """The command `train.py argv` with these settings on these ranks, on the GPU."""
-    context = topology.context_parallel
-    settings = settings | ({"context_parallel": context} if context > 1 else {})
     flags = {"--device", "--context-parallel", *map(common.flag_name, settings)}
     words, keep = [], True
     for word in argv:
@@ -411,7 +394,7 @@ def report(
         rows.append([str(phase.k), *(f"{x:,.1f}" if x >= 10 else f"{x:.3g}" for x in numbers)])
     widths = [max(map(len, column)) for column in zip(*rows)]
     lines = ["  ".join(text.rjust(n) for text, n in zip(row, widths)) for row in rows]
-    latents = f"{cfg.micro_batch} x ({' x '.join(map(str, shape))}) latents"
+    latents = f"{cfg.micro_batch or cfg.batch} x ({' x '.join(map(str, shape))}) latents"
     lines.insert(0, f"GB per process, of {topology.processes}, with micro-batches of {latents}")
     days = f"{total:,.3g} days at {rate / 1e12:,.4g} TFLOP/s per process"
     bound = "a lower bound: only matrix products are counted"

@@ -1,9 +1,9 @@
 """The preset of large teachers: Wan and Qwen-Image, from published or random weights.
 
-A preset is a module with the functions that train.py and sample.py call (listed in
-CONTRIBUTING.md). `cfg` is train.Config. A sample is a latent: (C, F, h, w) of a video, (C, h, w) of
-a picture of Qwen-Image. Its conditions are "text" (B, L, D), "mask" (B, L) for Qwen-Image, and for
-image to video "image" (B, 20, F, h, w): a mask of 4 channels and the latents of the first frame.
+common.Preset lists what train.py and sample.py call; `cfg` is a config.Config. A sample is a
+latent: (C, F, h, w) of a video, (C, h, w) of a picture of Qwen-Image. Its conditions are "text"
+(B, L, D), "mask" (B, L) for Qwen-Image, and for image to video "image" (B, 20, F, h, w): a mask of
+4 channels and the latents of the first frame.
 """
 
 import gc
@@ -19,7 +19,6 @@ from dataclasses import replace
 from functools import cache, lru_cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save
@@ -247,33 +246,31 @@ def make_roles(cfg, phases: list[Phase], device: torch.device, out: Path) -> moe
     def base(branch: int) -> nn.Module:  # loaded when first needed
         return load_base(cfg, branch, device, [x for x in adapters if branch_of[x] == branch])
 
-    def adapter_role(name: str) -> moe.Role:
-        branch, key = branch_of[name], (cfg.seed, name, "adapter")
-        velocity = lambda x_t, t, c=None: base(branch)(x_t, t, c, adapter=name)
-        options = cfg.rank, cfg.alpha, device
-        return moe.Role(
-            name, velocity, lambda: lora.start_adapter(base(branch), name, key, *options)
-        )
+    def adapter_role(name: str, branch: int) -> moe.Role:
+        options = name, (cfg.seed, name, "adapter"), cfg.rank, cfg.alpha, device
+        start = lambda: lora.start_adapter(base(branch), *options)
+        return moe.Role(name, lambda *x: base(branch)(*x, adapter=name), start)
 
-    def full_role(name: str) -> moe.Role:
-        net = None  # a copy of the teacher's; phases that share a fake write over it
+    def full_role(name: str, branch: int) -> moe.Role:
+        net = None  # a copy of the teacher's network; later phases start it again in place
 
         def start() -> dict[str, nn.Parameter]:
             nonlocal net
-            copy = weights.trainable_copy(
-                base(branch_of[name]), net, device, parallel.shard_and_allocate
-            )
-            net = net or configure(cfg, copy)
+            is_new, allocate = net is None, parallel.shard_and_allocate
+            net = weights.trainable_copy(base(branch), net, device, allocate)
+            if is_new:
+                configure(cfg, net)
             return dict(net.named_parameters())
 
-        return moe.Role(name, lambda x_t, t, c=None: net(x_t, t, c), start)
+        return moe.Role(name, lambda *x: net(*x), start)
 
-    def teacher_role(branch: int) -> moe.Role:
-        velocity = lambda x_t, t, c=None: with_guidance(branch, base(branch), x_t, t, c)
-        return moe.Role(f"teacher{branch}", velocity)
+    def make_role(name: str) -> moe.Role:
+        return (adapter_role if name in adapters else full_role)(name, branch_of[name])
 
-    teacher = {branch: teacher_role(branch) for branch in ((1,) if boundary_t is None else (1, 2))}
-    make_role = lambda name: adapter_role(name) if name in adapters else full_role(name)
+    def make_teacher(branch: int) -> moe.Role:
+        return moe.Role(f"teacher{branch}", lambda *x: with_guidance(branch, base(branch), *x))
+
+    teacher = {branch: make_teacher(branch) for branch in ((1,) if boundary_t is None else (1, 2))}
     return moe.collect_roles(phases, cfg.fake_per_depth, teacher, make_role)
 
 
@@ -405,31 +402,7 @@ EXAMPLES = (
     "warning: the thirty example prompts of models/prompts.txt are for a trial of the pipeline; a "
     "student needs tens of thousands: --prompts FILE"
 )
-GO_ON = "or go on all the same with --ignore-plan"
 SMALL = 1e9  # bytes of a network that needs neither a plan nor a GPU
-
-
-class Request(NamedTuple):
-    """A run that train.py was asked for, and the GPUs that are there for it."""
-
-    args: Namespace  # of train.py
-    cfg: Any
-    phases: list[Phase]
-    topology: Topology
-    machine: plan.Machine
-
-    def commands(self, gpus: int, room: float) -> Iterator[str]:
-        """The cheapest command that fits by the plan, for each of smaller_sizes that has one."""
-        for size in smaller_sizes(self.cfg):
-            for change in plan.changes(self.cfg, gpus, self.topology):
-                settings = change.settings | ({} if size == self.cfg.size else {"size": size})
-                if self.args.resume and settings:
-                    continue  # the settings of a run cannot change
-                cfg = replace(self.cfg, **settings)
-                with suppress(UserError):
-                    if planned_peak(cfg, self.phases, change.topology, room) < room:
-                        yield plan.command_line(self.args.argv, settings, change.topology)
-                        break
 
 
 @contextmanager
@@ -438,20 +411,18 @@ def watch_memory(args: Namespace, cfg, phases: list[Phase], device: str):
 
     args: train.py's; --ignore-plan skips the plan. Raises UserError if the run does not fit.
     """
-    options = cfg.rank, torch.bfloat16, SINGLE
-    is_toy = cfg.teacher not in weights.TEACHERS
-    if is_toy or plan.role_bytes(cfg.teacher, False, *options).base < SMALL:
-        yield
+    size = (cfg.teacher, False, cfg.rank, torch.bfloat16, SINGLE)
+    if cfg.teacher not in weights.TEACHERS or plan.role_bytes(*size).base < SMALL:
+        yield  # toys and small networks fit anywhere
         return
     gpus, room = plan.find_gpus(torch.device(device))
-    machine = plan.Machine(gpus, min(parallel.gather(room)))
-    request = Request(args, cfg, phases, parallel.topology, machine)
+    room = min(parallel.gather(room))
     finished = (args.out / "metrics.json").exists() and not args.overwrite
     warning = f"{EXAMPLES}\n" if prompts_path(cfg) == EXAMPLE_PROMPTS else ""
     text = ""
     if not (args.ignore_plan or finished):
         with tqdm(desc="planning memory", bar_format="{desc}", leave=False, disable=None):
-            text = parallel.on_rank0(lambda: check_memory(request))
+            text = parallel.on_rank0(lambda: check_memory(args, cfg, phases, gpus, room))
     print(end=warning + text)
     try:
         yield
@@ -459,51 +430,57 @@ def watch_memory(args: Namespace, cfg, phases: list[Phase], device: str):
         if not is_out_of_memory(error) or not gpus:
             raise
         peak = planned_peak(cfg, phases, parallel.topology)
-        found = f"out of memory; the plan was {peak / 1e9:.1f} GB on each GPU, there was room for"
-        # the plan was wrong, or was ignored
-        advice = memory_advice(request, min(machine.room, 0.8 * peak))
-        raise UserError(f"{found} {machine.room / 1e9:.1f} GB; {advice}") from error
+        found = f"the plan was {peak / 1e9:.1f} GB on each GPU, with room for {room / 1e9:.1f} GB"
+        room = min(room, 0.8 * peak)  # the plan was wrong, or was ignored
+        advice = memory_advice(args, cfg, phases, gpus, room)
+        raise UserError(f"out of memory; {found}; {advice}") from error
     print(end=warning)
 
 
-def check_memory(request: Request) -> str:
-    """The plan in one line, with a note if GPUs would be idle. Raises UserError if none fits."""
-    args, cfg, phases, topology, machine = request
-    if not machine.gpus:
-        raise UserError(f"{no_gpu_advice(request)}; {GO_ON}")
-    peak = planned_peak(cfg, phases, topology)
-    need, room = f"{peak / 1e9:.1f} GB", f"{machine.room / 1e9:.1f} GB"
-    if peak >= machine.room:
-        found = f"the plan needs {need} on each GPU, there is room for {room}"
-        raise UserError(f"{found}; {memory_advice(request, machine.room)}; {GO_ON}")
-    text, ranks = f"memory: {need} of {room} on each GPU, by the plan\n", topology.shard_group
-    for settings, wider in plan.changes(cfg, machine.gpus, topology):
+def check_memory(args: Namespace, cfg, phases: list[Phase], gpus: int, room: float) -> str:
+    """The plan in one line, and a note if GPUs are idle. Raises UserError if it does not fit."""
+    go_on = "or go on all the same with --ignore-plan"
+    if not gpus:
+        here = "--dry-run plans for other machines, --teacher wan22-tiny runs on this one"
+        raise UserError(f"{cfg.teacher} needs a GPU, found none; {here}; {go_on}")
+    topology, peak = parallel.topology, planned_peak(cfg, phases, parallel.topology)
+    need, there = f"{peak / 1e9:.1f} GB", f"{room / 1e9:.1f} GB"
+    if peak >= room:
+        advice = memory_advice(args, cfg, phases, gpus, room)
+        found = f"the plan needs {need} on each GPU, there is room for {there}"
+        raise UserError(f"{found}; {advice}; {go_on}")
+    text = f"memory: {need} of {there} on each GPU, by the plan\n"
+    for settings, wider in plan.changes(cfg, gpus, topology):
         with suppress(UserError):
-            if wider.shard_group > ranks:
+            if wider.shard_group > topology.shard_group:
                 check_config(replace(cfg, **settings), wider)
-                note = f"note: this uses {ranks} of {machine.gpus} GPUs; all of them:"
+                note = f"note: this uses {topology.shard_group} of {gpus} GPUs; all of them:"
                 return f"{text}{note} {plan.command_line(args.argv, settings, wider)}\n"
     return text
 
 
-def memory_advice(request: Request, room: float) -> str:
+def memory_advice(args: Namespace, cfg, phases: list[Phase], gpus: int, room: float) -> str:
     """The two cheapest changes that fit by the plan, as commands; on eight GPUs if none does."""
-    for gpus, where in ((request.machine.gpus, ""), (8, " on 8 such GPUs")):
-        lines = list(islice(request.commands(gpus, room), 2))
+    for count, where in ((gpus, ""), (8, " on 8 such GPUs")):
+        lines = list(islice(fitting_commands(args, cfg, phases, count, room), 2))
         if lines:
             return f"try{where}: {'; or: '.join(lines)}"
     return "nothing smaller fits on 8 such GPUs; models/README.md has a table of what fits"
 
 
-def no_gpu_advice(request: Request) -> str:
-    """What would work in place of a large teacher on a CPU."""
-    teacher, found = request.cfg.teacher, {}  # found: command -> machine
-    family = teacher if f"{teacher}-tiny" in weights.TEACHERS else teacher.split("-")[0]
-    for gpus, size in ((1, 24), (1, 80), (8, 80)):
-        for line in islice(request.commands(gpus, plan.card(size)), 1):
-            found.setdefault(line, f"on {gpus} of {size} GB: {line}")
-    here = f"{teacher} needs a GPU, found none; here: python train.py --teacher {family}-tiny"
-    return "; ".join([here, *found.values()])
+def fitting_commands(
+    args: Namespace, cfg, phases: list[Phase], gpus: int, room: float
+) -> Iterator[str]:
+    """The cheapest command that fits by the plan, for each of smaller_sizes that has one."""
+    for size in smaller_sizes(cfg):
+        for settings, topology in plan.changes(cfg, gpus, parallel.topology):
+            settings = settings | ({} if size == cfg.size else {"size": size})
+            if args.resume and settings:
+                continue  # the settings of a run cannot change
+            with suppress(UserError):
+                if planned_peak(replace(cfg, **settings), phases, topology, room) < room:
+                    yield plan.command_line(args.argv, settings, topology)
+                    break
 
 
 def smaller_sizes(cfg) -> list[tuple[str, ...]]:
@@ -526,7 +503,6 @@ def planned_peak(cfg, phases: list[Phase], topology: Topology, room: float = mat
     Raises UserError for settings that cannot make a run on these ranks.
     """
     check_config(cfg, topology)
-    cfg = replace(cfg, micro_batch=cfg.micro_batch or cfg.batch)
     active = [active_roles(cfg, phases, phase.k) for phase in phases]
     peak_at = lambda shape: max(plan.phase_memory(cfg, x, shape, topology).peak for x in active)
     without_activations = peak_at(None)
@@ -571,7 +547,10 @@ def report(cfg, phases, roles, k: int, device, out: Path, finished: bool) -> tup
         rows[f"teacher, {cfg.steps} steps"] = x
         metrics["latent_distance_teacher_same_steps"] = latent_distance(x)
     try:
-        decode = preview_decoder(cfg, device) if parallel.topology.rank == 0 else None
+        decode = None
+        if parallel.topology.rank == 0 and has_vae(cfg):
+            vae = encoders.load_vae(cfg.teacher, weights_folder(cfg), str(device))
+            decode = partial(decode_first_frames, vae)
         return metrics, media.sheet(rows, decode)
     except torch.OutOfMemoryError:  # the VAE's; a preview must not end a run
         return metrics, media.sheet(rows, None)
@@ -584,18 +563,11 @@ def latent_distance(x: Tensor) -> float | None:
     return distance if math.isfinite(distance) else None
 
 
-def preview_decoder(cfg, device: torch.device) -> Callable[[Tensor], Tensor] | None:
-    """decode(latents) -> RGB (n, h, w, 3) in [0, 1] of the first frames; None without a VAE."""
-    if not has_vae(cfg):
-        return None
-    vae = encoders.load_vae(cfg.teacher, weights_folder(cfg), str(device))
-
-    def decode(x: Tensor) -> Tensor:
-        first = x[:, :, :1] if x.ndim == 5 else x[:, :, None]
-        pixels = [encoders.decode(vae, latent)[:, :, 0] for latent in first.split(1)]
-        return ((torch.cat(pixels).float().cpu() + 1) / 2).movedim(1, -1)
-
-    return decode
+def decode_first_frames(vae, x: Tensor) -> Tensor:
+    """RGB (n, h, w, 3) in [0, 1] of the first frames of latents."""
+    first = x[:, :, :1] if x.ndim == 5 else x[:, :, None]
+    pixels = [encoders.decode(vae, latent)[:, :, 0] for latent in first.split(1)]
+    return ((torch.cat(pixels).float().cpu() + 1) / 2).movedim(1, -1)
 
 
 def has_vae(cfg) -> bool:
@@ -607,7 +579,6 @@ def has_vae(cfg) -> bool:
 
 def plan_text(cfg, phases: list[Phase], device: torch.device, topology: Topology) -> str:
     """Memory, FLOPs and days of a run, and whether other tools could run its student."""
-    cfg = replace(cfg, micro_batch=cfg.micro_batch or cfg.batch)
     active = [active_roles(cfg, phases, phase.k) for phase in phases]
     text = plan.report(cfg, phases, active, buckets(cfg), str(device), topology)
     try:
@@ -628,10 +599,9 @@ def throughput(cfg, phase: Phase, seconds: float, device: torch.device) -> dict:
     mfu: model FLOPs utilization. hfu: the same with the FLOPs that checkpointing recomputes.
     tokens_per_second: tokens of the samples that fakes and student learn from.
     """
-    shapes = buckets(cfg)
-    seconds = max(seconds, 1e-9)
-    peak = plan.peak_flops(dtype_named(cfg.dtype), str(device)) * parallel.topology.processes
-    peak *= seconds
+    shapes, seconds = buckets(cfg), max(seconds, 1e-9)
+    peak = plan.peak_flops(dtype_named(cfg.dtype), str(device)) * seconds
+    peak *= parallel.topology.processes
     useful, recomputed = plan.step_flops(cfg, phase, shapes)
     mfu, hfu = round(useful / peak, 4), round((useful + recomputed) / peak, 4)
     tokens = sum(p * math.prod(shape[1:]) / 4 for shape, p in shapes.items())
@@ -645,9 +615,8 @@ def phase_summary(cfg, phases: list[Phase], k: int, rows: list[dict]) -> str:
     rows = rows[len(rows) // 2 :]  # the first iterations allocate memory and choose kernels
     keys = "seconds_iteration", "memory_gb", "mfu", "hfu"
     seconds, memory, mfu, hfu = (statistics.median(row[key] for row in rows) for key in keys)
-    forwards = (
-        (cfg.fake_updates + 1) * plan.num_micro_batches(cfg) / parallel.topology.data_parallel
-    )
+    updates, ranks = cfg.fake_updates + 1, parallel.topology.data_parallel
+    forwards = updates * plan.num_micro_batches(cfg) / ranks
     speed = f"{seconds / forwards:.3g} s per micro-batch of an update"
     return f"phase {k}: {speed}, peak memory {memory:.4g} GB, MFU {mfu:.1%}, HFU {hfu:.1%}\n"
 

@@ -166,7 +166,7 @@ def test_a_folder_that_cannot_take_a_run_is_left_as_it_is(finished, tmp_path, ca
     """A file, a run with other settings, an unfinished run, a folder with other files."""
     before = tree(tmp_path)
     line = refusal(capsys, [*QUICK, "--out", finished / "config.json"])
-    assert "is a file; choose another" in line
+    assert "File exists; fix this or choose another --out" in line
     assert "--seed: expected 0" in refusal(capsys, [*QUICK, "--seed", 1, "--out", finished])
     assert "--seed: expected 0" in refusal(capsys, ["--resume", "--seed", 1, "--out", finished])
     for flags in ([], ["--overwrite"]):

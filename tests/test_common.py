@@ -77,10 +77,9 @@ def test_only_the_writer_writes_shared_files(tmp_path, monkeypatch):
     for name, value in zip(names, "1212"):
         monkeypatch.setenv(name, value)
     common.write_json(tmp_path / "shared", 1)
-    common.write_tensors(tmp_path / "own", {}, {}, all_ranks=True)
     log = common.Log(tmp_path / "log.jsonl", 5)
     log.write([{"x": 1}])
-    assert log.sync() == 0 and [p.name for p in tmp_path.iterdir()] == ["own"]
+    assert log.sync() == 0 and not list(tmp_path.iterdir())
 
 
 def test_tensors_are_read_back_or_refused(tmp_path):
@@ -195,7 +194,7 @@ def test_a_folder_that_does_not_fit_is_refused(unfinished, tmp_path):
     for settings in ({"steps": 0}, {"unknown": 1}, {"iters": "4"}, {"guidance": 1.0}, None):
         config = {"settings": settings, "files": {}, "environment": {"commit": "abc"}}
         common.write_json(unfinished / "config.json", config)
-        with pytest.raises(UserError, match="does not fit .* the version that wrote it .abc"):
+        with pytest.raises(UserError, match="does not fit .* the version that wrote it"):
             resolve(unfinished, resume=True)
 
 
@@ -267,8 +266,10 @@ def test_a_folder_with_leftovers_is_empty_and_a_link_to_nowhere_is_refused(tmp_p
     with pytest.raises(UserError, match="found thesis.txt"):
         resolve(tmp_path)
     (tmp_path / "link").symlink_to(tmp_path / "unmounted")
-    for name, found in (("link", "a link that leads nowhere"), ("thesis.txt", "a file")):
-        with pytest.raises(UserError, match=f"--out: expected a folder, .* is {found}"):
+    for name in ("link", "thesis.txt"):
+        with pytest.raises(
+            UserError, match=f"cannot write .*{name}: File exists; .* another --out"
+        ):
             with common.own_folder(tmp_path / name):
                 pass
 
@@ -344,10 +345,8 @@ def test_a_log_has_each_line_at_once_and_escapes_what_it_cannot_show(monkeypatch
     assert seen == [b"L\\xfc\n"]
 
 
-def test_arguments_and_numbers_that_no_file_can_hold():
-    """Bytes that are not UTF-8; NaN in JSON; any failure to read a file."""
-    with pytest.raises(UserError, match=r"UTF-8, got 'caf\\udce9'"):
-        common.Parser("a program").parse_args(["caf\udce9"])
+def test_numbers_that_no_file_can_hold_and_files_that_cannot_be_read():
+    """NaN in JSON; any failure to read a file."""
     values = {"a": [1.0, float("nan")], "b": {"c": float("-inf")}, "d": "nan"}
     assert common.finite(values) == {"a": [1.0, None], "b": {"c": None}, "d": "nan"}
     for content in ("[" * 10**5, '{"x": ' + "9" * 5000 + "}", "[1]", "\udce9"):

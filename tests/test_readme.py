@@ -70,8 +70,10 @@ def is_understood(line: str, patch: pytest.MonkeyPatch) -> bool:
     if parsed and module is train:
         args, cfg = train.parse(flags)
         ranks = re.findall(r"(?:--nnodes|--nproc-per-node) (\d+)", launch)
-        topology = parallel.planned_topology("x".join(ranks), args.context_parallel)
-        train.validate(cfg, files="cities" in line, topology=topology)
+        topology = parallel.make_topology("x".join(ranks), args.context_parallel)
+        train.validate(cfg, topology)
+        if "cities" in line:
+            train.preset_of(cfg).input_files(cfg)
     return bool(parsed)
 
 
