@@ -129,6 +129,7 @@ def join(device: str) -> None:
     rank, processes, local_rank, per_node = torchrun_ranks()
     if device not in ("cpu", "cuda"):
         raise UserError(f"--device: expected cuda or cpu under torchrun, got {device}")
+    print(f"rank {rank} waits for the other {processes - 1}; for one process unset WORLD_SIZE")
     groups["store"], *_ = next(dist.rendezvous("env://"))
     if device == "cuda":
         if local_rank >= torch.cuda.device_count():

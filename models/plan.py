@@ -315,7 +315,17 @@ def find_gpus(device: torch.device) -> tuple[int, float]:
         gpus, free = torch.cuda.device_count(), torch.cuda.mem_get_info(device)[0]
     elif device.type == "mps":
         gpus, free = 1, torch.mps.recommended_max_memory()
-    return gpus, 0.95 * free - 3e9  # gaps; kernels' workspaces and what is not planned
+    return gpus, room_of(free)
+
+
+def room_of(free: float) -> float:
+    """Bytes to plan with where `free` bytes are free."""
+    return 0.95 * free - 3e9  # gaps; kernels' workspaces and what is not planned
+
+
+def card(gigabytes: int) -> float:
+    """Bytes to plan with on an idle card that is sold with so many GB."""
+    return room_of(gigabytes * 2**30 - 5e8)
 
 
 @lru_cache

@@ -441,8 +441,7 @@ def check_memory(args: Namespace, cfg, phases: list[Phase], gpus: int, room: flo
     """The plan in one line, and a note if GPUs are idle. Raises UserError if it does not fit."""
     go_on = "or go on all the same with --ignore-plan"
     if not gpus:
-        here = "--dry-run plans for other machines, --teacher wan22-tiny runs on this one"
-        raise UserError(f"{cfg.teacher} needs a GPU, found none; {here}; {go_on}")
+        raise UserError(f"{no_gpu_advice(args, cfg, phases)}; {go_on}")
     topology, peak = parallel.topology, planned_peak(cfg, phases, parallel.topology)
     need, there = f"{peak / 1e9:.1f} GB", f"{room / 1e9:.1f} GB"
     if peak >= room:
@@ -466,6 +465,18 @@ def memory_advice(args: Namespace, cfg, phases: list[Phase], gpus: int, room: fl
         if lines:
             return f"try{where}: {'; or: '.join(lines)}"
     return "nothing smaller fits on 8 such GPUs; models/README.md has a table of what fits"
+
+
+def no_gpu_advice(args: Namespace, cfg, phases: list[Phase]) -> str:
+    """What runs here in place of a large teacher, and the GPUs on which it runs itself."""
+    family = cfg.teacher if f"{cfg.teacher}-tiny" in weights.TEACHERS else cfg.teacher.split("-")[0]
+    advice = f"{cfg.teacher} needs a GPU, found none; here: python train.py --teacher {family}-tiny"
+    for gpus, gigabytes in ((1, 24), (1, 80), (8, 80)):
+        commands = fitting_commands(args, cfg, phases, gpus, plan.card(gigabytes))
+        command = next(commands, None)
+        if command and command not in advice:
+            advice += f"; on {gpus} of {gigabytes} GB: {command}"
+    return advice
 
 
 def fitting_commands(

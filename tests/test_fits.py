@@ -18,14 +18,9 @@ MACHINES = [(1, 24), (1, 80), (8, 80), (8, 24), (0, 0)]  # GPUs, GB of each
 TEACHERS = ["wan22 --phases 2", "wan21-1.3b", "qwen-image"]
 
 
-def card(gigabytes: int) -> float:
-    """Bytes to plan with on an idle card that is sold with so many GB."""
-    return 0.95 * (gigabytes * 2**30 - 5e8) - 3e9
-
-
 def use_machine(patch, gpus: int, gigabytes: int) -> None:
     """Let train.py believe that it has these GPUs."""
-    patch.setattr(plan, "find_gpus", lambda device: (gpus, card(gigabytes)))
+    patch.setattr(plan, "find_gpus", lambda device: (gpus, plan.card(gigabytes)))
     patch.setattr(common, "pick_device", lambda *_: "cuda" if gpus else "cpu")
 
 
@@ -59,22 +54,27 @@ def check(gpus: int, gigabytes: int, teacher: str, capsys) -> tuple[list[str], s
     assert status == 2 and error.count("\n") == 1  # there are no weights, at least
     if "does not exist" in error:  # it fits
         lines = COMMAND.findall(out)
-        assert all(planned(line)[1] < card(gigabytes) for line in lines)
+        assert all(planned(line)[1] < plan.card(gigabytes) for line in lines)
         return lines, out + error
     assert out == "" and "--ignore-plan" in error
     if not gpus:
         assert "found none" in error
-        [tiny] = re.findall(r"--teacher (\S+) runs", error)
-        assert tiny in train.PRESETS
-        return [], error
+        tiny, *lines = COMMAND.findall(error)
+        assert train.parse(shlex.split(tiny)[2:])[1].teacher in train.PRESETS
+        cards = re.findall(r"on (\d) of (\d+) GB: ([^;]*)", error)
+        assert [line for *_, line in cards] == lines and lines
+        for count, size, line in cards:
+            ranks, peak = planned(line)
+            assert ranks <= int(count) and peak < plan.card(int(size))
+        return lines, error
     found = re.search(r"needs ([\d.]+) GB on each GPU, there is room for ([\d.]+) GB", error)
     need, room = map(float, found.groups())
-    assert need >= room == pytest.approx(card(gigabytes) / 1e9, abs=0.05)
+    assert need >= room == pytest.approx(plan.card(gigabytes) / 1e9, abs=0.05)
     lines = COMMAND.findall(error)
     assert len(lines) == 2
     for line in lines:
         ranks, peak = planned(line)
-        assert peak < card(gigabytes)
+        assert peak < plan.card(gigabytes)
         assert ranks <= (8 if "on 8 such GPUs" in error else gpus)
     return lines, error
 
@@ -88,8 +88,8 @@ def test_a_run_that_does_not_fit_is_refused_with_commands_that_do(
     use_machine(monkeypatch, gpus, gigabytes)
     estimate_activations(monkeypatch)
     lines, _ = check(gpus, gigabytes, TEACHERS[0], capsys)
-    assert bool(lines) == bool(gpus) and not list(tmp_path.iterdir())
-    assert planned("python train.py --teacher wan22")[1] > card(80)  # control
+    assert lines and not list(tmp_path.iterdir())
+    assert planned("python train.py --teacher wan22")[1] > plan.card(80)  # control
 
 
 @pytest.mark.slow
