@@ -16,6 +16,7 @@ diffusers = pytest.importorskip("diffusers", reason="needs models/requirements.t
 
 from PIL import Image  # noqa: E402
 from published import save_qwen_vl, save_umt5, small_vae, tokenizer_of  # noqa: E402
+from students import QUICK  # noqa: E402
 
 import sample  # noqa: E402
 import train  # noqa: E402
@@ -173,14 +174,10 @@ def test_embeddings_outlive_moved_weights_and_a_refused_overwrite(
     assert (out / "shard-00000.safetensors").read_bytes() == before
 
 
-@pytest.mark.parametrize("fault", ["no pad token", "more tokens than the encoder has"])
-def test_a_tokenizer_that_does_not_fit_is_one_line(tmp_path, wan_folder, capsys, fault):
+def test_a_tokenizer_that_does_not_fit_is_one_line(tmp_path, wan_folder, capsys):
+    """It has more tokens than the encoder."""
     shutil.copytree(wan_folder, folder := tmp_path / "w")
-    more = [f"<{i}>" for i in range(60 * (fault != "no pad token"))]
-    tokenizer = tokenizer_of(folder / "tokenizer", None, ["<pad>", "</s>", *more])
-    if not more:
-        tokenizer.pad_token = None
-        tokenizer.save_pretrained(folder / "tokenizer")
+    tokenizer_of(folder / "tokenizer", None, ["<pad>", "</s>", *[f"<{i}>" for i in range(60)]])
     status, out = embed(tmp_path, folder, "wan22", prompts=["z" * 9])
     line = capsys.readouterr().err.splitlines()[-1]
     assert status == 2 and "cannot read" in line and "download it again" in line
@@ -210,15 +207,10 @@ def test_a_single_file_is_as_good_as_a_folder(tmp_path):
 ROWS = {"text": torch.ones(6, 2), "offsets": torch.tensor([0, 2, 6]), "negative": torch.ones(1, 2)}
 DAMAGES = {  # of the embeddings ROWS: tensors, prompts
     "whole numbers": (dict(text=torch.ones(6, 2).long()), ["a", "b"]),
-    "float64": (dict(negative=torch.ones(1, 2).double()), ["a", "b"]),
-    "three axes": (dict(text=torch.ones(6, 2, 1)), ["a", "b"]),
     "one axis": (dict(negative=torch.ones(2)), ["a", "b"]),
     "other channels": (dict(negative=torch.ones(1, 3)), ["a", "b"]),
-    "float offsets": (dict(offsets=torch.tensor([0.0, 2, 6])), ["a", "b"]),
-    "offsets from 1": (dict(offsets=torch.tensor([1, 2, 6])), ["a", "b"]),
     "falling offsets": (dict(offsets=torch.tensor([0, 5, 2, 6])), ["a", "b", "c"]),
     "an empty prompt": (dict(offsets=torch.tensor([0, 2, 2, 6])), ["a", "b", "c"]),
-    "prompts as one string": ({}, "ab"),
     "prompts as numbers": ({}, [1, 2]),
     "nothing": ({}, ["a", "b"]),  # negative control
 }
@@ -254,14 +246,14 @@ QUANTISED = {  # tensors that are added to a file, or replace its largest
     "bytes": lambda x: {"": x.to(torch.uint8), "absmax": torch.ones(4)},
     "whole numbers": lambda x: {"": x.to(torch.int8)},
     "scales alone": lambda x: {"": x, "scale_weight": torch.ones(1)},
-    "inverse scales": lambda x: {"": x, "weight_scale_inv": torch.ones(1)},
     "a mark": lambda x: {"": x, "scaled_fp8": torch.zeros(2)},
     "nothing": lambda x: {"": x.half()},  # negative control: another float
 }
 
 
-@pytest.mark.parametrize("part", ["text_encoder", "vae"])
-@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize(
+    "part,kind", [("vae", "float8"), *[("text_encoder", kind) for kind in QUANTISED]]
+)
 def test_a_quantised_encoder_is_refused_by_its_header(tmp_path, wan_folder, kind, part):
     """The libraries would cast the weights and ignore their scales."""
     shutil.copytree(wan_folder, tmp_path / "w")
@@ -295,7 +287,6 @@ PROMPT_FILES = {
     "p.txt": b"\xef\xbb\xbfA fox, running\r\n\r\n# a comment\r\nA sign\r\n",
     "p": b"A fox, running\nA sign\n",
     "caption.csv": b'\xef\xbb\xbfurl,caption,text\r\n1,"A fox, running",no\r\n\r\n2,A sign,no\r\n',
-    "prompt.CSV": b'prompt\n"A fox, running"\nA sign\n',
     "text.tsv": b"text\tn\nA fox, running\t1\nA sign\t2\n",
     "p.jsonl": b'{"caption": "A fox, running", "text": "no"}\n\n"A sign"\n',
 }
@@ -333,19 +324,14 @@ def test_a_folder_of_captions_has_one_prompt_per_file(tmp_path):
         ("p.txt", b"# only\n", "no prompt"),
         ("p.txt", b"\xff\xfe\xff", "cannot read"),
         ("p.csv", b"a,b\na fox,1\n", "expected caption or prompt or text, found {'a': 'a fox'"),
-        ("p.csv", b"caption\n", "no prompt"),
         ("p.csv", b"caption\nA fox, running\n", "line 2: expected 1 cells, found 2); expected"),
-        ("p.csv", b"n,caption\n1,a\n\n2\n", "line 4: expected 2 cells, found 1); expected UTF-8"),
         ("p.csv", b"n,caption\n1,\n2,a\n", "line 2: expected caption or prompt or text, found {"),
         ("p.csv", b'caption\na\n"A fox\nb\nc\n', "line 3: unexpected end of data"),
-        ("p.csv", b'caption\n"a\nb"\n"A fox\nb"c\n', "line 4: ',' expected after"),
         ("p.csv", b"caption\na\ncaf\xe9\n", "line 3: 'utf-8' codec can't decode"),
         ("p.jsonl", b'"a"\n{"caption": " "}\n', "line 2: expected caption or prompt or text"),
-        ("p.jsonl", b'"a"\n{"url": "b"}\n', "found {'url': 'b'}"),
         ("p.jsonl", b'"a"\n\n{"caption": "b"\n', "line 3: Expecting ',' delimiter"),
         ("p.jsonl", b'"\\ud83d"\n', "line 1: 'utf-8' codec can't encode"),
         ("p.json", b'["a"]', "suffix is .json); expected UTF-8 as .txt, .csv, .tsv or .jsonl"),
-        ("p.parquet", b"PAR1", "suffix is .parquet"),
     ],
 )
 def test_a_file_without_prompts_is_one_line(tmp_path, capsys, name, content, error):
@@ -388,11 +374,10 @@ def test_decoding_undoes_the_scaling_of_encoding(wan_folder, qwen_folder, teache
     assert not torch.equal(latents, raw)
 
 
-@pytest.mark.parametrize("kind", ["AutoencoderKLWan", "AutoencoderKLQwenImage"])
-def test_where_memory_is_short_the_vae_works_in_tiles(kind, monkeypatch, capsys):
+def test_where_memory_is_short_the_vae_works_in_tiles(monkeypatch, capsys):
     """It says so, once. The same pixels up to the borders; another error is not caught."""
-    vae, frames = small_vae(kind), 1 + 4 * (kind == "AutoencoderKLWan")
-    pixels = torch.rand(1, 3, frames, 64, 96) * 2 - 1
+    vae = small_vae("AutoencoderKLWan")
+    pixels = torch.rand(1, 3, 5, 64, 96) * 2 - 1
     latents = encoders.encode(vae, pixels)
     whole, decode = encoders.decode(vae, latents), vae.decode
     vae.enable_tiling(32, 32, 24, 24)
@@ -424,25 +409,8 @@ def write_pictures(folder):
 def encode_images(tmp_path, folder, *flags):
     """Run the command. Returns its exit status and its file."""
     out = tmp_path / "i.safetensors"
-    line = [
-        "images",
-        "--teacher",
-        "wan22-i2v",
-        "--weights",
-        folder,
-        "--images",
-        tmp_path / "p",
-        "--out",
-        out,
-        "--device",
-        "cpu",
-        "--frames",
-        "5",
-        "--size",
-        "32x48",
-        "48x32",
-        *flags,
-    ]
+    line = "images --teacher wan22-i2v --device cpu --frames 5 --size 32x48 48x32".split()
+    line += ["--weights", folder, "--images", tmp_path / "p", "--out", out, *flags]
     return encoders.main([str(word) for word in line]), out
 
 
@@ -491,10 +459,8 @@ def test_nothing_is_left_of_pictures_that_are_interrupted_or_refused(
 
 FRAMES = {  # tensor, captions
     "whole numbers": (torch.ones(1, 20, 2, 4, 6).int(), ["a"]),
-    "four axes": (torch.ones(20, 2, 4, 6), ["a"] * 20),
     "16 channels": (torch.ones(1, 16, 2, 4, 6), ["a"]),
     "no picture": (torch.ones(0, 20, 2, 4, 6), []),
-    "captions as one string": (torch.ones(1, 20, 2, 4, 6), "a"),
     "captions as numbers": (torch.ones(1, 20, 2, 4, 6), [1]),
     "nothing": (torch.ones(1, 20, 2, 4, 6), ["a"]),  # negative control
 }
@@ -518,7 +484,7 @@ def test_a_picture_is_turned_as_its_exif_says(tmp_path):
     assert encoders.read_rgb(tmp_path / "a.jpg").size == (40, 60)
 
 
-@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+@pytest.mark.parametrize("mode", ["RGBA", "P"])
 def test_a_transparent_picture_lies_on_white(tmp_path, mode):
     """Whatever colour its invisible pixels have. Negative control: a visible pixel keeps its."""
     image = Image.new("RGBA", (2, 1), (200, 200, 200, 255))
@@ -528,19 +494,17 @@ def test_a_transparent_picture_lies_on_white(tmp_path, mode):
     assert [rgb.getpixel((x, 0)) for x in (0, 1)] == [(255,) * 3, (200,) * 3]
 
 
-@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
-def test_pictures_of_more_than_8_bits_are_refused(tmp_path, mode):
-    Image.new(mode, (4, 4), 1000).save(tmp_path / "a.tif")
+def test_pictures_of_more_than_8_bits_are_refused(tmp_path):
+    Image.new("I;16", (4, 4), 1000).save(tmp_path / "a.tif")
     with pytest.raises(UserError, match="expected 8 bits per channel"):
         encoders.read_rgb(tmp_path / "a.tif")
 
 
-@pytest.mark.parametrize("mean", [None, [0.0] * 3, "x"])
-def test_a_vae_whose_config_does_not_fit_is_refused(tmp_path, wan_folder, mean):
+def test_a_vae_whose_config_does_not_fit_is_refused(tmp_path, wan_folder):
     """When it is loaded, not after the transformers have worked."""
     shutil.copytree(wan_folder, tmp_path / "w")
     path = tmp_path / "w" / "vae" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"latents_mean": mean}))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"latents_mean": [0.0] * 3}))
     with pytest.raises(UserError, match="vae .*download it again"):
         encoders.load_vae("wan22-i2v", tmp_path / "w", "cpu")
 
@@ -550,9 +514,7 @@ def test_a_vae_whose_config_does_not_fit_is_refused(tmp_path, wan_folder, mean):
     [
         ("captions.csv", None, "captions.csv (No such file"),
         ("captions.csv", "name,text\na.png,one\n", "expected file and caption or prompt or text"),
-        ("captions.csv", "file,caption\nz.png,one\n", "cannot read"),
         ("captions.csv", "file,caption\na.png,A fox, running\n", "line 2: expected 2 cells"),
-        ("captions.csv", 'file,caption\na.png,one\nb.png,"A fox\nc.jpg,b\n', "line 3"),
         ("captions.csv", "file,caption\na.png,one\nb.png,\n", "line 3: expected file and caption"),
         ("a.png", "not a picture", "cannot read"),
     ],
@@ -570,7 +532,7 @@ def test_damaged_pictures_are_one_line(tmp_path, wan_folder, capsys, name, conte
 
 @pytest.mark.parametrize(
     "flags",
-    [["--size", "33x48"], ["--size", "wide"], ["--size", "9" * 5000 + "x16"], ["--frames", "4"]],
+    [["--size", "33x48"], ["--size", "9" * 5000 + "x16"], ["--frames", "4"]],
 )
 def test_sizes_that_make_no_latents_are_refused(tmp_path, wan_folder, flags):
     write_pictures(tmp_path / "p")
@@ -604,31 +566,8 @@ def test_a_run_embeds_its_prompts_and_decodes_its_previews(
     (tmp_path / "p.txt").write_text("A fox\nA sign\nSnow\n")
     decoded, decode = [], encoders.decode
     monkeypatch.setattr(encoders, "decode", lambda *a: decoded.append(decode(*a)) or decoded[-1])
-    flags = [
-        "--teacher",
-        "wan22-tiny",
-        "--weights",
-        folder,
-        "--prompts",
-        tmp_path / "p.txt",
-        "--out",
-        out,
-        "--iters",
-        "1",
-        "--batch",
-        "2",
-        "--fake-updates",
-        "1",
-        "--size",
-        "48x64",
-        "--eval-samples",
-        "2",
-        "--guidance",
-        "4",
-        "3",
-        "--device",
-        "cpu",
-    ]
+    flags = f"--teacher wan22-tiny {QUICK} --size 1x48x64 --guidance 4 3 --device cpu".split()
+    flags += ["--weights", folder, "--prompts", tmp_path / "p.txt", "--out", out]
     assert train.main([str(flag) for flag in flags]) == 0
     assert encoders.open_embeddings(out / "prompts").prompts == ["A fox", "A sign", "Snow"]
     assert "prompts: 3, the first: 'A fox'\n" in capsys.readouterr().out
@@ -647,26 +586,8 @@ def test_a_prompt_becomes_a_video_by_one_command(tmp_path, wan_folder, capsys, m
     write_teacher(tmp_path / "weights", wan_folder, "wan21-tiny", "transformer")
     loads, load_encoder = [], encoders.load_encoder
     monkeypatch.setattr(encoders, "load_encoder", lambda *a: loads.append(a) or load_encoder(*a))
-    line = [
-        "--teacher",
-        "wan21-tiny",
-        "--weights",
-        tmp_path / "weights",
-        "--n",
-        "1",
-        "--steps",
-        "2",
-        "--guidance",
-        "3",
-        "--size",
-        "48x64",
-        "--frames",
-        "5",
-        "--out",
-        tmp_path / "out",
-        "--device",
-        "cpu",
-    ]
+    line = "--teacher wan21-tiny --n 1 --steps 2 --guidance 3 --size 5x48x64 --device cpu".split()
+    line += ["--weights", tmp_path / "weights", "--out", tmp_path / "out"]
     latents = []
     for prompt in ("A fox.", "A fox.", "A sign."):
         assert sample.main([*map(str, line), "--prompt", prompt]) == 0

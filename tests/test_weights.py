@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from students import FORMS, write_lora
 
-from models import lora, wan, weights
+from models import lora, weights
 from models.common import UserError, normal
 from models.wan import Wan, diffusers_name
 
@@ -76,47 +76,31 @@ def is_same(net, tensors) -> bool:
     return all(torch.equal(p, tensors[key].to(p.dtype)) for key, p in net.named_parameters())
 
 
-def meta_network(name):
-    spec = weights.TEACHERS[name]
-    return weights.build(spec.network, spec.settings, torch.bfloat16)
-
-
 # -- what is published ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_full_size_networks_have_the_published_numbers_of_parameters_and_tensors(name):
-    shapes = [p.shape for p in meta_network(name).parameters()]
-    assert (sum(shape.numel() for shape in shapes), len(shapes)) == SIZES[name]
+def test_full_size_networks_have_the_published_parameters(name):
+    """Their number; with the published lists beside the repository, both layouts' keys and shapes.
 
-
-@pytest.mark.skipif(not KEYS.is_dir(), reason="no lists of published keys beside the repo")
-@pytest.mark.parametrize("name", SIZES)
-def test_full_size_networks_have_the_published_keys_and_shapes_in_both_layouts(name):
+    A renaming that forgets a layer, or one of another layer, has other keys.
+    """
+    net = empty_network(name)
+    ours = {key: tuple(p.shape) for key, p in net.named_parameters()}
+    assert (sum(p.numel() for p in net.parameters()), len(ours)) == SIZES[name]
+    if not KEYS.is_dir():
+        pytest.skip("no lists of published keys beside the repo")
     repository = weights.TEACHERS[name].repository.split("/")[1].removesuffix("-Diffusers").lower()
     listed = json.loads((KEYS / f"{repository}.json").read_text())
-    net = meta_network(name)
-    ours = {key: tuple(p.shape) for key, p in net.named_parameters()}
     theirs = {key: tuple(shape) for key, (_, shape) in listed["keys"].items()}
     assert {net.diffusers_name(key): shape for key, shape in ours.items()} == theirs
     assert ours == {name or key: theirs[key] for key, (name, _) in listed["keys"].items()}
 
 
-def test_a_renaming_that_forgets_norm3_is_refused(tmp_path, monkeypatch):
-    """Negative control: diffusers calls it norm2."""
-    save(tmp_path, tiny(), "diffusers")
-    weights.load(tmp_path)
-    kept = tuple(pair for pair in wan.RENAMED if pair[0] != "norm3")
-    monkeypatch.setattr(wan, "RENAMED", kept)
-    with pytest.raises(UserError, match="norm2"):
-        weights.load(tmp_path)
-
-
 # -- loading -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("files", [1, 3])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout,files", [("original", 1), ("diffusers", 3)])
 def test_both_layouts_give_the_same_network_whole_or_in_shards(tmp_path, layout, files):
     net = weights.load(save(tmp_path, tiny(), layout, files), torch.float32)
     assert is_same(net, tiny()) and not net.training
@@ -159,11 +143,12 @@ def test_two_branches_come_high_noise_first_with_their_boundary(tmp_path, names)
 # -- LoRA ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("teacher", ["wan22-tiny", "qwen-image-tiny"])
+@pytest.mark.parametrize(
+    "teacher,form", [("qwen-image-tiny", "kohya"), *[("wan22-tiny", form) for form in FORMS]]
+)
 def test_every_form_of_lora_is_read_with_its_alpha(tmp_path, teacher, form):
     """The factors of each layer, to the bit."""
-    net = weights.build(*weights.TEACHERS[teacher][:2], torch.float32)
+    net = empty_network(teacher)
     scale = write_lora(tmp_path / "x.safetensors", form, net)
     factors, rest = read_lora(net, tmp_path / "x.safetensors")
     assert not rest and factors.keys() == lora.adapted_layers(net).keys()
@@ -173,11 +158,17 @@ def test_every_form_of_lora_is_read_with_its_alpha(tmp_path, teacher, form):
         assert torch.equal(up, normal(up.shape, 0, name, "up") / 3)
 
 
+def empty_network(teacher="wan22-tiny"):
+    """A network on the meta device."""
+    return weights.build(*weights.TEACHERS[teacher][:2], torch.float32)
+
+
 def read_lora(net, path):
     """Factors by layer, and the rest, of a LoRA file."""
     return lora.split_changes(weights.read_loras(net, [(path, 1.0)]), net)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not find_spec("peft"), reason="models/requirements.txt")
 def test_the_file_of_peft_and_diffusers_mixes_two_names_and_is_read(tmp_path):
     """As LightX2V's trainer saves it: PEFT's tensors, converted to diffusers' old names."""
@@ -194,7 +185,7 @@ def test_the_file_of_peft_and_diffusers_mixes_two_names_and_is_read(tmp_path):
     names = ["transformer." + name for name in mixed]
     assert any(".lora.down." in name for name in names) and any(".lora_A." in x for x in names)
     diffusers.WanPipeline.save_lora_weights(tmp_path, transformer_lora_layers=mixed)
-    net = weights.build(*weights.TEACHERS["wan22-tiny"][:2], torch.float32)
+    net = empty_network()
     factors, rest = read_lora(net, tmp_path / "pytorch_lora_weights.safetensors")
     assert not rest and len(factors) == 20
     for name, (up, down, scale) in factors.items():
@@ -217,8 +208,7 @@ BY_TENSOR = {"blocks.0.self_attn.q.alpha": torch.tensor(16.0)}
         ({}, {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 16})}, {}, 8),
         ({}, {}, PEFT, 8),
         ({}, {}, PEFT | {"r": 4, "rank_pattern": {"q": 2}, "init_lora_weights": True}, 8),
-        (BY_TENSOR, {"ss_network_alpha": "16"}, PEFT, 8),
-        (BY_TENSOR, {"ss_network_alpha": "Dynamic", "ss_network_dim": "Dynamic"}, {}, 8),
+        (BY_TENSOR, {"ss_network_alpha": "Dynamic", "ss_network_dim": "Dynamic"}, PEFT, 8),
         (BY_TENSOR, {"lora_alpha": "2"}, {}, "16 in its tensor, 2 in metadata"),
         (BY_TENSOR, {"lora_alpha": "8"}, PEFT, "the alphas 8.0 and 16.0"),
         ({}, {}, PEFT | {"r": 4}, "rank 4 named beside factors of rank 2"),
@@ -235,7 +225,7 @@ def test_the_alpha_is_found_wherever_it_stands(
     tmp_path, capsys, tensors, metadata, config, expected
 ):
     """The scale is printed. Two that differ are refused, as are other rules than alpha / rank."""
-    net = weights.build(*weights.TEACHERS["wan22-tiny"][:2], torch.float32)
+    net = empty_network()
     file = tmp_path / "adapter_model.safetensors"
     save_file(some_factors(net, "blocks.0.self_attn.q".__eq__, **tensors), file, metadata)
     if config:
@@ -274,12 +264,8 @@ def test_a_lora_computes_as_an_adapter_what_it_does_merged(tmp_path):
         (("low_noise_model", "high_noise_model"), [1], [0]),
         (("a", "b"), [0], [1]),
         (("model", "HIGH"), [1], [0]),
-        (("mineLowNoise", "HighNoise"), [1], [0]),
         (("WanT2VLow", "myHighLora"), [1], [0]),
         (("wan_LN", "wan_hn_v2"), [1], [0]),
-        (("high.noise", "low.noise"), [0], [1]),
-        (("myHighRes",), [0], [0]),
-        (("runs/wan-low/adapter_model", "runs/wan-high/adapter_model"), [1], [0]),
         (("low_rank_high_noise", "b"), [0], [1]),
         (("FLOW", "slow_motion"), [0], [1]),
         (("my_low", "my_low"), [0], [1]),  # one file for both
@@ -287,7 +273,6 @@ def test_a_lora_computes_as_an_adapter_what_it_does_merged(tmp_path):
         (("style",), [0], [0]),
         (("a_high", "a_low", "b_low", "style"), [0, 3], [1, 2, 3]),
         (("low/model", "high_noise_model/model"), [1], [0]),  # by folder
-        (("low_rank/a", "low_rank/b"), [0], [1]),
     ],
 )
 def test_loras_are_told_apart_by_whole_words_only(names, high, low):
@@ -344,28 +329,6 @@ def some_factors(net, keep=lambda name: True, prefix="", infix="", **others):
     return tensors | others
 
 
-def test_a_layer_that_a_lora_leaves_out_does_not_change(tmp_path):
-    """It equals zeros for this layer, to the bit, and nothing is merged into a bf16 base."""
-    net = weights.random_network("wan22-tiny")
-    tensors = some_factors(net)
-    absent = [name for name in tensors if "ffn.2" in name]
-    zeros = tensors | {name: 0 * tensors[name] for name in absent}
-    less = {name: x for name, x in tensors.items() if name not in absent}
-    x, c, t = normal((1, 16, 1, 4, 4), "x"), {"text": normal((1, 5, 64), "c")}, torch.tensor([0.7])
-    v = {}
-    for name, kept in (("zeros", zeros), ("less", less)):
-        save_file(kept, tmp_path / "x.safetensors")
-        changes = weights.read_loras(net, [(tmp_path / "x.safetensors", 1.0)])
-        factors, rest = lora.split_changes(changes, net)
-        assert not rest
-        lora.attach(net, name, factors)
-        with torch.no_grad():
-            v[name] = net(x, t, c, adapter=name)
-    assert torch.equal(v["zeros"], v["less"])
-    with torch.no_grad():
-        assert not torch.equal(net(x, t, c), v["less"])
-
-
 @pytest.mark.parametrize(
     "prefix,infix",
     [
@@ -379,7 +342,7 @@ def test_a_layer_that_a_lora_leaves_out_does_not_change(tmp_path):
 )
 def test_what_trainers_put_around_names_is_removed(tmp_path, prefix, infix):
     """From LoRA files and from weights."""
-    net = weights.random_network("wan22-tiny", torch.float32)
+    net = weights.random_network("wan22-tiny")
     save_file(some_factors(net, prefix=prefix, infix=infix), tmp_path / "x.safetensors")
     assert len(weights.read_loras(net, [(tmp_path / "x.safetensors", 1.0)])) == 20
     tensors = {prefix + name: p for name, p in net.named_parameters()}
@@ -390,7 +353,7 @@ def test_what_trainers_put_around_names_is_removed(tmp_path, prefix, infix):
 
 def test_strengths_and_several_files_add_up(tmp_path):
     """0.5 a + 2 b, as factors of rank 4 and as merged weights, of a whole diff, too."""
-    net, files = weights.random_network("wan22-tiny", torch.float32), []
+    net, files = empty_network(), []
     key = "blocks.0.self_attn.q"
     for i, strength in enumerate((0.5, 2.0)):
         tensors = some_factors(net, **{f"{key}.diff_b": torch.ones(128)})
@@ -407,63 +370,49 @@ def test_strengths_and_several_files_add_up(tmp_path):
     assert len(lora.split_changes(both, net)[0][key].down) == 4
 
 
-@pytest.mark.parametrize(
-    "extra,expected",
-    [
-        ("blocks.0.self_attn.q.lokr_w1", "a LoKr"),
-        ("blocks.0.self_attn.q.hada_w1_a", "a LoHa"),
-        ("blocks.0.self_attn.q.dora_scale", "a DoRA"),
-        ("blocks.0.self_attn.q.lora_magnitude_vector.default.weight", "a DoRA"),
-        ("blocks.0.self_attn.q.lora_B.bias", "a LoRA with a bias"),
-        ("blocks.0.self_attn.nothing.lora_A.weight", "nothing.lora_A.weight is not known"),
-        ("vace_blocks.0.self_attn.q.lora_A.weight", "vace_blocks.* is not known"),
-        ("blocks.0.self_attn.q.lora_mid.weight", "lora_mid.weight is not known"),
-        ("transformer_2.blocks.0.self_attn.q.lora_A.weight", "one LoRA per file"),
-        ("blocks.0.self_attn.q.diff_b", "NaN or infinity"),
-    ],
-)
-def test_other_kinds_of_adapters_are_named(tmp_path, extra, expected):
-    net = weights.random_network("wan22-tiny", torch.float32)
-    save_file(
-        some_factors(net, **{extra: torch.full((128,), torch.nan)}), tmp_path / "x.safetensors"
-    )
-    with pytest.raises(UserError, match=expected):
-        weights.read_loras(net, [(tmp_path / "x.safetensors", 1.0)])
+KEY = "blocks.0.self_attn.q"
+NOT_LORA = {  # tensors: part of the error
+    f"{KEY}.lokr_w1": "a LoKr",
+    f"{KEY}.hada_w1_a": "a LoHa",
+    f"{KEY}.dora_scale": "a DoRA",
+    f"{KEY}.lora_magnitude_vector.default.weight": "a DoRA",
+    f"{KEY}.lora_B.bias": "a LoRA with a bias",
+    "blocks.0.self_attn.nothing.lora_A.weight": "nothing.lora_A.weight is not known",
+    "vace_blocks.0.self_attn.q.lora_A.weight": r"vace_blocks.* is not known",
+    f"{KEY}.lora_mid.weight": "lora_mid.weight is not known",
+    f"transformer_2.{KEY}.lora_A.weight": "one LoRA per file",
+    f"{KEY}.diff_b": "NaN or infinity",
+}
 
 
-@pytest.mark.parametrize(
-    "tensors,expected",
-    [
-        ({"blocks.0.self_attn.q.lora_A.weight": torch.ones(2, 128).char()}, "quantised"),
-        ({}, "contains no LoRA"),
-        ({"img_emb.proj.1.diff_b": torch.ones(4)}, "contains no LoRA"),
-    ],
-)
-def test_a_lora_without_a_float_for_this_network_is_refused(tmp_path, tensors, expected):
-    save_file(tensors, tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match=expected):
-        weights.read_loras(weights.random_network("wan22-tiny"), [(tmp_path / "x.safetensors", 1)])
+@pytest.mark.parametrize("name", NOT_LORA)
+def test_other_kinds_of_adapters_are_named(tmp_path, name):
+    net, file = empty_network(), tmp_path / "x.safetensors"
+    save_file(some_factors(net, **{name: torch.full((128,), torch.nan)}), file)
+    with pytest.raises(UserError, match=NOT_LORA[name]):
+        weights.read_loras(net, [(file, 1.0)])
+
+
+def test_a_lora_without_a_float_for_this_network_is_refused(tmp_path):
+    quantised = {f"{KEY}.lora_A.weight": torch.ones(2, 128).char()}
+    for tensors, expected in ((quantised, "quantised"), ({}, "contains no LoRA")):
+        save_file(tensors, tmp_path / "x.safetensors")
+        with pytest.raises(UserError, match=expected):
+            weights.read_loras(empty_network(), [(tmp_path / "x.safetensors", 1.0)])
 
 
 def test_the_image_branch_of_wan21_is_left_out(tmp_path, capsys):
     """With one line that says so; the other layers change."""
-    net = weights.random_network("wan22-i2v-tiny", torch.float32)
-    image = {"blocks.0.cross_attn.k_img.lora_A.weight": torch.ones(2, 128)}
-    image |= {"img_emb.proj.1.diff_b": torch.ones(4), "blocks.1.cross_attn.norm_k_img.diff": image}
-    image["blocks.1.cross_attn.norm_k_img.diff"] = torch.ones(128)
+    net = empty_network("wan22-i2v-tiny")
+    image = {
+        "blocks.0.cross_attn.k_img.lora_A.weight": torch.ones(2, 128),
+        "blocks.1.cross_attn.norm_k_img.diff": torch.ones(128),
+        "img_emb.proj.1.diff_b": torch.ones(4),
+    }
     save_file(some_factors(net, **image), tmp_path / "x.safetensors")
     for _ in range(2):
         assert len(weights.read_loras(net, [(tmp_path / "x.safetensors", 1.0)])) == 20
     assert capsys.readouterr().out.count("3 tensors of Wan2.1's image branch") == 1
-
-
-def test_a_lora_may_change_whole_weights_and_biases(tmp_path):
-    base, key = save(tmp_path / "base", tiny()), "blocks.0.ffn.0"
-    tensors = {f"{key}.diff_b": torch.ones(96), f"{key}.diff": torch.ones(96, 64)}
-    save_file(tensors, tmp_path / "lora.safetensors")
-    net = weights.load(base, torch.float32, loras=[(tmp_path / "lora.safetensors", 1.0)])
-    assert torch.equal(net.blocks[0].ffn[0].weight, tiny()[f"{key}.weight"] + 1)
-    assert torch.equal(net.blocks[0].ffn[0].bias, tiny()[f"{key}.bias"] + 1)
 
 
 # -- what can be wrong ---------------------------------------------------------------------------
@@ -504,8 +453,6 @@ def test_a_damaged_folder_is_refused_in_one_line_that_names_it(tmp_path, damage,
     "name,content,expected",
     [
         ("a-Q4_K_M.gguf", b"GGUF\3", "quantised .GGUF."),
-        ("nameless", b"GGUF\3", "quantised .GGUF."),
-        ("model.pt", b"PK\3\4", "a pickle, which is never opened"),
         ("nameless", b"PK\3\4", "a pickle, which is never opened"),
         ("pytorch_model.bin", b"\x80\2", "a pickle, which is never opened"),
     ],
@@ -516,7 +463,7 @@ def test_other_formats_are_named_and_hidden_files_never_looked_at(
     """As a file, as a LoRA, and alone in a folder."""
     (tmp_path / name).write_bytes(content)
     (tmp_path / "._hidden.safetensors").write_bytes(b"macOS")
-    net = weights.random_network("wan21-tiny")
+    net = empty_network("wan21-tiny")
     for read in (weights.load, lambda file: weights.read_loras(net, [(file, 1.0)])):
         with pytest.raises(UserError, match=expected) as error:
             read(tmp_path / name)
@@ -554,16 +501,12 @@ def test_folders_beside_a_single_file_are_found(tmp_path, monkeypatch):
     "name,key,value",
     [
         ("config.json", "num_layers", 10**40),
-        ("config.json", "num_heads", "x"),
         ("config.json", "dim", [[1]]),
         ("config.json", "num_heads", 0),
-        ("config.json", "num_heads", -2),
         ("config.json", "text_len", None),
-        ("config.json", "eps", "x"),
         ("config.json", "eps", -1.0),
         ("config.json", "_class_name", ["WanModel"]),
         ("diffusion_pytorch_model.safetensors.index.json", "weight_map", ["a"]),
-        ("diffusion_pytorch_model.safetensors.index.json", "weight_map", {"a": 1, "b": "x"}),
         ("diffusion_pytorch_model.safetensors.index.json", "weight_map", {"a": "../../x"}),
     ],
 )
@@ -580,7 +523,6 @@ def test_json_of_other_types_is_refused_in_one_line(tmp_path, name, key, value):
     "teacher,kind,other",
     [
         ("qwen-image-tiny", "QwenImagePipeline", "QwenImageEditPlusPipeline"),
-        ("qwen-image-tiny", "QwenImagePipeline", "QwenImageLayeredPipeline"),
         ("wan21-tiny", "WanPipeline", "WanVACEPipeline"),
         ("wan22-i2v-tiny", "WanImageToVideoPipeline", "WanPipeline"),
     ],
@@ -600,27 +542,14 @@ def test_another_model_of_the_same_classes_is_refused(tmp_path, teacher, kind, o
     assert weights.branch_paths(teacher, *parts)[0] == parts
 
 
-def test_a_lora_of_another_network_is_refused(tmp_path):
-    """A tensor that fits no layer is not silently skipped."""
-    save_file({"blocks.9.ffn.0.diff": torch.ones(96, 64)}, tmp_path / "lora.safetensors")
-    with pytest.raises(UserError, match="blocks.9.ffn.0.diff is not known"):
-        weights.load(save(tmp_path / "w", tiny()), loras=[(tmp_path / "lora.safetensors", 1.0)])
-
-
-def test_a_folder_that_is_not_there_says_how_to_get_it(tmp_path):
-    hint = "get it: hf download Wan-AI/Wan2.2-T2V-A14B-Diffusers --local-dir"
-    with pytest.raises(UserError, match=hint):
-        weights.branch_paths("wan22", tmp_path / "nowhere")
-
-
 def test_the_command_counts_a_whole_download_and_refuses_another(tmp_path, capsys):
     folder = save(tmp_path / "w", tiny(), files=3)
     number = sum(x.numel() for x in tiny().values())
     assert weights.main(["--teacher", "wan21-tiny", "--weights", str(folder)]) == 0
     assert f"{number:,} parameters, {len(tiny())} tensors, 3 files, F32" in capsys.readouterr().out
-    line = [sys.executable, "-m", "models.weights", "--teacher", "wan21", "--weights", folder]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and not done.stdout
+    assert weights.main(["--teacher", "wan21", "--weights", str(folder)]) == 2
+    printed = capsys.readouterr()
+    assert printed.err.count("\n") == 1 and not printed.out
 
 
 # -- memory --------------------------------------------------------------------------------------
