@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from students import train_student
 
 import train
 from models import media, plan
@@ -11,6 +12,7 @@ from toy import toy2d
 
 torch.set_num_threads(1)  # tests of small networks: a second thread only waits
 FIT = toy2d.fit_start  # some tests replace it
+SMALL_TEACHERS = "test_teachers", "test_sample", "test_export", "test_encoders", "test_fuzz"
 
 
 @pytest.fixture(scope="session")
@@ -27,11 +29,26 @@ def start():
     return fit
 
 
+@pytest.fixture(scope="session")
+def runs(tmp_path_factory):
+    """runs(teacher, *flags): the folder of a finished student, trained once for all files."""
+    folders = {}
+
+    def make(teacher, *flags):
+        if (teacher, flags) not in folders:
+            out = tmp_path_factory.mktemp("run") / teacher
+            always = "--dtype float32 --sample-every 1 --size 1x32x32".split()
+            folders[teacher, flags] = train_student(out, teacher, *always, *flags)
+        return folders[teacher, flags]
+
+    return make
+
+
 @pytest.fixture(autouse=True)
 def no_pictures(request, monkeypatch):
     """Runs of small teachers draw nothing and count no FLOPs: it takes longer than training."""
-    if request.module.__name__ in ("test_teachers", "test_sample", "test_export"):
-        monkeypatch.setattr(media, "sheet", lambda *_: b"\x89PNG")
+    if request.module.__name__ in SMALL_TEACHERS:
+        monkeypatch.setattr(media, "contact_sheet", lambda *_: b"\x89PNG")
         monkeypatch.setattr(media, "curves", lambda log: b"curves")
         monkeypatch.setattr(plan, "step_flops", lambda *_: (1.0, 1.0))
 

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from models.common import UserError
 from toy import claims
 from toy.claims import DMD2, PHASED, Job, Part, decide, interval, part_verdict
 from toy.mixtures import TOYS
@@ -98,7 +97,7 @@ def test_distances_by_class_see_a_swap_that_all_samples_together_do_not():
     assert abs(claims.compare(x, swapped, None)[0]) < 0.01
 
 
-@pytest.mark.parametrize("planted, word", [(0, "unclear"), (1, "holds"), (-1, "does not hold")])
+@pytest.mark.parametrize("planted, word", [(0, "unclear"), (-1, "does not hold")])
 def test_the_command_on_random_metrics_finds_only_what_is_planted(
     planted, word, monkeypatch, capsys, tmp_path
 ):
@@ -126,19 +125,6 @@ def test_a_run_has_every_metric_that_the_claims_compare():
     assert metrics["depth 2"] == metrics["energy"] != metrics["depth 1"]  # what users draw
 
 
-@pytest.mark.slow  # 123 trainings
-def test_a_method_does_not_differ_from_itself_and_a_planted_difference_is_found():
-    """One-step DMD under other seeds, three a side, 20 times; then with a rate that is too low."""
-    job = lambda i, lr: Job("ring", "DMD, 1 step", i, lr, 40)
-    energies = lambda seeds, lr=1e-3: [claims.run_toy(job(i, lr))["energy"] for i in seeds]
-    energy, slow = energies(range(120)), energies(range(3), 1e-5)
-    same = [a - b for a, b in zip(energy[:60], energy[60:])]
-    verdicts = [verdict([Part("", same[i : i + 3], claims.ENERGY)]) for i in range(0, 60, 3)]
-    planted = Part("", [a - b for a, b in zip(slow, energy)], claims.ENERGY)
-    print(f"identical methods: unclear in {verdicts.count('unclear')} of 20; planted{planted}")
-    assert verdicts.count("unclear") >= 18 and verdict([planted]) == "holds"
-
-
 @pytest.mark.slow  # starts processes
 def test_existing_runs_are_not_repeated_and_lost_ones_are_to_the_bit(tmp_path):
     args = SimpleNamespace(out=tmp_path)
@@ -162,15 +148,6 @@ def test_each_table_has_its_seeds_and_each_run_a_file(flag, seeds, scale, monkey
         of_table = [job for job in jobs if job.table == table]
         if of_table or (table == "digits") == (flag == "--digits"):
             assert len(of_table) == min(seeds, most) * len(methods)
-
-
-def test_a_run_that_diverges_says_which_it_is(monkeypatch, tmp_path):
-    def diverge(job):
-        raise UserError("the loss is not finite")
-
-    monkeypatch.setattr(claims, "run_toy", diverge)
-    with pytest.raises(UserError, match="ring_DMD2_0_0.001_1: the loss is not finite"):
-        claims.run_job(Job("ring", "DMD2", 0, 1e-3), tmp_path)
 
 
 @pytest.mark.slow  # draws 150,000 digits

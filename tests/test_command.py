@@ -10,8 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 import sample
 import train
@@ -22,7 +20,7 @@ ROOT = Path(__file__).parent.parent
 QUICK = "--iters 2 --warmup 1 --batch 8 --fake-updates 1 --eval-samples 50".split()
 
 
-DRAW_PICTURE = toy2d.draw_picture
+DRAW_PICTURE, FIT = toy2d.draw_picture, toy2d.fit_start
 
 
 @pytest.fixture(autouse=True)
@@ -82,36 +80,6 @@ def test_a_finished_run_prints_its_metrics_again(finished, capsys):
     assert tree(finished) == before
 
 
-def test_previews_of_the_last_phase_have_an_energy(tmp_path):
-    """Those of earlier phases end in noisy samples and have energy_phases alone."""
-    assert train.main([*QUICK, "--sample-every", "1", "--out", str(tmp_path / "run")]) == 0
-    rows = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
-    previews = [row for row in rows if row["role"] == "preview"]
-    assert [(row["phase"], "energy" in row) for row in previews] == 2 * [(1, False)] + 2 * [
-        (2, True)
-    ]
-
-
-def test_a_resumed_run_says_what_differs_in_its_environment(finished, capsys):
-    """Nothing in the same environment; the version of torch where it was another."""
-    for version in ("same", "1.0"):
-        (finished / "metrics.json").unlink(missing_ok=True)
-        config = json.loads((finished / "config.json").read_text())
-        config["environment"] |= {"torch": version} if version == "1.0" else {}
-        (finished / "config.json").write_text(json.dumps(config))
-        capsys.readouterr()
-        assert train.main(["--resume", "--out", str(finished)]) == 0
-        printed = capsys.readouterr().out
-        assert ("note: torch was 1.0 when the run began" in printed) == (version == "1.0")
-
-
-def test_overwrite_replaces_a_run_and_touches_nothing_else(finished):
-    (finished / "notes.txt").write_text("mine")
-    assert train.main([*QUICK, "--seed", "5", "--overwrite", "--out", str(finished)]) == 0
-    assert json.loads((finished / "config.json").read_text())["settings"]["seed"] == 5
-    assert (finished / "notes.txt").read_text() == "mine"
-
-
 def test_a_dry_run_prints_the_phases_and_writes_nothing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert train.main(["--dry-run", "--phases", "4", "--fake-rollout", "per-depth"]) == 0
@@ -133,10 +101,8 @@ def test_help_has_every_setting_and_the_defaults_of_the_chosen_teacher(capsys):
 WRONG = {
     "--teacher wan99": "expected one of toy2d, mnist",
     "--phases 3": "a divisor of --steps 4 [1, 2, 4], got 3",
-    "--phases 0": "--phases: expected at least 1, got 0",
     "--steps 4.5": "--steps: expected",
     "--lr nan": "finite",
-    "--lr 0": "more than 0",
     "--shift 1e17": "at most 100",
     "--guidance 2": "--classes on",
     "--fix-t 0.3": "where phase 1 ends",
@@ -146,10 +112,8 @@ WRONG = {
     "--resume --overwrite": "one of them",
     "--processes 8": "--dry-run",
     "--device tpu": "--device: expected",
-    "--toy rings": "--toy: expected",
     "--points nowhere.csv": "No such file",
     "--generator lora": "toy2d",
-    "--nonsense": "unrecognized",
     "--resum": "unrecognized",
 }
 
@@ -180,41 +144,6 @@ def test_a_folder_that_cannot_take_a_run_is_left_as_it_is(finished, tmp_path, ca
 def state_file(out: Path) -> str:
     [file] = out.glob("state/*.safetensors")
     return f"state/{file.name}"
-
-
-@pytest.mark.parametrize("name", ["config.json", "state/state.json", "state", "start.safetensors"])
-def test_a_file_cut_in_half_is_named(finished, capsys, name):
-    (finished / "metrics.json").unlink()
-    name = state_file(finished) if name == "state" else name
-    content = (finished / name).read_bytes()
-    (finished / name).write_bytes(content[: len(content) // 2])
-    capsys.readouterr()
-    assert train.main(["--resume", "--out", str(finished)]) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and name in error
-
-
-def test_tensors_and_settings_of_the_wrong_shape_are_refused_in_one_line(finished, capsys):
-    """A start network of another width, moments without rows, {} where a list belongs."""
-    (finished / "metrics.json").unlink()
-    config, start = finished / "config.json", finished / "start.safetensors"
-    state = finished / state_file(finished)
-
-    for file, change in ((start, "first"), (state, "second"), (config, '"weights": {}')):
-        content = file.read_bytes()
-        if file is config:
-            file.write_bytes(content.replace(b'"weights": []', change.encode()))
-        else:
-            with safe_open(file, "pt") as opened:
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}
-                metadata = opened.metadata()
-            name = next(name for name in tensors if change in name)
-            save_file(tensors | {name: tensors[name][:0]}, file, metadata)
-        assert file.read_bytes() != content
-        error = refusal(capsys, ["--resume", "--out", finished])
-        assert file.name in error or "state" in error or "--weights" in error
-        file.write_bytes(content)
-    assert train.main(["--resume", "--out", str(finished)]) == 0
 
 
 def test_files_of_another_run_or_kind_are_refused(finished, tmp_path, capsys):
@@ -265,6 +194,7 @@ def test_points_run_in_their_own_unit_and_are_watched_for_changes(tmp_path, caps
     assert "changed" in refusal(capsys, flags)
 
 
+@pytest.mark.slow
 def test_a_closed_pipe_is_not_a_traceback():
     """train.py | head."""
     line = [sys.executable, "train.py", "--dry-run"]
@@ -274,10 +204,11 @@ def test_a_closed_pipe_is_not_a_traceback():
 
 
 @pytest.mark.slow
-def test_the_default_run_does_what_the_readme_says(tmp_path):
+def test_the_default_run_does_what_the_readme_says(tmp_path, monkeypatch):
     """Seed 0: energy at most 0.006, at least 7.9 of 8 modes, precision at least 0.85."""
     out = tmp_path / "run"
-    subprocess.run([sys.executable, "train.py", "--out", str(out)], cwd=ROOT, check=True)
+    monkeypatch.setattr(toy2d, "fit_start", FIT)
+    assert train.main(["--out", str(out)]) == 0
     metrics = json.loads((out / "metrics.json").read_text())
     assert metrics["energy"] <= 0.006 < 2 * metrics["energy_teacher_same_steps"]
     assert metrics["modes"] >= 7.9 and metrics["precision"] >= 0.85
@@ -320,18 +251,3 @@ def test_a_checkpoint_is_written_by_time_as_well(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "SAVE_SECONDS", -1)
     assert train.main([*flags, "--out", str(tmp_path / "b")]) == 0
     assert {(1, 1), (1, 2), (2, 1), (2, 2)} <= set(saved)
-
-
-def test_a_gpu_has_segments_that_grow_unless_the_user_says_otherwise(monkeypatch):
-    name = "PYTORCH_ALLOC_CONF"
-    monkeypatch.setattr(common.torch.cuda, "is_available", lambda: True)
-    for key, value, expected in (
-        (name, None, "expandable_segments:True"),
-        (name, "backend:native", "backend:native"),
-        ("PYTORCH_CUDA_ALLOC_CONF", "backend:native", None),
-    ):
-        with monkeypatch.context() as patch:
-            patch.setattr(common.os, "environ", {key: value} if value else {})
-            assert common.pick_device("auto", "auto") == "cuda"
-            assert common.os.environ.get(name) == expected
-            assert common.pick_device("cpu", "auto") == "cpu"

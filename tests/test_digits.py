@@ -1,8 +1,6 @@
 """Claims about the digits: exact pixels, a good teacher and classifier, exact metrics, runs."""
 
-import gzip
 import json
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +10,7 @@ from safetensors.torch import load_file
 import sample
 import train
 from models import encoders
-from models.common import UserError, file_digest, from_json, normal, stream
+from models.common import file_digest, from_json, normal, stream
 from models.metrics import frechet
 from moe import student_nets
 from phases import step_times
@@ -79,18 +77,6 @@ def test_the_prompts_are_the_conditions_of_the_ten_classes():
     assert shape == digits.SHAPE and set(c["text"].argmax(2).flatten().tolist()) == set(range(10))
 
 
-def test_idx_files_are_read_and_a_truncated_one_is_an_error(tmp_path):
-    contents = {"images-idx3": random_pixels(3), "labels-idx1": torch.tensor([3, 1, 4]).byte()}
-    for name, x in contents.items():
-        header = bytes([0, 0, 8, x.ndim]) + b"".join(n.to_bytes(4, "big") for n in x.shape)
-        content = gzip.compress(header + x.numpy().tobytes())
-        (tmp_path / f"t10k-{name}-ubyte.gz").write_bytes(content)
-    assert all(map(torch.equal, make_digits.read_digits(tmp_path), contents.values()))
-    (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(content[:-9])
-    with pytest.raises(UserError, match="download it again"):
-        make_digits.read_digits(tmp_path)
-
-
 # -- what comes with the repository --------------------------------------------------------------
 
 
@@ -109,12 +95,12 @@ def test_the_shipped_files_are_small_good_and_those_that_were_measured():
 def test_the_classifier_sees_the_prompted_class_and_none_in_noise():
     """Controls: the teacher with the null prompt, and random bytes."""
     teacher = digits.guided_teacher(train.make_config("mnist").guidance[0])
-    unprompted = lambda x_t, t, c: teacher(x_t, t, digits.conditions(torch.full((60,), 10)))
-    z = normal((60, *digits.SHAPE), "test")
+    unprompted = lambda x_t, t, c: teacher(x_t, t, digits.conditions(torch.full((30,), 10)))
+    z = normal((30, *digits.SHAPE), "test")
     draw = lambda net: digits.to_pixels(digits.sample_teacher(net, 20, z, CPU))
     accuracies = [
-        (digits.classify(digits.load_classifier(), pixels)[1] == digits.cycle_labels(60)).sum() / 60
-        for pixels in (draw(teacher), draw(unprompted), random_pixels(60))
+        (digits.classify(digits.load_classifier(), pixels)[1] == digits.cycle_labels(30)).sum() / 30
+        for pixels in (draw(teacher), draw(unprompted), random_pixels(30))
     ]
     assert accuracies[0] >= 0.9 and max(accuracies[1:]) < 0.4
 
@@ -167,18 +153,6 @@ def test_coverage_does_not_rise_with_broken_samples():
     assert torch.pdist(broken).mean() > 2 * torch.pdist(z).mean()
 
 
-def test_the_metrics_of_the_teacher_belong_to_its_settings():
-    """They are shown for the shipped teacher with the measured guidance, shift and samples only."""
-    reference, cfg = read_shipped("reference.json"), train.make_config("mnist")
-    for steps in (4, 1):
-        metrics = digits.teacher_metrics(replace(cfg, steps=steps))
-        expected = reference["teacher"][str(steps)]["frechet"]
-        assert metrics["frechet_teacher_same_steps"] == expected
-    others = {"guidance": (3.0,), "shift": 5.0, "steps": 6, "eval_samples": 1000}
-    others |= {"weights": ("random",), "teacher_lora": ("x",)}
-    assert not any(digits.teacher_metrics(replace(cfg, **{k: x})) for k, x in others.items())
-
-
 # -- runs ----------------------------------------------------------------------------------------
 
 
@@ -202,33 +176,18 @@ def test_a_run_reports_its_own_samples(finished, monkeypatch):
     assert not torch.allclose(rows["teacher, 40 steps"], few_steps, atol=0.1)
 
 
-def test_after_phase_1_the_teacher_completes_the_samples(tmp_path):
+def test_after_phase_1_the_teacher_completes_the_samples(tmp_path, monkeypatch):
     """The untrained student is the teacher without guidance; its two steps alone are not digits."""
-    cfg = train.make_config("mnist", eval_samples=100)
+    cfg = train.make_config("mnist", eval_samples=40)
     phases = train.phases_of(cfg)
     roles = digits.PRESET.make_roles(cfg, phases, CPU, tmp_path)
     roles.student[1].start()
-    metrics, png = digits.report(cfg, phases, roles, 1, CPU, tmp_path, finished=False)
-    assert metrics["accuracy"] > 0.9 and png.startswith(b"\x89PNG")
+    monkeypatch.setattr(digits, "draw_sheet", lambda drawn: b"")
+    metrics, _ = digits.report(cfg, phases, roles, 1, CPU, tmp_path, finished=False)
+    assert metrics["accuracy"] > 0.9
 
 
 def test_the_student_of_a_run_draws(finished, capsys):
     assert sample.main(["--student", str(finished), "--n", "13", "--trajectory"]) == 0
     assert "accuracy" in capsys.readouterr().out
     assert np.load(finished / "samples" / "samples.npy").shape == (5, 13, 28, 28)
-
-
-def test_an_exported_lora_draws_the_same_digits(tmp_path):
-    """To the bit. The control is the teacher in as many steps."""
-    run, export = str(tmp_path / "run"), str(tmp_path / "export")
-    flags = "--generator lora --fake lora --rank 4 --lr 0.01".split()
-    assert train.main([*COMMAND, *flags, "--out", run]) == 0
-    assert sample.main(["--student", run, "--export", export]) == 0
-
-    def draw(*words):
-        assert sample.main([*words, "--n", "20", "--out", str(tmp_path / "samples")]) == 0
-        return np.load(tmp_path / "samples" / "samples.npy")
-
-    student, lora = draw("--student", run), draw("--teacher", "mnist", "--lora", export)
-    teacher = draw("--teacher", "mnist", "--steps", "4", "--guidance", "1")
-    assert (student == lora).all() and (student != teacher).any()

@@ -15,7 +15,7 @@ transformers = pytest.importorskip("transformers", reason="needs models/requirem
 diffusers = pytest.importorskip("diffusers", reason="needs models/requirements.txt")
 
 from PIL import Image  # noqa: E402
-from published import save_qwen_vl, save_umt5, small_vae, tokenizer_of  # noqa: E402
+from published import save_qwen_vl, save_umt5, small_vae  # noqa: E402
 from students import QUICK  # noqa: E402
 
 import sample  # noqa: E402
@@ -147,43 +147,6 @@ def test_an_interrupted_command_continues_at_the_first_missing_shard(
     assert encoders.open_embeddings(out).prompts == ["another"]
 
 
-def test_long_prompts_are_cut_and_counted(tmp_path, wan_folder, capsys):
-    """Negative control: nothing is said of the others."""
-    embed(tmp_path, wan_folder, "wan22")
-    printed = capsys.readouterr().out
-    assert "longer than 512 tokens and cut: 1, the first: 'Ein sehr langer Satz Ein" in printed
-    assert "prompts: 4, the first: 'A fox runs through snow, the camera follows.'" in printed
-    embed(tmp_path, wan_folder, "wan22", "--overwrite", prompts=["a" * 300])
-    assert capsys.readouterr().out.endswith(f"prompts: 1, the first: '{'a' * 57}...'\n")
-
-
-def test_embeddings_outlive_moved_weights_and_a_refused_overwrite(
-    tmp_path, wan_folder, monkeypatch, capsys
-):
-    """They are known by their encoder's folder. Negative control: a folder of another name."""
-    _, out = embed(tmp_path, wan_folder, "wan22", prompts=["a fox"])
-    moved, other = tmp_path / wan_folder.name, tmp_path / "other"
-    shutil.copytree(wan_folder, moved), shutil.copytree(wan_folder, other)
-    before = (out / "shard-00000.safetensors").read_bytes()
-    assert embed(tmp_path, other, "wan22", prompts=["a fox"])[0] == 2
-    assert "another encoder" in capsys.readouterr().err
-    shutil.rmtree(other / "tokenizer")
-    assert embed(tmp_path, other, "wan22", "--overwrite", prompts=["a fox"])[0] == 2
-    monkeypatch.setattr(encoders, "load_encoder", None)
-    assert embed(tmp_path, moved, "wan22", prompts=["a fox"])[0] == 0
-    assert (out / "shard-00000.safetensors").read_bytes() == before
-
-
-def test_a_tokenizer_that_does_not_fit_is_one_line(tmp_path, wan_folder, capsys):
-    """It has more tokens than the encoder."""
-    shutil.copytree(wan_folder, folder := tmp_path / "w")
-    tokenizer_of(folder / "tokenizer", None, ["<pad>", "</s>", *[f"<{i}>" for i in range(60)]])
-    status, out = embed(tmp_path, folder, "wan22", prompts=["z" * 9])
-    line = capsys.readouterr().err.splitlines()[-1]
-    assert status == 2 and "cannot read" in line and "download it again" in line
-    assert not out.exists()
-
-
 def test_a_single_file_is_as_good_as_a_folder(tmp_path):
     """Rows come from the right places; a file whose lengths disagree is an error."""
     tensors = {
@@ -273,14 +236,6 @@ def test_another_models_encoder_is_refused(wan_folder, qwen_folder):
     for teacher, folder in (("wan22", qwen_folder), ("qwen-image", wan_folder)):
         with pytest.raises(UserError, match="needs a"):
             encoders.load_encoder(teacher, folder, "cpu")
-
-
-def test_a_batch_is_padded_with_zeros_under_a_mask():
-    rows = [torch.ones(2, 3), torch.ones(4, 3)]
-    c = encoders.batch(rows)
-    assert c["text"].shape == (2, 4, 3) and c["text"][0, 2:].abs().sum() == 0
-    assert c["mask"].tolist() == [[True, True, False, False], [True] * 4]
-    assert "mask" not in encoders.batch(rows[:1])
 
 
 PROMPT_FILES = {
@@ -438,44 +393,6 @@ def test_pictures_go_to_the_nearest_size_with_their_captions(tmp_path, wan_folde
     assert encode_images(tmp_path, wan_folder, "--overwrite")[0] == 0
 
 
-@pytest.mark.parametrize("flags", [[], ["--overwrite", "--out", "folder"]])
-def test_nothing_is_left_of_pictures_that_are_interrupted_or_refused(
-    tmp_path, wan_folder, monkeypatch, flags
-):
-    """A folder as --out is refused before the work."""
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    write_pictures(tmp_path / "p")
-    (tmp_path / "folder").mkdir()
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(encoders, "encode_first_frames", interrupt)
-    assert encode_images(tmp_path, wan_folder, *flags)[0] == (2 if flags else 130)
-    assert sorted(path.name for path in tmp_path.rglob("*")) == sorted(
-        ["p", "folder", "a.png", "b.png", "c.jpg", "captions.csv"]
-    )
-
-
-FRAMES = {  # tensor, captions
-    "whole numbers": (torch.ones(1, 20, 2, 4, 6).int(), ["a"]),
-    "16 channels": (torch.ones(1, 16, 2, 4, 6), ["a"]),
-    "no picture": (torch.ones(0, 20, 2, 4, 6), []),
-    "captions as numbers": (torch.ones(1, 20, 2, 4, 6), [1]),
-    "nothing": (torch.ones(1, 20, 2, 4, 6), ["a"]),  # negative control
-}
-
-
-@pytest.mark.parametrize("damage", FRAMES)
-def test_first_frames_are_checked_when_they_are_opened(tmp_path, damage):
-    frames, captions = FRAMES[damage]
-    metadata = {"kind": "first frames", "captions": {"image.32x48": captions}}
-    write_tensors(tmp_path / "i", {"image.32x48": frames}, metadata)
-    refused = pytest.raises(UserError, match="run python -m models.encoders images")
-    with refused if damage != "nothing" else contextlib.nullcontext():
-        encoders.open_first_frames(tmp_path / "i", [])
-
-
 def test_a_picture_is_turned_as_its_exif_says(tmp_path):
     image = Image.new("RGB", (60, 40))
     exif = image.getexif()
@@ -498,15 +415,6 @@ def test_pictures_of_more_than_8_bits_are_refused(tmp_path):
     Image.new("I;16", (4, 4), 1000).save(tmp_path / "a.tif")
     with pytest.raises(UserError, match="expected 8 bits per channel"):
         encoders.read_rgb(tmp_path / "a.tif")
-
-
-def test_a_vae_whose_config_does_not_fit_is_refused(tmp_path, wan_folder):
-    """When it is loaded, not after the transformers have worked."""
-    shutil.copytree(wan_folder, tmp_path / "w")
-    path = tmp_path / "w" / "vae" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"latents_mean": [0.0] * 3}))
-    with pytest.raises(UserError, match="vae .*download it again"):
-        encoders.load_vae("wan22-i2v", tmp_path / "w", "cpu")
 
 
 @pytest.mark.parametrize(
@@ -561,20 +469,20 @@ def test_a_run_embeds_its_prompts_and_decodes_its_previews(
 ):
     """Encoder, transformers, VAE, in that order. A resumed run does not need the encoder again."""
     folder, out = tmp_path / "weights", tmp_path / "run"
-    spec = write_teacher(folder, wan_folder, "wan22-tiny", "transformer", "transformer_2")
-    monkeypatch.setitem(weights.TEACHERS, "wan22-tiny", spec._replace(repository="example/small"))
+    spec = write_teacher(folder, wan_folder, "wan21-tiny", "transformer")
+    monkeypatch.setitem(weights.TEACHERS, "wan21-tiny", spec._replace(repository="example/small"))
     (tmp_path / "p.txt").write_text("A fox\nA sign\nSnow\n")
     decoded, decode = [], encoders.decode
     monkeypatch.setattr(encoders, "decode", lambda *a: decoded.append(decode(*a)) or decoded[-1])
-    flags = f"--teacher wan22-tiny {QUICK} --size 1x48x64 --guidance 4 3 --device cpu".split()
+    flags = f"--teacher wan21-tiny {QUICK} --size 1x32x32 --device cpu".split()
     flags += ["--weights", folder, "--prompts", tmp_path / "p.txt", "--out", out]
     assert train.main([str(flag) for flag in flags]) == 0
     assert encoders.open_embeddings(out / "prompts").prompts == ["A fox", "A sign", "Snow"]
     assert "prompts: 3, the first: 'A fox'\n" in capsys.readouterr().out
-    assert decoded and all(x.shape == (1, 3, 1, 48, 64) for x in decoded)
+    assert decoded and all(x.shape == (1, 3, 1, 32, 32) for x in decoded)
     monkeypatch.setattr(encoders, "load_encoder", None)
     (out / "metrics.json").unlink()
-    resume = ["--teacher", "wan22-tiny", "--resume", "--out", str(out), "--device", "cpu"]
+    resume = ["--teacher", "wan21-tiny", "--resume", "--out", str(out), "--device", "cpu"]
     assert train.main(resume) == 0
     (tmp_path / "p.txt").write_text("Another fox\n")
     capsys.readouterr()
@@ -586,15 +494,16 @@ def test_a_prompt_becomes_a_video_by_one_command(tmp_path, wan_folder, capsys, m
     write_teacher(tmp_path / "weights", wan_folder, "wan21-tiny", "transformer")
     loads, load_encoder = [], encoders.load_encoder
     monkeypatch.setattr(encoders, "load_encoder", lambda *a: loads.append(a) or load_encoder(*a))
-    line = "--teacher wan21-tiny --n 1 --steps 2 --guidance 3 --size 5x48x64 --device cpu".split()
+    line = "--teacher wan21-tiny --n 1 --steps 2 --guidance 3 --size 5x32x32 --device cpu".split()
     line += ["--weights", tmp_path / "weights", "--out", tmp_path / "out"]
     latents = []
-    for prompt in ("A fox.", "A fox.", "A sign."):
+    for prompt in ("A fox.", "A fox."):
         assert sample.main([*map(str, line), "--prompt", prompt]) == 0
         latents.append(load_file(tmp_path / "out" / "latents.safetensors")["x"])
-    assert len(loads) == 2 and (tmp_path / "out" / "000-00.mp4").stat().st_size > 500
-    assert torch.equal(latents[0], latents[1]) and not torch.allclose(latents[1], latents[2])
+    assert len(loads) == 1 and (tmp_path / "out" / "000-00.mp4").stat().st_size > 500
+    assert torch.equal(*latents)
     (tmp_path / "p.txt").write_text("A fox.\nA sign.")
     assert sample.main([*map(str, line), "--prompts", str(tmp_path / "p.txt")]) == 0
     both = load_file(tmp_path / "out" / "latents.safetensors")["x"]
-    assert is_close(both, torch.cat(latents[1:]))  # the encoder's bf16, in a batch
+    assert is_close(both[:1], latents[0])  # the encoder's bf16, in a batch
+    assert not is_close(both[1:], latents[0])

@@ -96,15 +96,6 @@ def test_margins_keep_draws_off_both_ends_and_a_fixed_t_is_fixed():
         ph.make_phases(4, 2, fix_t=0.357)
 
 
-@pytest.mark.parametrize("fix_t,branch", [(0.95, 1), (0.875, 1), (0.7, 2)])
-def test_a_fixed_t_belongs_to_one_branch(fix_t, branch):
-    """At the boundary itself, too, where the interval has no length."""
-    (only,) = ph.make_phases(4, 1, 5, boundary_t=0.875, fix_t=fix_t)
-    assert {ph.pick_interval(only, r).branch for r in (0.0, 0.5, 0.999)} == {branch}
-    t = ph.renoise_times(ph.pick_interval(only, 0.5), torch.tensor([0.3]), 5)
-    assert t.item() == pytest.approx(fix_t, abs=1e-6)
-
-
 def test_truncation_depths_are_drawn_evenly_or_mixed_evenly():
     """Drawn: one for the batch. Mixed: every batch holds all depths, in shares that differ by 1."""
     drawn = [ph.split_batch(64, 0, 4, False, r) for r in EVEN.tolist()]

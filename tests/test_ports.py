@@ -12,10 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from einops import rearrange
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend
 
 from models import layers, lora, qwen_image, wan, weights
 from models.common import normal
@@ -107,16 +105,6 @@ def test_gradients_are_those_of_the_official_code(reference):
         assert_close(grads[name], grad, 1e-4)
 
 
-def test_attention_uses_the_first_backend_that_can(monkeypatch):
-    """Of those in BACKENDS; by itself PyTorch would choose another than the one that is left."""
-    q, mask = torch.randn(2, 8, 4, 32), torch.ones(2, 8, dtype=torch.bool)
-    names = [backend.name for backend in layers.BACKENDS]
-    assert {layers.attention_backend(q), layers.attention_backend(q, mask)} <= set(names)
-    assert layers.attention_backend(q) != "MATH"
-    monkeypatch.setattr(layers, "BACKENDS", [SDPBackend.MATH])
-    assert layers.attention_backend(q) == "MATH"
-
-
 @references
 def test_rope_sinusoid_and_norms_are_those_of_the_official_code():
     """Head dimension 128; norms of inputs so small that eps matters (control: another eps)."""
@@ -143,15 +131,6 @@ def test_rope_sinusoid_and_norms_are_those_of_the_official_code():
 # -- negative controls: mistakes made on purpose -------------------------------------------------
 
 
-def rms_per_head(x, norm):
-    heads = x.unflatten(-1, (-1, 32))
-    return F.rms_norm(heads, (32,), eps=norm.eps).flatten(-2) * norm.weight
-
-
-def rms_over_all_heads(x, norm):
-    return F.rms_norm(x, x.shape[2:]) * norm.weight
-
-
 def rotate_halves(x, rope):
     """Pairs (i, i + d / 2) instead of (2i, 2i + 1)."""
     y = torch.view_as_complex(torch.stack(x.chunk(2, -1), -1))
@@ -159,43 +138,16 @@ def rotate_halves(x, rope):
     return torch.cat([y.real, y.imag], -1)
 
 
-def wan_rope_of_other_axes(self, *size_and_device):
-    """8, 12, 12 of 32 channels per axis instead of 12, 10, 10."""
-    *size, device = size_and_device
-    return layers.rope_table(tuple(tuple(range(n)) for n in size), (8, 12, 12), device)
-
-
-def qwen_rope_from_corner(self, length, *size_and_device, rope=QwenImage.rope):
-    """Image positions from 0 instead of centred."""
-    *size, device = size_and_device
-    grid = layers.rope_table(((0,), *(tuple(range(n)) for n in size)), self.axes, device)
-    return torch.cat([rope(self, length, *size_and_device)[:length], grid])
-
-
-def channels_first(x, pattern, **sizes):
-    return rearrange(x, pattern.replace("(p q r c)", "(c p q r)"), **sizes)
-
-
-def head_of_silu(self, z, e, forward=wan.Head.forward):
-    return forward(self, z, F.silu(e))
-
-
 sinusoid_of = lambda change_time: lambda t, dim: layers.sinusoid(change_time(t), dim)
 round_to_bf16 = lambda t: (1000 * t).bfloat16().double() / 1000
 sine_first = lambda t, dim: layers.sinusoid(t, dim).roll(dim // 2, -1)
 swapped_modulate = lambda z, shift, scale, eps: layers.modulate(z, scale, shift, eps)
 MISTAKES = {
-    "wan: q and k normalized per head": (wan, "rms", rms_per_head),
     "wan: q and k not normalized": (wan, "rms", lambda x, norm: x),
     "wan: no rope": (wan, "rotate", lambda x, rope: x),
-    "wan: rope with other channels per axis": (Wan, "rope", wan_rope_of_other_axes),
     "wan: time rounded to bf16": (wan, "sinusoid", sinusoid_of(round_to_bf16)),
     "wan: time not scaled by 1000": (wan, "sinusoid", sinusoid_of(lambda t: t / 1000)),
-    "wan: channels first in the output": (wan, "rearrange", channels_first),
     "wan: text not padded": (wan.F, "pad", lambda x, sides: x),
-    "wan: silu of the embedding in the head": (wan.Head, "forward", head_of_silu),
-    "qwen: norms over all heads": (qwen_image, "rms", rms_over_all_heads),
-    "qwen: rope from the corner": (QwenImage, "rope", qwen_rope_from_corner),
     "qwen: time rounded": (qwen_image, "sinusoid", sinusoid_of(qwen_image.round_time)),
 }
 for name, module in (("wan", wan), ("qwen", qwen_image)):
@@ -228,8 +180,6 @@ def test_a_usual_mistake_is_caught(mistake, monkeypatch):
 
 # -- without references --------------------------------------------------------------------------
 
-TINY = ["wan21-tiny", "wan22-tiny", "wan22-i2v-tiny", "qwen-image-tiny"]
-
 
 def random_inputs(net: nn.Module) -> tuple[Tensor, Tensor, dict]:
     """x_t, t and c of a tiny network, batch 2."""
@@ -252,8 +202,10 @@ def with_adapters(name: str, checkpointing: bool) -> nn.Module:
     return net
 
 
-@pytest.mark.parametrize("name", TINY)
-@pytest.mark.parametrize("adapter", [None, "student"])
+@pytest.mark.parametrize(
+    "name,adapter",
+    [("wan21-tiny", None), ("wan22-i2v-tiny", "student"), ("qwen-image-tiny", "student")],
+)
 def test_checkpointing_recomputes_the_role_that_was_passed(name, adapter):
     """The gradients are the same bits, although other roles are called before backward."""
     stored, recomputed = {}, {}
@@ -301,15 +253,6 @@ def test_an_adapter_is_on_the_published_layers_and_starts_as_zero(name, layers_p
         net(*inputs, "studnet")
 
 
-def test_guidance_keeps_the_norm_of_each_token_of_qwen_image_but_not_of_wan():
-    v, null = normal((2, 16, 4, 6), "v"), normal((2, 16, 4, 6), "null")
-    plain = null + 4 * (v - null)
-    guided = pack(qwen_image.guide(v, null, 4.0))
-    assert_close(guided.norm(dim=-1), pack(v).norm(dim=-1))
-    assert_close(F.normalize(guided, dim=-1), F.normalize(pack(plain), dim=-1))
-    assert_close(wan.guide(v, null, 4.0), plain)
-
-
 # -- diffusers, with tiny random networks --------------------------------------------------------
 
 
@@ -338,7 +281,6 @@ def make_wan(folder: Path, in_channels: int = 16, out_channels: int = 16) -> tup
 @pytest.mark.parametrize(
     "channels,size,per_token",
     [
-        ((16, 16), (1, 2, 2), False),
         ((16, 16), (3, 6, 10), False),
         ((36, 16), (3, 4, 6), False),  # with a first frame
         ((48, 48), (3, 4, 6), True),  # the first latent frame is clean: t = 0 for its tokens
@@ -358,9 +300,8 @@ def test_wan_agrees_with_diffusers(tmp_path, channels, size, per_token):
     assert_far(ours(x, t.flip(0), c), v, 1e-2)
 
 
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("rows,columns", [(5, 7), (4, 6), (1, 1)])
-def test_qwen_image_agrees_with_diffusers(tmp_path, masked, rows, columns):
+@pytest.mark.parametrize("rows,columns,masked", [(5, 7, False), (4, 6, True)])
+def test_qwen_image_agrees_with_diffusers(tmp_path, rows, columns, masked):
     """Control: without the mask."""
     settings = dict(joint_attention_dim=48, axes_dims_rope=(8, 12, 12))
     theirs, ours = make_pair(tmp_path, "QwenImageTransformer2DModel", "300KB", **settings)
@@ -373,9 +314,9 @@ def test_qwen_image_agrees_with_diffusers(tmp_path, masked, rows, columns):
         assert_far(pack(ours(x, t, {"text": text})), v, 1e-3)
 
 
-@pytest.mark.parametrize("boundary", [0.875, 0.95])  # two steps and two; one and three
-def test_two_branches_make_the_steps_of_diffusers_pipeline(tmp_path, boundary):
+def test_two_branches_make_the_steps_of_diffusers_pipeline(tmp_path):
     """Four Euler steps at shift 5, every x. Control: the high-noise network alone."""
+    boundary = 0.95  # one step and three
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed")
     theirs = [make_wan(tmp_path / name)[0] for name in ("transformer", "transformer_2")]
     scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)

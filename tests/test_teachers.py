@@ -4,30 +4,27 @@ import gc
 import json
 import math
 import weakref
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from students import write_embeddings
+from students import QUICK, train_student, write_embeddings
 
 import sample
 import train
-from models import adamw, lora, parallel, plan, qwen_image, teachers, weights
+from models import lora, parallel, plan, qwen_image, teachers
 from models.common import UserError, normal, stream, write_tensors
 
 CPU = torch.device("cpu")
-TINY = ["wan21-tiny", "wan22-tiny", "wan22-i2v-tiny", "qwen-image-tiny"]
-MIX = pytest.mark.parametrize(
-    "generator,fake", [("lora", "lora"), ("lora", "full"), ("full", "full")]
-)
 FAST = dict(batch=4, micro_batch=2, fake_updates=2, lr=1e-3, fake_lr=1e-3)
 
 
 def begin(teacher="wan22-tiny", k=1, stir=True, **settings) -> train.Run:
     """Make a run at iteration 0 of phase k in float32. stir: move its adapters away from 0."""
-    cfg = train.make_config(teacher, **dict(dtype="float32", fake_updates=1) | settings)
+    size = ("32x32",) if "qwen" in teacher else ("1x32x32",)
+    usual = dict(dtype="float32", fake_updates=1, size=size)
+    cfg = train.make_config(teacher, **usual | settings)
     train.validate(cfg)
     bases = {}
     with pytest.MonkeyPatch.context() as patch:
@@ -94,11 +91,11 @@ def gradients_of(run) -> dict:
 # -- roles ---------------------------------------------------------------------------------------
 
 
-@MIX
-def test_a_phase_starts_from_the_teacher(generator, fake):
+def test_a_phase_starts_from_the_teacher():
     """Student and fakes equal it to the bit; the fake is reset in place, student1 is kept."""
-    run = begin(stir=False, generator=generator, fake=fake, dtype="bf16", guidance=(1.0,), **FAST)
-    iterate(run, 2)
+    settings = dict(generator="lora", fake="full", dtype="bf16", guidance=(1.0,))
+    run = begin(stir=False, **FAST, **settings)
+    iterate(run, 1)
     fake1 = run.roles.fakes[1, 0]
     memory = {p.data_ptr() for p in fake1.parameters.values()}
     x, teacher = inputs(run), run.roles.teacher
@@ -114,9 +111,9 @@ def test_a_phase_starts_from_the_teacher(generator, fake):
     assert memory == {p.data_ptr() for p in fake1.parameters.values()}
 
 
-@MIX
-def test_nothing_is_in_memory_twice(generator, fake):
+def test_nothing_is_in_memory_twice():
     """The parameters are two bases, each once, and the bytes that plan.py gives the roles."""
+    generator, fake = "full", "lora"
     gc.collect()
     before = {id(x) for x in gc.get_objects() if type(x) is torch.nn.Parameter}
     run = begin(k=2, generator=generator, fake=fake, dtype="bf16")
@@ -133,58 +130,31 @@ def test_nothing_is_in_memory_twice(generator, fake):
     assert len(storages) == len(new)
 
 
-@MIX
-@pytest.mark.parametrize("teacher,k", [("wan22-i2v-tiny", 1), ("qwen-image-tiny", 2)])
-def test_gradients_do_not_depend_on_checkpointing(teacher, k, generator, fake):
-    """The role is an argument of the call, so a recomputed forward uses the right adapter."""
-    settings = dict(generator=generator, fake=fake, fake_updates=4, batch=2)
-    on, off = (gradients_of(begin(teacher, k, checkpointing=x, **settings)) for x in ("on", "off"))
+def test_gradients_do_not_depend_on_checkpointing():
+    """Of blocks and of a whole step. Networks and the negative control: tests/test_ports.py."""
+    settings = dict(fake_updates=1, batch=2)
+    on, off = (gradients_of(begin(k=2, checkpointing=x, **settings)) for x in ("on", "off"))
     assert {role[:-1] for _, role, _ in on} == {"student", "fake"} and on.keys() == off.keys()
     for key, gradient in on.items():
         torch.testing.assert_close(off[key], gradient, rtol=1e-5, atol=1e-7, msg=str(key))
-
-
-def test_a_role_that_is_an_attribute_gives_wrong_gradients(monkeypatch):
-    """Negative control: with checkpointing, backward would recompute with the last role."""
-    active, linear = [None], lora.Linear.forward
-
-    def forward(self, x, adapter=None):
-        return linear(self, x, active[0] if active[0] in self.adapters else None)
-
-    def set_by_attribute(run):
-        for role in [*run.roles.teacher.values(), *trained_roles(run)]:
-            role.velocity = lambda *x, name=role.name, velocity=role.velocity: (
-                active.__setitem__(0, name) or velocity(*x)
-            )
-        return run
-
-    def student_gradient(run):
-        gradients = gradients_of(run).items()
-        return torch.cat([x.flatten() for (_, role, _), x in gradients if role == "student1"])
-
-    right = student_gradient(begin())
-    monkeypatch.setattr(lora.Linear, "forward", forward)
-    off = student_gradient(set_by_attribute(begin(checkpointing="off")))
-    run = begin(checkpointing="on")  # of blocks; that of a whole step would call the role again
-    run.cfg = replace(run.cfg, checkpointing="off")
-    on = student_gradient(set_by_attribute(run))
-    torch.testing.assert_close(off, right)  # nothing is computed again
-    assert (on - right).norm() > 0.05 * right.norm()
 
 
 # -- Wan2.2 by the paper's rules -----------------------------------------------------------------
 
 
 def test_phase_1_never_loads_the_low_noise_base_and_phase_2_does():
-    run = begin(iters=2, warmup=1, eval_samples=2)
-    run.i = -1
-    for _ in train.train(run):
-        report(run)
+    """Training, with a fake per depth, and previews. Losses and metrics are finite."""
+    settings = dict(iters=1, batch=2, micro_batch=1, eval_samples=2, lr=1e-3)
+    run = begin(stir=False, **settings, depths="mixed", fake_rollout="per-depth")
+    for rows in train.train(run):
+        assert all(math.isfinite(row.get("loss", row.get("distance"))) for row in rows)
+        metrics, picture = report(run)
         assert list(run.bases) == ([1] if run.k == 1 else [1, 2])
-    assert run.finished
+    assert run.finished and picture.startswith(b"\x89PNG")
+    assert metrics["latent_distance"] > 0 and metrics["latent_distance_teacher_same_steps"] > 0
 
 
-@pytest.mark.parametrize("teacher", TINY)
+@pytest.mark.parametrize("teacher", ["wan22-tiny", "qwen-image-tiny"])
 def test_a_phase_changes_its_student_and_its_fakes_and_nothing_else(teacher):
     """Phase 2 of Wan2.2 changes three adapters; on one base, two. Bases and student1 stay."""
 
@@ -197,19 +167,12 @@ def test_a_phase_changes_its_student_and_its_fakes_and_nothing_else(teacher):
 
     run = begin(teacher, 2, **FAST)
     before = snapshot()
-    iterate(run, 6)
+    iterate(run, 2)
     after = snapshot()
     changed = {name[0] for name in before if not torch.equal(before[name], after[name])}
     fakes = {"fake1", "fake2"} if teacher.startswith("wan22") else {"fake1"}
     assert changed == {"student2"} | fakes
     assert {name[0] for name in before} >= {"base1", "student1"}
-
-
-def test_an_update_reaches_the_fake_of_its_branch_only():
-    """Of eight updates in phase 2 some go to fake1 and some to fake2, none to both."""
-    gradients = gradients_of(begin(k=2, fake_updates=8))
-    updates = {(update, role) for update, role, _ in gradients}
-    assert updates == {(name, name) for name in ("fake1", "fake2", "student2")}
 
 
 @pytest.mark.parametrize("teacher", ["wan22-tiny", "qwen-image-tiny"])
@@ -232,90 +195,12 @@ def test_guidance_is_its_closed_form_with_the_scale_of_each_branch(teacher):
         assert (guided - (v_null + (scale + 1) * (v - v_null))).abs().max() > 0.01
 
 
-WAYS = [
-    dict(phases=1, truncate="off"),
-    dict(phases=4),
-    dict(depths="mixed", fake_rollout="per-depth"),
-]
-
-
-@pytest.mark.parametrize("settings", WAYS)
-def test_every_way_of_figure_1_distils_a_teacher_of_two_branches(settings):
-    """All phases run to their end, with finite losses and previews."""
-    quick = dict(iters=1, batch=2, micro_batch=1, fake_updates=2, eval_samples=3, lr=1e-3)
-    run = begin(stir=False, **quick, **settings)
-    for rows in train.train(run):
-        assert all(math.isfinite(row.get("loss", row.get("distance"))) for row in rows)
-    metrics, picture = report(run)
-    assert run.finished and picture.startswith(b"\x89PNG")
-    assert metrics["latent_distance"] > 0 and metrics["latent_distance_teacher_same_steps"] > 0
-
-
 @pytest.mark.parametrize("name,shift", [("wan22", 5.0), ("qwen-image", 3.0)])
 def test_shifts_and_learning_rates_are_the_papers(name, shift):
     """The learning rate follows from what a role trains: an adapter or all parameters."""
     cfg, full = train.make_config(name), train.make_config(name, fake="full")
     assert (cfg.phases, cfg.steps, cfg.shift) == (2, 4, shift)
     assert (cfg.lr, cfg.fake_lr, full.lr, full.fake_lr) == (5e-5, 5e-5, 5e-5, 4e-7)
-
-
-# -- the size of updates --------------------------------------------------------------------------
-
-LATENTS = {"16 x 1 x 60 x 104": ("480x832", 1), "16 x 4 x 8 x 8": ("64x64", 13)}
-
-
-def first_movements(monkeypatch, latents: str, kind: str) -> dict[str, float]:
-    """RMS of the first movement of each tensor of student and fake, over the rate.
-
-    In the first update of an adapter `up` moves alone: while it is 0, so is the gradient of `down`.
-    """
-    spec = weights.TEACHERS["wan21-tiny"]
-    small = spec.settings | dict(dim=48, ffn_dim=96, num_heads=2, num_layers=1)
-    monkeypatch.setitem(weights.TEACHERS, "wan21-tiny", spec._replace(settings=small))
-    size, frames = LATENTS[latents]
-    settings = dict(size=(size,), frames=frames, generator=kind, fake=kind, batch=1, micro_batch=1)
-    run, moved = begin("wan21-tiny", stir=False, **settings), {}
-    student, fake = run.roles.student[1], run.roles.fakes[1, 0]
-    for u in range(2 if kind == "lora" else 1):
-        for role, lr in ((student, run.cfg.lr), (fake, run.cfg.fake_lr)):
-            before = {name: p.detach().clone() for name, p in role.parameters.items()}
-            if role is student:
-                row = train.update_student(run, u)
-            else:
-                row = train.update_fake(run, u, train.simulate(run, u))
-            steps = {name: (p.detach() - before[name]) / lr for name, p in role.parameters.items()}
-            for name, x in steps.items():
-                if name.endswith(".down") == (u == 1):
-                    moved[f"{role.name}/{name}"] = x.square().mean().sqrt().item()
-            rms = torch.cat([x.flatten() for x in steps.values()]).square().mean().sqrt()
-            assert row["update_rms"] == pytest.approx(rms.item(), rel=0.05)  # of p, rounded
-    return moved
-
-
-def is_near_rate(moved: dict[str, float]) -> bool:
-    """Return whether every tensor moved by the rate, within a factor of 3."""
-    low, high = min(moved.values()), max(moved.values())
-    print(f"movements over the rate: {low:.3g} to {high:.3g}")
-    return 1 / 3 < low and high < 3
-
-
-@pytest.mark.parametrize("kind", ["lora", "full"])
-@pytest.mark.parametrize("latents", LATENTS)
-def test_an_update_has_the_size_of_the_rate(monkeypatch, latents, kind):
-    """For every tensor, however many elements a sample has: gradients shrink with their number."""
-    assert is_near_rate(first_movements(monkeypatch, latents, kind))
-
-
-@pytest.mark.parametrize("latents", LATENTS)
-def test_with_the_usual_eps_an_adapter_hardly_moves(monkeypatch, capsys, latents):
-    """Negative control of the test above; an eps that stops a role is told once, in one line."""
-    lora.note.cache_clear()
-    monkeypatch.setattr(adamw, "EPS", 1e-8)
-    assert not is_near_rate(first_movements(monkeypatch, latents, "lora"))
-    monkeypatch.setattr(adamw, "EPS", 1e3)
-    assert max(first_movements(monkeypatch, latents, "lora").values()) < 0.1
-    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note:")]
-    assert sorted(line.split()[5] for line in lines) == ["fake1", "student1"]
 
 
 # -- int8 bases and buckets ----------------------------------------------------------------------
@@ -346,9 +231,9 @@ def test_an_int8_base_is_the_base_within_half_a_step_of_its_rows():
         torch.testing.assert_close(v, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_int8_base_is_never_kept_in_another_dtype_for_backward(dtype):
+def test_an_int8_base_is_never_kept_in_another_dtype_for_backward():
     """Without checkpointing a forward saves as many bytes as on a float base. Control: autograd."""
+    dtype = torch.bfloat16
     x, t, c = plan.meta_inputs(plan.teacher_network("wan21-tiny", dtype), (16, 1, 2, 2))
     saved = []
     for int8, product in ((False, None), (True, None), (True, lambda x, w: x @ w.to(x.dtype).T)):
@@ -380,11 +265,9 @@ def test_compiled_blocks_compute_the_same_and_are_freed():
     assert net() is None
 
 
-@pytest.mark.parametrize("teacher", ["wan22-tiny", "qwen-image-tiny"])
-def test_a_student_trains_on_an_int8_base(teacher, tmp_path):
-    """Trained in phase 2, resumed, and sampled on the int8 and on the float base."""
-    out, flags = tmp_path / "run", ["--teacher", teacher, "--base", "int8", "--device", "cpu"]
-    assert train.main([*flags, "--iters", "2", "--out", str(out)]) == 0
+def test_a_student_trains_on_an_int8_base(tmp_path):
+    """And is sampled on the int8 and on the float base."""
+    out = train_student(tmp_path / "run", "wan22-tiny", "--base", "int8", "--size", "1x32x32")
     sampled = [
         sample.main(["--student", str(out), "--n", "1", *base, "--out", str(tmp_path / str(i))])
         for i, base in enumerate(([], ["--base", "int8"], ["--base", "float"]))
@@ -437,28 +320,18 @@ def test_image_to_video_pairs_an_image_with_the_embedding_of_its_caption(tmp_pat
     assert set(rows) == {0, 1} and all(map(torch.equal, c["text"], texts))
 
 
-def test_a_folder_of_embeddings_may_hold_other_files(tmp_path):
-    """Such as the cache that a download leaves there. They are no input of the run."""
-    (tmp_path / ".cache").mkdir()
-    shard = write_embeddings(tmp_path / "shard-00000.safetensors", "wan22-tiny")
-    assert teachers.input_files(train.make_config("wan22-tiny", prompts=str(tmp_path))) == [shard]
-
-
-@pytest.mark.parametrize("teacher", ["mine", ["wan22-tiny"], None])
+@pytest.mark.parametrize("teacher", ["mine", None])
 def test_embeddings_of_no_known_teacher_are_refused(tmp_path, teacher):
     path = write_embeddings(tmp_path / "e.safetensors", teacher)
     with pytest.raises(UserError, match="found 64 for .*python -m models.encoders"):
         teachers.open_prompts(train.make_config("wan22-tiny"), path)
 
 
-SLOW = pytest.param("qwen-image-tiny", marks=pytest.mark.slow)
-
-
-@pytest.mark.parametrize("name", ["wan22-tiny", SLOW])
-def test_a_small_teacher_is_distilled_sampled_and_resumed(name, tmp_path, monkeypatch):
+def test_a_small_teacher_is_distilled_sampled_and_resumed(tmp_path, monkeypatch):
     """Sampling repeats to the bit, and a run that is cut short and resumed ends the same."""
     out, half = tmp_path / "run", tmp_path / "half"
-    flags = f"--teacher {name} --fake-updates 1 --iters 2 --save-every 1 --out".split()
+    flags = f"--teacher wan22-tiny {QUICK} --size 1x32x32 --iters 2 --save-every 1".split()
+    flags += ["--sample-every", "2", "--out"]
     assert train.main([*flags, str(out)]) == 0
     metrics = json.loads((out / "metrics.json").read_text())
     assert {"latent_distance", "latent_distance_teacher_same_steps", "seconds"} <= set(metrics)
@@ -476,11 +349,11 @@ def test_a_small_teacher_is_distilled_sampled_and_resumed(name, tmp_path, monkey
                 raise UserError("enough")
             yield rows
 
-    monkeypatch.setattr(train, "train", cut_short)
-    assert train.main([*flags, str(half)]) == 2
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train", cut_short)
+        assert train.main([*flags, str(half)]) == 2
     assert not (half / "student.safetensors").exists()
-    assert train.main(["--teacher", name, "--resume", "--out", str(half)]) == 0
+    assert train.main(["--resume", "--out", str(half)]) == 0
     assert len({(x / "student.safetensors").read_bytes() for x in (out, half)}) == 1
 
 
@@ -502,20 +375,3 @@ def test_a_wrong_command_is_answered_in_one_line(line, tmp_path, monkeypatch, ca
     printed = capsys.readouterr()
     assert printed.err.count("\n") == 1 and WRONG[line] in printed.err, printed
     assert printed.out == "" and len([*tmp_path.iterdir()]) == 1
-
-
-def test_a_teacher_that_is_not_finite_stops_the_run_with_one_line(tmp_path, monkeypatch, capsys):
-    """After MAX_SKIPS updates in a row; the line names phase and role."""
-    load_base = teachers.load_base
-
-    def load_broken(*arguments):
-        net = load_base(*arguments)
-        parallel.blocks_of(net)[0].ffn[0].weight.data[0] = math.nan
-        return net
-
-    monkeypatch.setattr(teachers, "load_base", load_broken)
-    monkeypatch.setattr(train, "MAX_SKIPS", 3)
-    flags = ["--teacher", "wan22-tiny", "--iters", "20", "--out", str(tmp_path / "o")]
-    assert train.main(flags) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "phase 1" in error and "fake1" in error

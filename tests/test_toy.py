@@ -68,15 +68,6 @@ def test_the_velocity_is_finite_at_both_ends(p):
         assert ring(p).velocity(torch.randn(8, 2, generator=generator()), t).isfinite().all()
 
 
-def test_guidance_is_linear_in_its_scale():
-    mixture, x = ring().double(), torch.randn(8, 2, generator=generator(), dtype=torch.float64)
-    c = {"class": torch.arange(8) % 2}
-    v, v_class = mixture.velocity(x, 0.5), mixture.velocity(x, 0.5, c)
-    torch.testing.assert_close(mixture.guided(x, 0.5, c, 0.0), v)
-    torch.testing.assert_close(mixture.guided(x, 0.5, c, 1.0), v_class)
-    torch.testing.assert_close(mixture.guided(x, 0.5, c, 3.0), v + 3 * (v_class - v))
-
-
 def test_samples_are_of_their_class():
     c = {"class": torch.arange(5).repeat(20)}
     x = grid().sample(100, generator(), c)
@@ -166,15 +157,10 @@ def test_points_become_a_mixture_in_units_of_their_deviation(tmp_path, suffix):
 
 BAD_POINTS = {  # contents: part of the error
     "1,2\nx,y\n3,4\n": "line 2 is not 2 numbers",
-    "1,2\n3,4\n\n5\n": "line 4 is not 2 numbers",
     "1,2\nnan,4\n": "line 2",
-    "1,x\n2,3\n4,5\n": "line 1",
     ",2\n3,4\n5,6\n": "line 1",
     "x,y,z\n1,2\n3,4\n": "line 2 is not 3 numbers",
-    "x;y\n1,5\n2,5\n": "line 2 is not 2 numbers",
-    "1,5\t2,5\n3\t4\n5\t6\n": "line 1",
     '"1,5","2,5"\n3,4\n5,6\n': "line 1",
-    "1,2\n": "n >= 2",
     "": "n >= 2",
     "0.1,0.7\n" * 3: "two different rows",
     "1e200,1\n2e200,3\n": "too large",
@@ -192,11 +178,9 @@ def test_unusable_points_are_refused_in_one_line(tmp_path, contents):
 
 
 TABLES = {  # what a program writes: the bytes
-    "decimal commas": b"1,5;2,5\n-3;0,25\n",
     "decimal commas under names": b"x;y\r\n1,5;2,5\r\n-3,0;0,25\r\n",
     "Excel's byte order mark": b"\xef\xbb\xbf1.5,2.5\n-3,0.25\n",
     "pandas with its index": b",x,y\n0,1.5,2.5\n1,-3,0.25\n",
-    "pandas without names": b",0,1\n0,1.5,2.5\n1,-3,0.25\n",
     "an index read and written again": b"Unnamed: 0,x,y\n0,1.5,2.5\n1,-3,0.25\n",
     "R": b'"","x","y"\n"1",1.5,2.5\n"2",-3,0.25\n',
     "tabs": b"\tx\ty\n0\t1.5\t2.5\n1\t-3\t0.25\n",
@@ -210,21 +194,6 @@ def test_tables_of_other_programs_are_the_same_points(tmp_path, name):
     """Never one number more or less per row. Names in Latin-1 are the negative control."""
     (tmp_path / "p.csv").write_bytes(TABLES[name])
     assert read_points(tmp_path / "p.csv").tolist() == [[1.5, 2.5], [-3, 0.25]]
-
-
-def test_a_first_row_is_kept_behind_a_byte_order_mark(tmp_path):
-    """In one column it once was taken for a name."""
-    (tmp_path / "p.csv").write_bytes(b"\xef\xbb\xbf1.0\n3.0\n5.0\n")
-    assert read_points(tmp_path / "p.csv").tolist() == [[1], [3], [5]]
-
-
-def test_a_run_says_once_how_many_points_it_read(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(toy2d, "fit_start", lambda *_: {"x": torch.zeros(1)})
-    (tmp_path / "p.csv").write_text("1,2,3\n4,5,7\n")
-    cfg = make_config(points=str(tmp_path / "p.csv"))
-    for printed in ("read 2 points of 3 dimensions\n", ""):  # a run, and the same resumed
-        toy2d.prepare(cfg, tmp_path, "cpu", iter)
-        assert capsys.readouterr().out == printed
 
 
 def test_unusable_npy_files_are_refused_and_never_unpickled(tmp_path):

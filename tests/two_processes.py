@@ -9,9 +9,9 @@ import errno
 import json
 import os
 import signal
-import socket
 import sys
 import tempfile
+import threading
 from collections import defaultdict
 from collections.abc import Callable
 from itertools import count, product
@@ -22,6 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 import torch._dynamo  # what FSDP loads at its first call
 from safetensors.torch import save_file
+from torch.distributed import TCPStore
 
 import train
 from models import media, parallel, teachers
@@ -148,28 +149,21 @@ NO_SUCH_CALL = 99
 
 def make_mistake(name: str) -> None:
     """Change models/parallel.py, so that the tests can see that the mistake is caught."""
-    allocate, redistribute = parallel.shard_and_allocate, parallel.redistribute
-    copy_to_local = parallel.copy_to_local
+    allocate, copy_to_local = parallel.shard_and_allocate, parallel.copy_to_local
 
     def allocate_with_means(net, device):
         allocate(net, device)
         for module in (net, *parallel.blocks_of(net)):
             module.set_gradient_divide_factor(float(parallel.topology.processes))
 
-    def rope_of_first_tokens(x, *how):
-        is_rope = x.ndim == 3 and x.shape[-1] == 2  # cosines and sines
-        return x[: parallel.local_length(len(x))] if is_rope else redistribute(x, *how)
-
     changes = {
         "no sum of replicated gradients": {"all_reduce_grad": lambda grad: grad},
-        "one micro-batch twice": {"my_share": lambda x: x[:: parallel.topology.data_parallel]},
         "means instead of sums": {"shard_and_allocate": allocate_with_means},
         "whole tensors": {"copy_to_local": lambda x, source: copy_to_local(x, source[:])},
         "attention to own tokens": {
             "tokens_to_heads": lambda x, streams: x,
             "heads_to_tokens": lambda x, streams: x,
         },
-        "rope of the first tokens": {"redistribute": rope_of_first_tokens},
     }
     for function, wrong in changes[name].items() if name else ():
         setattr(parallel, function, wrong)
@@ -178,11 +172,24 @@ def make_mistake(name: str) -> None:
 # -- the launcher --------------------------------------------------------------------------------
 
 
+def start_store() -> tuple[int, int]:
+    """Fork a process with the store at which ranks meet, as torchrun's. Returns its id and port."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if not child:
+        store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        os.write(writer, f"{store.port}\n".encode())
+        signal.pause()
+    with open(reader) as pipe:
+        port = int(pipe.readline())
+    os.close(writer)
+    return child, port
+
+
 def launch(job: str, processes: int = 1, nodes: int = 1, **arguments) -> list:
     """Fork the ranks of a job. Returns [exit status, stderr] of each."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    assert threading.active_count() == 1  # a lock that another thread holds would stay locked
+    storekeeper, port = start_store()
     per_node, children = processes // nodes, []
     for rank in range(processes):
         stderr = tempfile.TemporaryFile("w+")
@@ -191,7 +198,8 @@ def launch(job: str, processes: int = 1, nodes: int = 1, **arguments) -> list:
             if processes > 1:
                 names = "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"
                 values = port, rank, processes, rank % per_node, per_node
-                os.environ.update(zip(names, map(str, values)), MASTER_ADDR="127.0.0.1")
+                store = dict(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
+                os.environ |= dict(zip(names, map(str, values)), MASTER_ADDR="127.0.0.1") | store
             os.dup2(stderr.fileno(), 2)
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             status = 1
@@ -211,6 +219,8 @@ def launch(job: str, processes: int = 1, nodes: int = 1, **arguments) -> list:
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         stderr.seek(0)
         results.append([status, stderr.read()])
+    os.kill(storekeeper, signal.SIGKILL)
+    os.waitpid(storekeeper, 0)
     return results
 
 
