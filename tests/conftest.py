@@ -23,7 +23,7 @@ def start():
     def fit(cfg):
         key = cfg.toy, cfg.classes
         if key not in tensors:
-            tensors[key] = FIT(cfg, steps=500)
+            tensors[key] = FIT(cfg, steps=300)
         return tensors[key]
 
     return fit

@@ -71,7 +71,9 @@ def dino(request, tmp_path_factory):
     return folder, lambda path: net(**inputs(path)).pooler_output[0].double().numpy()
 
 
-@pytest.mark.parametrize("dino", ["Dinov2", "DINOv3ViT"], indirect=True)
+@pytest.mark.parametrize(
+    "dino", ["Dinov2", pytest.param("DINOv3ViT", marks=pytest.mark.slow)], indirect=True
+)
 def test_cosine_and_frechet_are_those_of_transformers_and_numpy(tmp_path, dino):
     """Negative control: the other folder's."""
     a, b = save_folder(tmp_path / "a"), save_folder(tmp_path / "b", 99)

@@ -154,7 +154,9 @@ def test_phase_1_never_loads_the_low_noise_base_and_phase_2_does():
     assert metrics["latent_distance"] > 0 and metrics["latent_distance_teacher_same_steps"] > 0
 
 
-@pytest.mark.parametrize("teacher", ["wan22-tiny", "qwen-image-tiny"])
+@pytest.mark.parametrize(
+    "teacher", ["wan22-tiny", pytest.param("qwen-image-tiny", marks=pytest.mark.slow)]
+)
 def test_a_phase_changes_its_student_and_its_fakes_and_nothing_else(teacher):
     """Phase 2 of Wan2.2 changes three adapters; on one base, two. Bases and student1 stay."""
 
@@ -265,6 +267,7 @@ def test_compiled_blocks_compute_the_same_and_are_freed():
     assert net() is None
 
 
+@pytest.mark.slow
 def test_a_student_trains_on_an_int8_base(tmp_path):
     """And is sampled on the int8 and on the float base."""
     out = train_student(tmp_path / "run", "wan22-tiny", "--base", "int8", "--size", "1x32x32")
@@ -327,6 +330,7 @@ def test_embeddings_of_no_known_teacher_are_refused(tmp_path, teacher):
         teachers.open_prompts(train.make_config("wan22-tiny"), path)
 
 
+@pytest.mark.slow
 def test_a_small_teacher_is_distilled_sampled_and_resumed(tmp_path, monkeypatch):
     """Sampling repeats to the bit, and a run that is cut short and resumed ends the same."""
     out, half = tmp_path / "run", tmp_path / "half"
