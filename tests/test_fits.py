@@ -4,6 +4,7 @@ import io
 import itertools
 import re
 import shlex
+import sys
 
 import pytest
 import torch

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import train
-from models import layers, lora, parallel, plan, teachers, weights
+from models import layers, lora, plan, teachers, weights
 
 ROOT, META = Path(__file__).parent.parent, torch.device("meta")
 PRODUCTS = {f"aten::{name}" for name in ("mm", "addmm", "addmm_", "bmm", "baddbmm")}
