@@ -55,13 +55,13 @@ def export_student(student: Student, out: Path) -> list[Path]:
     noises = [NOISE[student.base_of[f"student{phase.k}"]] for phase in student.phases]
     stems = [f"phase{phase.k}" for phase in student.phases]
     stems = [f"{noise}_noise_model" for noise in noises] if student.boundary_t else stems
-    with whole_folder(out) as part:
+    names = {"README.md", *(f"{stem}.safetensors" for stem in stems)}
+    with whole_folder(out, names) as part:
         for phase, stem in zip(student.phases, stems):
             file = part / f"{stem}.safetensors"
             save_tensors(expert_tensors(student, phase), file, file_metadata(student, phase))
         card = make_card(student, stems, base_name(student.cfg))
         (part / "README.md").write_text(card, encoding="utf-8")
-        names = [path.name for path in part.iterdir()]
     return sorted(out / name for name in names)
 
 
@@ -100,15 +100,17 @@ def expert_tensors(student: Student, phase) -> dict[str, Tensor]:
 
 
 @contextmanager
-def whole_folder(out: Path) -> Iterator[Path]:
+def whole_folder(out: Path, names: set[str]) -> Iterator[Path]:
     """A folder inside `out` to fill. The files move up at the end; if anything fails, none is left.
 
-    out may be a mount, a link, the current folder. Raises UserError unless it is new or empty.
+    out may be a mount, a link, the current folder. names: those of our files. Raises UserError
+    unless out is new, empty, or what a killed export left.
     """
     part, is_new = out / "unfinished-export", not out.exists()
     with writing(out, "--export"):
         found = set() if is_new else {path.name for path in out.iterdir() if path.name[0] != "."}
-        others = found - {"lost+found", part.name}  # part: of an export that was killed
+        leftovers = names if part.name in found else set()  # of an export that was killed
+        others = found - {"lost+found", part.name} - leftovers
         if others:
             line = f"expected a new or empty folder, {out} is not empty: {min(others)}"
             raise UserError(f"--export: {line}; choose another folder")

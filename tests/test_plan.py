@@ -92,9 +92,12 @@ def test_flops_are_those_of_the_products_that_are_called(name, shape):
 @pytest.fixture
 def known_activations(monkeypatch):
     """Bytes of activations that need not be counted."""
-    cost = plan.Activations(forward_peak=1e9, saved=2e9, backward_peak=4e9)
-    monkeypatch.setattr(plan, "cost", lambda *_: cost)
-    return cost
+    costs = {
+        plan.count_bytes: plan.Activations(forward_peak=1e9, saved=2e9, backward_peak=4e9),
+        plan.count_flops: plan.Flops(1e15, 3e15, 0),
+    }
+    monkeypatch.setattr(plan, "cost", lambda measure, *_: costs[measure])
+    return costs[plan.count_bytes]
 
 
 def test_int8_bases_are_half_as_large_and_a_fake_per_depth_costs_its_weight(known_activations):
