@@ -267,11 +267,9 @@ def test_an_export_given_as_a_student_says_how_to_sample_it(exported, capsys):
 
 
 @pytest.mark.slow
-def test_diffusers_samples_a_full_student_as_its_card_says(tmp_path, monkeypatch):
-    """At shift 7, where the card routes by step. Control: the low-noise expert takes all steps.
-
-    LoRA students: tests/test_published.py.
-    """
+@pytest.mark.parametrize("generator", ["lora", "full"])
+def test_diffusers_samples_a_student_of_shift_7_as_its_card_says(generator, tmp_path, monkeypatch):
+    """There the card routes by step. Control: the low-noise expert takes all steps."""
     pytest.importorskip("diffusers", reason="needs models/requirements.txt")
     pytest.importorskip("transformers", reason="needs models/requirements.txt")
     from published import save_diffusers, small_spec
@@ -281,7 +279,7 @@ def test_diffusers_samples_a_full_student_as_its_card_says(tmp_path, monkeypatch
     base, prompts = tmp_path / "base", tmp_path / "p.txt"
     save_diffusers(base, "wan22")
     prompts.write_text(PROMPT)
-    flags = "--generator full --fake lora --shift 7 --dtype float32 --size 5x32x48 --device cpu"
+    flags = f"--generator {generator} --shift 7 --dtype float32 --size 5x32x48 --device cpu"
     flags = [*flags.split(), "--weights", base, "--prompts", prompts]
     line = ["--student", str(train_student(tmp_path / "run", "wan22", *flags)), "--device", "cpu"]
     samples = ["--n", "1", "--prompt", PROMPT, "--out", str(tmp_path / "samples")]
@@ -293,4 +291,5 @@ def test_diffusers_samples_a_full_student_as_its_card_says(tmp_path, monkeypatch
     high, low = sorted((tmp_path / "export").glob("*.safetensors"))
     high.write_bytes(low.read_bytes())
     control, _ = run_pipeline(tmp_path, base, z, (5, 32, 48))
-    assert error(theirs, x) < 1e-3 and error(control, x) > 1e-2  # measured: 8e-5
+    print(f"error {error(theirs, x):.1e}, of the low-noise expert alone {error(control, x):.1e}")
+    assert error(theirs, x) < 1e-5 and error(control, x) > 1e-2
