@@ -48,7 +48,8 @@ def v_target(x_s: Tensor, s: float, t: Tensor, eps: Tensor, process: Process = f
     Denoising score matching holds for the kernel p(x_t | x_s) as for p(x_t | x_0): the mean of
     -eps / sigma_ts given x_t is the score of p(x_t). Eq. 5 turns this score into a velocity, and
     x_t = alpha_ts x_s + sigma_ts eps gives the form above. At s = 0 (alpha_s = 1, sigma_s = 0) it
-    is eps - x_0. For s > 0 its variance grows like 1 / sigma_ts^2 as t -> s.
+    is eps - x_0; at t = 1, where Eq. 5 is undefined, eps - x_s / alpha_s. For s > 0 its variance
+    grows like 1 / sigma_ts^2 as t -> s.
     """
     scaled, sigma_ts = scaled_target(x_s, s, t, eps, process)
     return scaled / sigma_ts

@@ -1,6 +1,6 @@
 """Phased DMD: distil a teacher into a few-step student, phase by phase.
 
-python train.py                                a ring of 8 modes, half a minute on a CPU
+python train.py                                a ring of 8 modes, a minute on a CPU
 python train.py --phases 1 --out out/dmd2      the same steps in one phase: DMD2
 python train.py --points FILE.csv              your own points as the data
 python train.py --teacher wan22-tiny           the loop of wan22 on small random networks

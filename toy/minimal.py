@@ -1,6 +1,6 @@
 """Phased DMD in one file: a ring of eight modes, a student of four steps, two phases.
 
-python toy/minimal.py      half a minute; or run the cells (# %%) in an editor
+python toy/minimal.py      a minute; or run the cells (# %%) in an editor
 python train.py            the same with the same random numbers; a test compares the two
 """
 
@@ -45,7 +45,7 @@ def fit_start(steps: int = 1500) -> MLP:
 
 # %% One phase trains one expert and its fake. Earlier experts are frozen
 def train_phase(phase: Phase, experts: list, start: MLP, iters=400, warmup=200) -> None:
-    s, (low, high) = phase.s, phase.intervals[0].u  # re-noise in (s, 1), less a margin of 0.02
+    s, (low, high) = phase.s, phase.intervals[0].u  # re-noise in (s, 1), less a margin
     expert, fake = copy.deepcopy(start), copy.deepcopy(start)
     experts.append(expert)
     nets = [net for net in experts for _ in range(N // K)]  # the network of each step
@@ -73,7 +73,7 @@ def train_phase(phase: Phase, experts: list, start: MLP, iters=400, warmup=200) 
             x_s, t, _, x_t = sample(stream(0, phase.k, i, 5, depth - 1), BATCH // (N // K), depth)
             with torch.no_grad():  # their difference is one of two scores (Eq. 5, A2)
                 v_real, v_fake = data.velocity(x_t, t), fake(x_t, t)
-                gradient = dmd_gradient(x_s, x_t, s, t, v_real, v_fake, "xs")  # Eq. 10
+                gradient = dmd_gradient(x_s, x_t, s, t, v_real, v_fake, "xs")  # near Eq. 10
             (dmd_loss(x_s, gradient).mean() / phase.num_steps).backward()
         student_adamw.step(), student_adamw.zero_grad()
 
