@@ -195,8 +195,8 @@ def micro_batches(run: Run, update: int, truncate: bool = True) -> Iterator[Micr
     cfg, r = run.cfg, uniform((), *run.key(update), "depth").item()
     depths = run.phase.num_steps if truncate and cfg.truncate == "on" else 0
     sizes = split_batch(cfg.batch, cfg.micro_batch, depths, cfg.depths == "mixed", r)
-    share, updates = parallel.my_share(list(enumerate(sizes))), cfg.fake_updates + 1
-    for m, (n, depth) in run.watch(share, update, updates if run.i >= 0 else 1):
+    own = parallel.my_share(list(enumerate(sizes)))
+    for m, (n, depth) in run.watch(own, update, cfg.fake_updates + 1 if run.i >= 0 else 1):
         rng = stream(*run.key(update), m)
         c, shape = run.data(n, stream(*run.key(update), "data"), rng)
         z = moe.to_device(torch.randn(n, *shape, generator=rng), run.device)
@@ -443,12 +443,14 @@ def resolve(args: argparse.Namespace, cfg: Config, device: str) -> tuple[Config,
     preset = preset_of(cfg)
     if args.resume and not (args.out / "config.json").exists():
         print(f"{args.out} contains no run yet: a new one begins")
-    files = [] if args.resume else preset.input_files(cfg)  # before an old run is removed
-    for file in files if args.overwrite else ():
-        if args.out.resolve() in file.resolve().parents:
-            raise UserError(f"--overwrite: this run reads {file}, which is in --out; move it first")
+    if not args.resume:
+        files = preset.input_files(cfg)  # an error shows before an old run is removed
+        own = [file for file in files if args.out.resolve() in file.resolve().parents]
+        if own and args.overwrite:
+            raise UserError(f"--overwrite: this run reads {own[0]} in --out; move it first")
     folder_args = args.out, cfg, args.explicit, args.resume, args.overwrite, Config
     cfg, finished = common.resolve_run(*folder_args)
+    validate(cfg, parallel.topology)
     ranks = parallel.topology.processes, parallel.topology.context_parallel
     environment = {} if finished else common.environment(device, *ranks)
     common.record_run(args.out, cfg, environment, preset.input_files(cfg), args.overwrite)

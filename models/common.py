@@ -184,7 +184,7 @@ def finite(value):
 def write_tensors(path: Path, tensors: dict, metadata: dict) -> None:
     """Write safetensors, with metadata as JSON in the header, on the ranks that call it."""
     tensors = {name: x.detach().contiguous() for name, x in tensors.items()}
-    header = {"metadata": json.dumps(metadata, ensure_ascii=False)}
+    header = {"metadata": json.dumps(metadata)}
     replace_file(path, lambda temporary: save_tensors(tensors, temporary, header))
 
 
@@ -618,7 +618,8 @@ def record_run(out: Path, cfg, environment: dict, input_files: list[Path], overw
     config = read_json(file, START_OVER)
     if list(config["files"].values()) != list(files.values()):
         changed = [name for name, x in files.items() if x not in config["files"].values()]
-        problem = f"{(changed or list(files))[0]} has changed since the run began"
+        absent = [name for name, x in config["files"].items() if x not in files.values()]
+        problem = f"{[*changed, *absent, 'the order of files'][0]} has changed since the run began"
         raise UserError(f"{problem}; restore it, choose another --out, or {START_OVER}")
     for name, value in environment.items():
         old = config["environment"].get(name)

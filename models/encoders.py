@@ -35,7 +35,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from models import common, lora
+from models import common, lora, parallel
 from models.common import Parser, UserError, open_tensors, read_json, reading, write_tensors
 from models.wan import Wan
 from models.weights import (
@@ -307,7 +307,7 @@ def read_rows(path: Path, *columns: tuple[str, ...]) -> list[tuple[str, ...]]:
             raise ValueError(f"its suffix is {suffix}")
         try:
             for last_line, row in PARSERS[suffix](x.decode("utf-8-sig") for x in file):
-                if row:
+                if row is not None:
                     texts = [next((row[x] for x in names if x in row), "") for names in columns]
                     if not all(isinstance(x, str) and x.strip() for x in texts):
                         raise ValueError(f"expected {expected}, found {row}"[:200])
@@ -322,21 +322,23 @@ def read_rows(path: Path, *columns: tuple[str, ...]) -> list[tuple[str, ...]]:
 
 
 def parse_lines(lines: Iterable[str], load: Callable = str) -> Iterator[tuple[int, dict]]:
-    """Yield each line's number and what load makes of it: a text or a dict. # starts a comment."""
+    """Yield each line's number and what load makes of it; None if it is blank or a # comment."""
     for number, line in enumerate(lines, 1):
-        row = load(line) if line.strip() and line.strip()[0] != "#" else {}
-        yield number, row if isinstance(row, dict) else {"text": row}
+        row = load(line) if line.strip() and line.strip()[0] != "#" else None
+        yield number, row if row is None or isinstance(row, dict) else {"text": row}
 
 
 def parse_csv(lines: Iterable[str], delimiter: str = ",") -> Iterator[tuple[int, dict]]:
-    """Yield the number of each row's last line and its cells by column; none if it is blank."""
+    """Yield the number of each row's last line and its cells by column; None if it is blank."""
     rows = csv.reader(lines, strict=True, delimiter=delimiter)
     header = [name.strip() for name in next(rows, [])]
-    yield rows.line_num, {}
+    if len(set(header)) < len(header):
+        raise ValueError(f"expected columns of different names, found {header}")
+    yield rows.line_num, None
     for cells in rows:
         if cells and len(cells) != len(header):
             raise ValueError(f"expected {len(header)} cells, found {len(cells)}")
-        yield rows.line_num, dict(zip(header, cells))
+        yield rows.line_num, dict(zip(header, cells)) if cells else None
 
 
 PARSERS = {"": parse_lines, ".txt": parse_lines, ".jsonl": partial(parse_lines, load=json.loads)}
@@ -568,6 +570,7 @@ def main(argv: list[str] | None = None) -> int:
     add("--frames", type=int, default=81, help="of the video, 4n + 1 (default 81)")
 
     def run_task() -> None:
+        parallel.require_single_process("-m models.encoders")
         args = parser.parse_args(argv)
         TASKS[args.task](args)
 

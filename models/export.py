@@ -28,7 +28,7 @@ NOISE = {1: "high", 2: "low"}  # of a branch of the teacher
 class Student(NamedTuple):
     """A finished student, as its run folder has it."""
 
-    cfg: object  # train.Config
+    cfg: object  # config.Config
     phases: list  # of phases.Phase
     boundary_t: float | None  # of its teacher
     base_of: dict[str, int]  # role -> branch of the teacher that it is on
@@ -121,6 +121,10 @@ def whole_folder(out: Path, names: set[str]) -> Iterator[Path]:
             yield part
             for file in part.iterdir():
                 file.rename(out / file.name)
+        except BaseException:  # KeyboardInterrupt, too
+            for name in names:
+                (out / name).unlink(missing_ok=True)
+            raise
         finally:
             set_handlers(handlers)
             shutil.rmtree(part, ignore_errors=True)  # after an error, and after Ctrl-C

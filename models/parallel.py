@@ -14,6 +14,7 @@ import re
 import shlex
 import signal
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Callable
@@ -49,6 +50,7 @@ class Topology:
         return self.processes // self.nodes  # ranks that a tensor is sharded over
 
 
+WAIT_SECONDS = 10  # for other ranks, without a word
 TIMEOUT = timedelta(hours=1)  # disks differ, and all ranks wait for the slowest to load
 SINGLE = Topology()  # one process
 topology = SINGLE  # of this run; only `distributed` sets it
@@ -76,9 +78,6 @@ def make_topology(text: str, context: int) -> Topology:
     Raises UserError if these numbers do not divide each other.
     """
     rank, started, _, per_node = torchrun_ranks()
-    if started % per_node:
-        found = f"{per_node} on this one, {started} in all"
-        raise UserError(f"expected as many processes on every node, got {found}")
     text = text or f"{started // per_node}x{per_node}"
     match = re.fullmatch(r"(?:([1-9]\d{0,3})x)?([1-9]\d{0,3})", text)
     if not match:
@@ -86,7 +85,7 @@ def make_topology(text: str, context: int) -> Topology:
     nodes, per_node = int(match[1] or 1), int(match[2])
     if context < 1 or per_node % context:
         expected = f"a divisor of {per_node}, the processes of a node"
-        advice = "torchrun starts them, and --dry-run plans for --processes"
+        advice = "start more with torchrun --nproc-per-node, or plan more with --processes"
         raise UserError(f"--context-parallel: expected {expected}, got {context}; {advice}")
     return Topology(nodes * per_node, nodes, context, rank)
 
@@ -129,8 +128,13 @@ def join(device: str) -> None:
     rank, processes, local_rank, per_node = torchrun_ranks()
     if device not in ("cpu", "cuda"):
         raise UserError(f"--device: expected cuda or cpu under torchrun, got {device}")
-    print(f"rank {rank} waits for the other {processes - 1}; for one process unset WORLD_SIZE")
-    groups["store"], *_ = next(dist.rendezvous("env://"))
+    line = f"rank {rank} waits for the others of {processes}; without torchrun, unset WORLD_SIZE"
+    timer = threading.Timer(WAIT_SECONDS, lambda: print(line, file=sys.__stderr__))
+    timer.start()
+    try:
+        groups["store"], *_ = next(dist.rendezvous("env://"))
+    finally:
+        timer.cancel()
     if device == "cuda":
         if local_rank >= torch.cuda.device_count():
             gpus = torch.cuda.device_count()
@@ -141,6 +145,9 @@ def join(device: str) -> None:
     dist.init_process_group(backend, store=dist.PrefixStore("init", groups["store"]), **options)
     # for what rank 0 does while the others wait: to embed the prompts takes hours
     groups["long_timeout"] = dist.new_group(backend="gloo", timeout=timedelta(days=7))
+    counts = sorted(set(gather(per_node)))
+    if len(counts) > 1:
+        raise UserError(f"expected as many processes on every node, got {counts}")
 
 
 def make_groups(device: str) -> None:

@@ -411,8 +411,8 @@ def watch_memory(args: Namespace, cfg, phases: list[Phase], device: str):
 
     args: train.py's; --ignore-plan skips the plan. Raises UserError if the run does not fit.
     """
-    size = (cfg.teacher, False, cfg.rank, torch.bfloat16, SINGLE)
-    if cfg.teacher not in weights.TEACHERS or plan.role_bytes(*size).base < SMALL:
+    options = dict(full=False, rank=cfg.rank, dtype=torch.bfloat16, topology=SINGLE)
+    if cfg.teacher not in weights.TEACHERS or plan.role_bytes(cfg.teacher, **options).base < SMALL:
         yield  # toys and small networks fit anywhere
         return
     gpus, room = plan.find_gpus(torch.device(device))
@@ -453,7 +453,8 @@ def check_memory(args: Namespace, cfg, phases: list[Phase], gpus: int, room: flo
         with suppress(UserError):
             if wider.shard_group > topology.shard_group:
                 check_config(replace(cfg, **settings), wider)
-                note = f"note: this uses {topology.shard_group} of {gpus} GPUs; all of them:"
+                note = f"note: this uses {topology.shard_group} of {gpus} GPUs; "
+                note += f"{wider.shard_group} of them:"
                 return f"{text}{note} {plan.command_line(args.argv, settings, wider)}\n"
     return text
 
@@ -471,12 +472,12 @@ def no_gpu_advice(args: Namespace, cfg, phases: list[Phase]) -> str:
     """What runs here in place of a large teacher, and the GPUs on which it runs itself."""
     family = cfg.teacher if f"{cfg.teacher}-tiny" in weights.TEACHERS else cfg.teacher.split("-")[0]
     advice = f"{cfg.teacher} needs a GPU, found none; here: python train.py --teacher {family}-tiny"
+    cards = {}  # command -> the smallest of these machines on which it fits
     for gpus, gigabytes in ((1, 24), (1, 80), (8, 80)):
-        commands = fitting_commands(args, cfg, phases, gpus, plan.card(gigabytes))
-        command = next(commands, None)
-        if command and command not in advice:
-            advice += f"; on {gpus} of {gigabytes} GB: {command}"
-    return advice
+        for command in fitting_commands(args, cfg, phases, gpus, plan.card(gigabytes)):
+            cards.setdefault(command, f"on {gpus} of {gigabytes} GB: {command}")
+            break  # the cheapest
+    return "; ".join([advice, *cards.values()])
 
 
 def fitting_commands(

@@ -78,15 +78,18 @@ def check(gpus: int, gigabytes: int, teacher: str, capsys) -> tuple[list[str], s
     return lines, error
 
 
-@pytest.mark.parametrize("gpus,gigabytes", MACHINES[::2])
+REFUSED = [(*machine, TEACHERS[0]) for machine in MACHINES[::2]] + [(0, 0, "qwen-image")]
+
+
+@pytest.mark.parametrize("gpus,gigabytes,teacher", REFUSED)
 def test_a_run_that_does_not_fit_is_refused_with_commands_that_do(
-    gpus, gigabytes, tmp_path, monkeypatch, capsys
+    gpus, gigabytes, teacher, tmp_path, monkeypatch, capsys
 ):
     """The headline command. Before weights are missed; nothing is written."""
     monkeypatch.chdir(tmp_path)
     use_machine(monkeypatch, gpus, gigabytes)
     estimate_activations(monkeypatch)
-    lines, _ = check(gpus, gigabytes, TEACHERS[0], capsys)
+    lines, _ = check(gpus, gigabytes, teacher, capsys)
     assert lines and not list(tmp_path.iterdir())
     assert planned("python train.py --teacher wan22")[1] > plan.card(80)  # control
 
