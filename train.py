@@ -113,8 +113,9 @@ def begin_phase(run: Run, k: int) -> None:
     run.k, run.i, run.optimizers = k, -run.cfg.warmup, {}  # frees old moments before new ones
     student = run.roles.student[k]
     fakes = [run.roles.fakes[key] for key in moe.fake_keys(run.phase, run.cfg.fake_per_depth)]
-    for role, lr in [(student, run.cfg.lr), *((fake, run.cfg.fake_lr) for fake in fakes)]:
+    for role in (student, *fakes):
         role.start()
+        lr = run.cfg.lr if role is student else run.cfg.fake_lr
         run.optimizers[role.name] = AdamW(role.parameters, lr)
 
 
@@ -343,7 +344,8 @@ def run_training(run: Run, began: float, stop: common.Stop) -> float:
     log_bytes, seconds = load_state(run)
     log = common.Log(run.out / "log.jsonl", log_bytes)
     preset.throughput(cfg, run.phase, 1.0, run.device)  # measures the GPU's speed, once
-    bar, began, clock, saved = None, began - seconds, time.monotonic(), time.monotonic()
+    bar, began = None, began - seconds
+    clock = saved = time.monotonic()
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)  # without the text encoder's
     for rows in train(run):

@@ -302,10 +302,8 @@ class Parser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=formatter, allow_abbrev=False)
 
     def parse_args(self, args=None, namespace=None):
-        args = sys.argv[1:] if args is None else args
-        args = [
-            re.sub("^(--[a-z-]+=)?~(?=/|$)", rf"\g<1>{Path.home()}", x) for x in args
-        ]  # --out=~/x
+        expand = lambda x: re.sub("^(--[a-z-]+=)?~(?=/|$)", rf"\g<1>{Path.home()}", x)  # --out=~/x
+        args = [expand(x) for x in (sys.argv[1:] if args is None else args)]
         for flag, text in pairwise(["", *args]):
             flag = text[:-1] if re.fullmatch("--.+=", text) else flag
             if text in ("", f"{flag}=") and flag != "--negative":  # a prompt that may be empty

@@ -245,20 +245,21 @@ def phase_memory(cfg, active, shape: tuple | None, topology: Topology) -> Memory
     shape None: without activations, which is quick.
     """
     options = cfg.rank, dtype_named(cfg.dtype), replace(topology, context_parallel=1)  # as cached
-    size = lambda full: role_bytes(cfg.teacher, full, *options, cfg.base == "int8" and not full)
-    size_of = lambda name: size(role_kind(cfg, name) == "full")
-    bases = len(active.bases) * size(False).base
-    roles = active.frozen + 2 * active.trained  # with second moments
+    bytes_of = lambda full: role_bytes(cfg.teacher, full, *options, cfg.base == "int8" and not full)
+    size_of = lambda name: bytes_of(role_kind(cfg, name) == "full")
+    bases = len(active.bases) * bytes_of(False).base
+    names = {*active.frozen, *active.trained}
     if topology.processes > 1:  # FSDP shards a base together with the adapters of all phases
         loaded = [name for name, base in active.base_of.items() if base in active.bases]
-        roles += [n for n in loaded if n not in roles and role_kind(cfg, n) == "lora"]
-    roles = sum(size_of(name).role for name in roles)
+        names |= {name for name in loaded if role_kind(cfg, name) == "lora"}
+    moments = sum(size_of(name).role for name in active.trained)  # the second ones
+    roles = sum(size_of(name).role for name in names) + moments
     samples = (cfg.micro_batch or cfg.batch) / topology.context_parallel
     peaks = update_activations(cfg, active.trained, shape, topology.processes > 1)
     memories = []  # while each of the roles is updated
     for name, activations in peaks.items():
-        one = size_of(name)
-        memories.append(Memory(bases, roles, one.role, samples * activations, one.gathered))
+        size = size_of(name)
+        memories.append(Memory(bases, roles, size.role, samples * activations, size.gathered))
     return max(memories, key=lambda memory: memory.peak)
 
 

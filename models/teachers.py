@@ -249,26 +249,26 @@ def make_roles(cfg, phases: list[Phase], device: torch.device, out: Path) -> moe
     def adapter_role(name: str, branch: int) -> moe.Role:
         options = name, (cfg.seed, name, "adapter"), cfg.rank, cfg.alpha, device
         start = lambda: lora.start_adapter(base(branch), *options)
-        return moe.Role(name, lambda *x: base(branch)(*x, adapter=name), start)
+        velocity = lambda x_t, t, c=None: base(branch)(x_t, t, c, adapter=name)
+        return moe.Role(name, velocity, start)
 
     def full_role(name: str, branch: int) -> moe.Role:
         net = None  # a copy of the teacher's network; later phases start it again in place
 
         def start() -> dict[str, nn.Parameter]:
             nonlocal net
-            is_new, allocate = net is None, parallel.shard_and_allocate
-            net = weights.trainable_copy(base(branch), net, device, allocate)
-            if is_new:
-                configure(cfg, net)
+            copy = weights.trainable_copy(base(branch), net, device, parallel.shard_and_allocate)
+            net = net or configure(cfg, copy)
             return dict(net.named_parameters())
 
-        return moe.Role(name, lambda *x: net(*x), start)
+        return moe.Role(name, lambda x_t, t, c=None: net(x_t, t, c), start)
 
     def make_role(name: str) -> moe.Role:
         return (adapter_role if name in adapters else full_role)(name, branch_of[name])
 
     def make_teacher(branch: int) -> moe.Role:
-        return moe.Role(f"teacher{branch}", lambda *x: with_guidance(branch, base(branch), *x))
+        velocity = lambda x_t, t, c=None: with_guidance(branch, base(branch), x_t, t, c)
+        return moe.Role(f"teacher{branch}", velocity)
 
     teacher = {branch: make_teacher(branch) for branch in ((1,) if boundary_t is None else (1, 2))}
     return moe.collect_roles(phases, cfg.fake_per_depth, teacher, make_role)
@@ -515,7 +515,7 @@ def planned_peak(cfg, phases: list[Phase], topology: Topology, room: float = mat
     Raises UserError for settings that cannot make a run on these ranks.
     """
     check_config(cfg, topology)
-    active = [active_roles(cfg, phases, phase.k) for phase in phases]
+    active = active_roles(cfg, phases)
     peak_at = lambda shape: max(plan.phase_memory(cfg, x, shape, topology).peak for x in active)
     without_activations = peak_at(None)
     if without_activations >= room:
@@ -591,7 +591,7 @@ def has_vae(cfg) -> bool:
 
 def plan_text(cfg, phases: list[Phase], device: torch.device, topology: Topology) -> str:
     """Memory, FLOPs and days of a run, and whether other tools could run its student."""
-    active = [active_roles(cfg, phases, phase.k) for phase in phases]
+    active = active_roles(cfg, phases)
     text = plan.report(cfg, phases, active, buckets(cfg), str(device), topology)
     try:
         export.check_exportable(phases, active[0].base_of, boundary_of(cfg))
@@ -600,9 +600,10 @@ def plan_text(cfg, phases: list[Phase], device: torch.device, topology: Topology
     return text
 
 
-def active_roles(cfg, phases: list[Phase], k: int) -> moe.ActiveRoles:
-    """The active roles of phase k."""
-    return moe.active_roles(phases, k, cfg.fake_per_depth, boundary_of(cfg))
+def active_roles(cfg, phases: list[Phase]) -> list[moe.ActiveRoles]:
+    """The active roles of each phase."""
+    options = cfg.fake_per_depth, boundary_of(cfg)
+    return [moe.active_roles(phases, phase.k, *options) for phase in phases]
 
 
 def throughput(cfg, phase: Phase, seconds: float, device: torch.device) -> dict:

@@ -22,7 +22,7 @@ def plan_of(**settings) -> tuple:
     """Config, phases, active roles of each, and the largest shape of a wan22 run."""
     cfg = train.make_config("wan22", **settings)
     phases = train.phases_of(cfg)
-    active = [teachers.active_roles(cfg, phases, phase.k) for phase in phases]
+    active = teachers.active_roles(cfg, phases)
     return cfg, phases, active, max(teachers.buckets(cfg), key=lambda s: torch.Size(s).numel())
 
 
@@ -177,7 +177,7 @@ weights.TEACHERS["wan22-tiny"] = spec._replace(settings=size)  # 261 M parameter
 cfg = train.make_config("wan22-tiny", generator=generator, fake=fake, batch=2, micro_batch=1,
                         fake_updates=1, rank=64, size=("64x64",), frames=1)
 phases, [shape] = train.phases_of(cfg), teachers.buckets(cfg)
-active = [teachers.active_roles(cfg, phases, k) for k in (1, 2)]
+active = teachers.active_roles(cfg, phases)
 planned = [plan.phase_memory(cfg, roles, shape, parallel.SINGLE) for roles in active]
 
 def status(key):
