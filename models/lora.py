@@ -178,6 +178,7 @@ OTHER_RULES["initloraweights"] = "pissa|olora|corda|loftq|lora_ga"  # these chan
 NUMBER = re.compile(r"(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?", re.I)
 DIFFS = {"diff": ".weight", "diff_b": ".bias", "diff_m": ".modulation"}
 PICKLES = (".pt", ".pth", ".ckpt", ".bin")
+DOWNLOAD = "name a whole LoRA file, or download it again"
 GGUF = "quantised (GGUF), which is not supported; take the bf16 or fp16 safetensors"
 OTHER_FORMATS = (  # suffixes, first bytes, what to say
     ((".gguf",), (b"GGUF",), GGUF),
@@ -241,8 +242,8 @@ def read_changes(path: Path, strength: float, aliases: dict[str, str]) -> dict[s
     """
     layers: dict[str, dict[str, Tensor]] = defaultdict(dict)
     changes, scales, image_branch = {}, set(), 0
-    file = open_safetensors(path, "name a LoRA file")
-    with reading(path, "name a LoRA file"):
+    file = open_safetensors(path, DOWNLOAD)
+    with reading(path, DOWNLOAD):
         training = read_training(path, file.metadata)
         for key in file.keys():
             for kind, pattern in OTHER_KINDS.items():
@@ -285,7 +286,7 @@ def read_training(path: Path, metadata: dict[str, str]) -> tuple[float | None, s
     Raises UserError for two alphas, and for other rules than alpha / rank.
     """
     config, values = path.with_name("adapter_config.json"), defaultdict(set)
-    settings = list(read_json(config, "name a LoRA file").items()) if config.is_file() else []
+    settings = list(read_json(config, DOWNLOAD).items()) if config.is_file() else []
     for key, text in metadata.items():
         with contextlib.suppress(ValueError):  # not JSON
             settings += json.loads(text).items() if text.startswith("{") else [(key, text)]

@@ -1,5 +1,6 @@
 """Claims about the plan: the bytes and FLOPs that it expects are those of a run."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -195,7 +196,7 @@ for k in (1,) if copies else (1, 2):
     Path("/proc/self/clear_refs").write_text("5")  # the peak from now on
     train.run_iteration(run)
     memory = planned[k - 1]
-    print(memory.bases / k, status("VmHWM") - before, memory.peak)
+    print('bytes', memory.bases / k, status("VmHWM") - before, memory.peak)
 """
 
 
@@ -204,7 +205,8 @@ def measure(*arguments: str) -> list[list[float]]:
     command = [sys.executable, "-c", MEASURE, *arguments]
     lines = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     print(arguments, lines)
-    return [list(map(float, line.split())) for line in lines.splitlines()]
+    found = re.findall("^bytes (.*)", lines, re.M)  # a slow update prints a line, too
+    return [list(map(float, line.split())) for line in found]
 
 
 linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")
