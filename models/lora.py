@@ -327,6 +327,8 @@ def read_factors(parts: dict[str, Tensor], training: tuple, name: str) -> Factor
     elif is_kohya and not has_alpha and beside not in (None, rank):
         # musubi-tuner's convert_lora.py puts alpha / rank into the factors and keeps the metadata
         problem = f"no .alpha, but ss_network_alpha {beside:g}, which may be in the factors already"
+    elif alpha and not abs(alpha) < 1e30:  # of a damaged file
+        problem = f"an alpha of {alpha:g}"
     if problem:
         raise UserError(f"{name}: expected one alpha / rank, found {problem}; correct the file")
     return Factors(up, down, 1.0 if alpha is None else alpha / rank)
