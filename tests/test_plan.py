@@ -173,8 +173,8 @@ generator, fake, copies = sys.argv[1], sys.argv[2], sys.argv[3] == "copies"
 libc = ctypes.CDLL(None)
 libc.mallopt(-3, 2**20), libc.mallopt(-1, 2**20)  # freed memory goes back at once
 spec = weights.TEACHERS["wan22-tiny"]
-size = dict(dim=1024, ffn_dim=4096, num_heads=8, num_layers=15, text_dim=64, text_len=16)
-weights.TEACHERS["wan22-tiny"] = spec._replace(settings=size)  # 261 M parameters per branch
+size = dict(dim=1024, ffn_dim=4096, num_heads=8, num_layers=6, text_dim=64, text_len=16)
+weights.TEACHERS["wan22-tiny"] = spec._replace(settings=size)  # 107 M parameters per branch
 cfg = train.make_config("wan22-tiny", generator=generator, fake=fake, batch=2, micro_batch=1,
                         fake_updates=1, rank=64, size=("64x64",), frames=1)
 phases, [shape] = train.phases_of(cfg), teachers.buckets(cfg)
@@ -216,9 +216,9 @@ linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="n
 @linux
 @pytest.mark.parametrize("generator,fake", [("lora", "lora"), ("full", "full")])
 def test_peak_memory_is_the_planned_one(generator, fake):
-    """Within 10 %, in phase 1 with one base of 500 MB and in phase 2 with two."""
+    """Within 10 %, in phase 1 with one base of 200 MB and in phase 2 with two."""
     for base, peak, planned in measure(generator, fake, "shared"):
-        assert base > 500e6 and abs(peak / planned - 1) < 0.1
+        assert base > 200e6 and abs(peak / planned - 1) < 0.1
 
 
 @pytest.mark.slow
