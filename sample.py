@@ -143,7 +143,7 @@ def override_config(cfg: Config, args) -> Config:
 
 def run_sampler(job: Job, c, shape: tuple, total: int, args, device) -> list[Tensor]:
     """x at every time if --trajectory, else at the last, on the CPU. Prints the NFE."""
-    cfg, nfe, began, xs = job.cfg, step_nfe(job), time.time(), []
+    cfg, nfe, began = job.cfg, step_nfe(job), time.time()
     velocity = preset_of(cfg).make_sampler(cfg, job.base_of, job.weights_of, device, job.run_dir)
     z = torch.stack([normal(shape, args.seed, "sample", j, "z") for j in range(args.n)])
     z = z.repeat(total // args.n, *[1] * len(shape)).to(device)  # the same noises for each prompt
@@ -156,13 +156,16 @@ def run_sampler(job: Job, c, shape: tuple, total: int, args, device) -> list[Ten
 
     nets = [moe.chunked(partial(call, *step), size) for step in zip(job.roles, nfe)]
     with bar, torch.no_grad():
+        xs = []
         for x in trajectory(nets, job.times, z, moe.cond_to(c, device)):
-            xs = [*(xs if args.trajectory else []), x.cpu()]
-    spec, note = TEACHERS.get(args.teacher), ""
+            if not args.trajectory:
+                xs.clear()  # only the last is asked for, and videos are large
+            xs.append(x.cpu())
+    count = f"samples: {total}, {sum(nfe)} network evaluations (NFE) each"
+    print(f"{count}, {time.time() - began:.2f} s")
+    spec = TEACHERS.get(args.teacher)
     if spec and not args.lora and spec.network is Wan and not spec.folder:
-        note = "; Euler steps, where the official sampler uses UniPC"
-    count = f"{total} sample{'s' * (total > 1)}, {sum(nfe)} network evaluations (NFE) each"
-    print(f"{count}, {time.time() - began:.2f} s{note}")
+        print("note: Euler steps, where the official sampler uses UniPC")
     return xs
 
 
@@ -195,10 +198,10 @@ def run_command(args) -> None:
     if args.student and not args.out:
         is_preview = args.student.parent.name == "previews"
         out = job.run_dir / ("samples" + (f"-{args.student.stem}" if is_preview else ""))
-    names = common.folder_contents(out)
-    if names and not names & {"latents.safetensors", "samples.npy"}:
+    contents = common.folder_contents(out)
+    if contents and not contents & {"latents.safetensors", "samples.npy"}:
         expected = "expected a new folder or one of earlier samples"
-        raise UserError(f"--out: {expected}, {out} contains {min(names)}; choose another --out")
+        raise UserError(f"--out: {expected}, {out} contains {min(contents)}; choose another --out")
     args.metadata = sample_metadata(job, args)
     args.title = f"{args.student or args.teacher}, {len(job.roles)} steps"
     device = torch.device(common.pick_device(args.device, preset.device))

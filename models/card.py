@@ -9,9 +9,9 @@ from models.weights import teacher_spec
 
 # of the training; the card lists them as flags
 SETTINGS = (
-    "generator rank alpha lr fake fake_lr fake_rollout fake_updates iters batch seed guidance"
-)
-SETTINGS += " interval target weight truncate size"
+    "generator rank alpha lr fake fake_lr fake_rollout fake_updates iters batch seed guidance "
+    "interval target weight truncate size"
+).split()
 
 
 def make_card(student, stems: list[str], base: str) -> str:
@@ -20,7 +20,7 @@ def make_card(student, stems: list[str], base: str) -> str:
     loras = "".join(f" with {Path(file).name}" for file in cfg.teacher_lora)
     base_model = f"base_model: {base}\n" if base == spec.repository else ""
     times = ", ".join(f"{1000 * t:.6g}" for t in student.times[:-1])
-    settings = " ".join(f"{flag_name(x)} {format_value(getattr(cfg, x))}" for x in SETTINGS.split())
+    settings = " ".join(f"{flag_name(x)} {format_value(getattr(cfg, x))}" for x in SETTINGS)
     text = f"""---
 license: apache-2.0
 {base_model}tags: [phased-dmd, few-step, distillation]
@@ -46,7 +46,7 @@ def boundary_between(student) -> float:
 
 
 def diffusers_section(student, stems: list[str], base: str) -> str:
-    """A script. tests/test_export.py runs it as far as its settings."""
+    """A script. tests/test_published.py and tests/test_export.py run it with small networks."""
     cfg, spec, boundary_t = student.cfg, teacher_spec(student.cfg.teacher), student.boundary_t
     *frames, height, width = cfg.size[0].partition(":")[0].split("x")
     settings = f"num_inference_steps={cfg.steps}, height={height}, width={width}, "

@@ -51,10 +51,10 @@ class Student(NamedTuple):
 def export_student(student: Student, out: Path) -> list[Path]:
     """Write a student's files and their card to a new or empty folder. Returns their paths."""
     check_exportable(student.phases, student.base_of, student.boundary_t)
-    # high_noise_model, low_noise_model, as Lightning, or phase1, ...
-    noises = [NOISE[student.base_of[f"student{phase.k}"]] for phase in student.phases]
     stems = [f"phase{phase.k}" for phase in student.phases]
-    stems = [f"{noise}_noise_model" for noise in noises] if student.boundary_t else stems
+    if student.boundary_t:  # high_noise_model and low_noise_model, as Lightning names them
+        branches = [student.base_of[f"student{phase.k}"] for phase in student.phases]
+        stems = [f"{NOISE[branch]}_noise_model" for branch in branches]
     names = {"README.md", *(f"{stem}.safetensors" for stem in stems)}
     with whole_folder(out, names) as part:
         for phase, stem in zip(student.phases, stems):
@@ -76,26 +76,32 @@ def check_exportable(phases: list, base_of: dict[str, int], boundary_t: float | 
 
 
 def expert_tensors(student: Student, phase) -> dict[str, Tensor]:
-    """An expert's LoRA under the published names, or all its parameters.
+    """An expert's LoRA under the published names, or all its parameters if student.is_full.
 
     These are bf16, but float32 where the port is, as in norms of Wan.
     """
-    cfg, role, tensors = student.cfg, f"student{phase.k}", {}
+    cfg, role = student.cfg, f"student{phase.k}"
     branch, own = student.base_of[role], weights.student_weights(cfg, student.file, role)
+    if not student.is_full:
+        return lora_tensors(own.factors, cfg.alpha)
     if own.full:
         net = meta_network(cfg, branch, torch.bfloat16).requires_grad_(False)
         weights.load_tensors(net, own.full(), "cpu")
-    elif cfg.teacher_lora:
+    else:  # a LoRA on a teacher that was merged with another one
         path = weights.branch_paths(cfg.teacher, *cfg.weights)[0][branch - 1]
         loras = weights.teacher_loras(cfg)[branch - 1]
         changes = {f"{layer}.weight": [x] for layer, x in own.factors.items()}
         net = weights.load(path, teacher=cfg.teacher, loras=loras, changes=changes)
-    if student.is_full:
-        return {name: p.data for name, p in net.named_parameters()}
-    for layer, (up, down, _) in own.factors.items():
+    return {name: p.data for name, p in net.named_parameters()}
+
+
+def lora_tensors(factors: dict[str, lora.Factors], alpha: float) -> dict[str, Tensor]:
+    """The factors of each layer under the published names."""
+    tensors = {}
+    for layer, (up, down, _) in factors.items():
         tensors[f"diffusion_model.{layer}.lora_up.weight"] = up
         tensors[f"diffusion_model.{layer}.lora_down.weight"] = down
-        tensors[f"diffusion_model.{layer}.alpha"] = torch.tensor(float(cfg.alpha))
+        tensors[f"diffusion_model.{layer}.alpha"] = torch.tensor(float(alpha))
     return tensors
 
 

@@ -391,7 +391,7 @@ class LoraFile(NamedTuple):
     strength: float = 1.0
 
     def __str__(self) -> str:
-        return f"{self.path}" + f":{self.strength:g}" * (self.strength != 1)
+        return str(self.path) if self.strength == 1 else f"{self.path}:{self.strength:g}"
 
 
 def parse_file(text: str) -> LoraFile:

@@ -126,13 +126,16 @@ def test_a_wrong_command_is_answered_in_one_line(line, tmp_path, monkeypatch, ca
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_cannot_take_a_run_is_left_as_it_is(finished, tmp_path, capsys):
+def test_a_folder_that_cannot_take_a_run_is_left_as_it_is(finished, tmp_path, monkeypatch, capsys):
     """A file, a run with other settings, an unfinished run, a folder with other files."""
     before = tree(tmp_path)
     line = refusal(capsys, [*QUICK, "--out", finished / "config.json"])
     assert "File exists; fix this or choose another --out" in line
     assert "--seed: expected 0" in refusal(capsys, [*QUICK, "--seed", 1, "--out", finished])
     assert "--seed: expected 0" in refusal(capsys, ["--resume", "--seed", 1, "--out", finished])
+    longer = ["--resume", "--iters", 2**31, "--out", finished]
+    monkeypatch.setattr(train, "run_training", None)  # none of these begins to train
+    assert "--iters: expected at most" in refusal(capsys, longer)
     for flags in ([], ["--overwrite"]):
         line = refusal(capsys, [*QUICK, "--out", tmp_path, *flags])
         assert "expected an empty folder or a run" in line

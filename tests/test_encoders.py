@@ -279,6 +279,8 @@ def test_a_folder_of_captions_has_one_prompt_per_file(tmp_path):
         ("p.txt", b"# only\n", "no prompt"),
         ("p.txt", b"\xff\xfe\xff", "cannot read"),
         ("p.csv", b"a,b\na fox,1\n", "expected caption or prompt or text, found {'a': 'a fox'"),
+        ("p.csv", b"text,text\na fox,1\n", "expected columns of different names"),
+        ("p.jsonl", b'"a"\n{}\n', "line 2: expected caption or prompt or text"),
         ("p.csv", b"caption\nA fox, running\n", "line 2: expected 1 cells, found 2); expected"),
         ("p.csv", b"n,caption\n1,\n2,a\n", "line 2: expected caption or prompt or text, found {"),
         ("p.csv", b'caption\na\n"A fox\nb\nc\n', "line 3: unexpected end of data"),

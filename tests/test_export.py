@@ -141,18 +141,19 @@ def test_another_target_is_refused_before_a_tensor_is_read(student, tmp_path, ki
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_an_export_that_is_stopped_leaves_nothing(student, tmp_path, monkeypatch):
-    """By SIGTERM, in the second expert's file. The signal's handler is as before."""
-    calls = []
+@pytest.mark.parametrize("owner,name", [(export, "save_tensors"), (Path, "rename")])
+def test_an_export_that_is_stopped_leaves_nothing(student, tmp_path, monkeypatch, owner, name):
+    """By SIGTERM, at the second file written or moved. The signal's handler is as before."""
+    calls, work = [], getattr(owner, name)
 
     def stop(*args):
         calls.append(args)
         if len(calls) == 2:
             signal.raise_signal(signal.SIGTERM)
-        save_file(*args)
+        work(*args)
 
     handler = signal.getsignal(signal.SIGTERM)
-    monkeypatch.setattr(export, "save_tensors", stop)
+    monkeypatch.setattr(owner, name, stop)
     with pytest.raises(KeyboardInterrupt):
         export.export_student(student, tmp_path / "out")
     assert signal.getsignal(signal.SIGTERM) == handler and not list(tmp_path.iterdir())

@@ -15,7 +15,7 @@ from students import write_lora
 
 import sample
 import train
-from models import parallel, weights
+from models import encoders, parallel, weights
 from models.common import UserError, torchrun_ranks
 
 ROOT = Path(__file__).parent.parent
@@ -60,6 +60,14 @@ def test_only_the_variables_of_torchrun_make_ranks(monkeypatch, line, ranks):
     else:
         with pytest.raises(UserError, match="variables of torchrun, found RANK=0.*; start"):
             torchrun_ranks()
+
+
+def test_the_encoders_run_in_one_process(monkeypatch, tmp_path, capsys):
+    """Several would write the same files."""
+    for name, value in zip(("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE"), "1212"):
+        monkeypatch.setenv(name, value)
+    assert encoders.main(["text", "--teacher", "wan22", "--out", str(tmp_path / "new")]) == 2
+    assert "runs in one process" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 # -- the numbers of one process ------------------------------------------------------------------
