@@ -1,20 +1,18 @@
 """The settings of a run, and the presets: what each teacher needs in place of the paper's values.
 
-A preset is what a module such as toy/toy2d.py provides (common.Preset), and settings.
+A preset is what a module such as toy/toy2d.py provides (runs.Preset), and settings.
 """
 
 from dataclasses import dataclass, replace
 from functools import partial
 
-from models import common, teachers
+from models import cli, runs, teachers
 from models.common import UserError
 from models.parallel import SINGLE, Topology
 from phases import Phase, make_phases
 from toy import digits, toy2d
 
-data, method, training, memory, output = (
-    partial(common.option, group=group) for group in common.GROUPS
-)
+data, method, training, memory, output = (partial(cli.option, group=group) for group in cli.GROUPS)
 ON_OFF, KINDS, DTYPES = ("on", "off"), ("lora", "full"), ("bf16", "float32")
 
 
@@ -128,7 +126,7 @@ PRESETS = {  # teacher: (what it provides, settings)
 LEARNING_RATES = {"lora": (5e-5, 5e-5), "full": (2e-6, 4e-7)}  # of student and fake
 
 
-def find_preset(teacher: str) -> tuple[common.Preset, dict]:
+def find_preset(teacher: str) -> tuple[runs.Preset, dict]:
     """A preset and its settings, by name. Raises UserError."""
     if teacher not in PRESETS:
         raise UserError(f"--teacher: expected one of {', '.join(PRESETS)}, got {teacher}")
@@ -143,7 +141,7 @@ def make_config(teacher: str = "toy2d", **settings) -> Config:
     return replace(cfg, **{name: lr for name, lr in rates.items() if name not in settings})
 
 
-def preset_of(cfg: Config) -> common.Preset:
+def preset_of(cfg: Config) -> runs.Preset:
     """What the teacher of the settings provides."""
     return find_preset(cfg.teacher)[0]
 
@@ -159,7 +157,7 @@ def phases_of(cfg: Config) -> list[Phase]:
 
 def validate(cfg: Config, topology: Topology = SINGLE) -> None:
     """Raise UserError for settings that cannot make a run on these ranks. Reads no input file."""
-    common.check_values(cfg)
+    cli.check_values(cfg)
     preset_of(cfg).check_config(cfg, topology)
     if cfg.truncate == "off" and cfg.fake_per_depth:
         raise UserError("--fake-rollout per-depth needs --truncate on: there are no depths without")

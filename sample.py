@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 import moe
 from config import Config, make_config, phases_of, preset_of, validate
-from models import common, export, parallel, teachers
+from models import cli, common, export, parallel, runs, teachers
 from models.common import UserError, normal
 from models.wan import Wan
 from models.weights import TEACHERS, RoleWeights, student_weights
@@ -64,14 +64,14 @@ def open_student(args) -> tuple[export.Student, Path]:
         raise UserError(f"--student: expected {expected}, got {args.student}; {advice}")
     advice = f"train it again with: python train.py --out {run_dir} --overwrite"
     config = common.read_json(run_dir / "config.json", advice)
-    cfg = common.config_from_json(Config, config, run_dir)
+    cfg = runs.config_from_json(Config, config, run_dir)
     tensors, metadata = common.open_tensors(file, "student", advice)
     with common.reading(file, advice):
         last_phase = int(metadata["phase"])
-        if not common.is_same_run(metadata["settings"], config["settings"]):
+        if not runs.is_same_run(metadata["settings"], config["settings"]):
             raise UserError(f"{file} belongs to a run with other settings; {advice}")
     if args.weights:
-        cfg = replace(cfg, weights=common.absolute_paths(tuple(args.weights)))
+        cfg = replace(cfg, weights=cli.absolute_paths(tuple(args.weights)))
     validate(cfg)
     preset, phases = preset_of(cfg), phases_of(cfg)
     check_base(config["files"], preset.base_files(cfg), bool(args.weights))
@@ -106,7 +106,7 @@ def teacher_job(args) -> Job:
         settings = {"steps": 4, "guidance": (1.0,), "generator": "lora"}
     given = given_flags(args, "steps", "shift")
     settings |= given | ({"guidance": tuple(args.guidance)} if args.guidance else {})
-    weights = common.absolute_paths(tuple(args.weights))
+    weights = cli.absolute_paths(tuple(args.weights))
     cfg = make_config(args.teacher, **settings, weights=weights, phases=1, depths="drawn")
     cfg, preset = override_config(cfg, args), preset_of(cfg)
     validate(cfg)
@@ -198,22 +198,22 @@ def run_command(args) -> None:
     if args.student and not args.out:
         is_preview = args.student.parent.name == "previews"
         out = job.run_dir / ("samples" + (f"-{args.student.stem}" if is_preview else ""))
-    contents = common.folder_contents(out)
+    contents = runs.folder_contents(out)
     if contents and not contents & {"latents.safetensors", "samples.npy"}:
         expected = "expected a new folder or one of earlier samples"
         raise UserError(f"--out: {expected}, {out} contains {min(contents)}; choose another --out")
     args.metadata = sample_metadata(job, args)
     args.title = f"{args.student or args.teacher}, {len(job.roles)} steps"
-    device = torch.device(common.pick_device(args.device, preset.device))
-    with common.own_folder(out):
+    device = torch.device(cli.pick_device(args.device, preset.device))
+    with runs.own_folder(out):
         cfg, c, shape, names = preset.sample_inputs(job.cfg, args, out, job.run_dir, device)
         total = len(names) or args.n
         xs = run_sampler(job._replace(cfg=cfg), c, shape, total, args, device)
         metrics, files = preset.save_samples(cfg, c, xs, args, names, device)
-        common.remove_files(out, common.SAMPLE_FILES)  # new ones may be fewer
+        runs.remove_files(out, runs.SAMPLE_FILES)  # new ones may be fewer
         for name, content in files:
             common.write_file(out / name, content)
-        common.print_metrics(metrics, out)
+        runs.print_metrics(metrics, out)
 
 
 def positive(text: str) -> int:
@@ -223,9 +223,9 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def make_parser() -> common.Parser:
+def make_parser() -> cli.Parser:
     """The flags."""
-    parser = common.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     source = parser.add_mutually_exclusive_group(required=True).add_argument
     source("--student", type=Path, help="folder of a finished run, or a file of its previews/")
     source("--teacher", help="sample a teacher instead: wan22, mnist, toy2d, ...")
@@ -266,7 +266,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit status: 0, 2 for a user's error, 130 for Ctrl-C."""
     advice = "try a smaller --n, --size or --frames, or --device cpu"
     work = lambda: run_command(make_parser().parse_args(argv))
-    return common.exit_status("sample.py", work, advice)
+    return cli.exit_status("sample.py", work, advice)
 
 
 if __name__ == "__main__":

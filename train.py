@@ -26,9 +26,10 @@ from tqdm import tqdm
 import moe
 from config import PRESETS, Config, make_config, phases_of, preset_of, validate
 from losses import dmd_gradient, dmd_loss, naive_matching, subinterval_matching
-from models import common, media, parallel, teachers
+from models import cli, common, media, parallel, runs, teachers
 from models.adamw import AdamW, note_if_slow
-from models.common import START_OVER, UserError, stream, uniform
+from models.common import UserError, stream, uniform
+from models.runs import START_OVER
 from phases import (
     Interval,
     Phase,
@@ -59,7 +60,7 @@ class Run:
     i: int = 0  # next iteration of the phase; negative while the fake warms up
     optimizers: dict[str, AdamW] = field(default_factory=dict)  # by role name
     skips: dict[str, int] = field(default_factory=dict)  # non-finite updates in a row
-    watch: Callable = common.watch_update  # progress inside an iteration
+    watch: Callable = runs.watch_update  # progress inside an iteration
 
     @property
     def phase(self) -> Phase:
@@ -287,7 +288,7 @@ def save_state(run: Run, log_bytes: int, seconds: float) -> None:
     """Write a checkpoint. Random numbers are functions of the counters: there is no other state."""
     counters = dict(phase=run.k, iteration=run.i, skips=run.skips, log_bytes=log_bytes)
     counters["optimizer_steps"] = {name: o.steps for name, o in run.optimizers.items()}
-    metadata = {"kind": "state", "settings": common.to_json(run.cfg), "seconds": seconds} | counters
+    metadata = {"kind": "state", "settings": cli.to_json(run.cfg), "seconds": seconds} | counters
     name = f"phase{run.k}-{run.i:06}"
     parallel.write_state(run.out / "state", name, state_tensors(run), metadata)
 
@@ -298,7 +299,7 @@ def load_state(run: Run) -> tuple[int, float]:
     if not parallel.on_rank0((folder / "state.json").exists):
         begin_phase(run, 1)
         return 0, 0.0
-    tensors, metadata = parallel.read_state(folder, common.to_json(run.cfg), START_OVER)
+    tensors, metadata = parallel.read_state(folder, cli.to_json(run.cfg), START_OVER)
     with common.reading(folder / "state.json", START_OVER):  # a wrong type fails here
         [k] = [phase.k for phase in run.phases if phase.k == metadata["phase"]]
         i, log_bytes = int(metadata["iteration"]), int(metadata["log_bytes"])
@@ -323,7 +324,7 @@ def save_student(run: Run, path: Path) -> None:
     """Write the experts trained so far into one safetensors file."""
     parameters = role_tensors(trained_experts(run))
     tensors = {key: parallel.full_tensor(p) for key, p in parameters.items()}
-    metadata = {"kind": "student", "settings": common.to_json(run.cfg), "phase": run.k}
+    metadata = {"kind": "student", "settings": cli.to_json(run.cfg), "phase": run.k}
     if common.is_rank0():
         common.write_tensors(path, tensors, metadata)
 
@@ -338,11 +339,11 @@ def make_run(cfg: Config, device: torch.device, out: Path, roles: moe.Roles | No
     return Run(cfg, phases, roles, preset.make_data(cfg, out), device, out)
 
 
-def run_training(run: Run, began: float, stop: common.Stop) -> float:
+def run_training(run: Run, began: float, stop: runs.Stop) -> float:
     """Train with progress bar, log, previews and checkpoints. Returns the seconds it took."""
     cfg, preset = run.cfg, preset_of(run.cfg)
     log_bytes, seconds = load_state(run)
-    log = common.Log(run.out / "log.jsonl", log_bytes)
+    log = runs.Log(run.out / "log.jsonl", log_bytes)
     preset.throughput(cfg, run.phase, 1.0, run.device)  # measures the GPU's speed, once
     bar, began = None, began - seconds
     clock = saved = time.monotonic()
@@ -354,7 +355,7 @@ def run_training(run: Run, began: float, stop: common.Stop) -> float:
             bar = tqdm(total=cfg.iters + cfg.warmup, initial=done, desc=text, disable=None)
             phase_rows = []
         seconds = time.monotonic() - clock
-        rows[-1] |= {"seconds_iteration": round(seconds, 4)} | common.peak_memory(run.device)
+        rows[-1] |= {"seconds_iteration": round(seconds, 4)} | runs.peak_memory(run.device)
         rows[-1] |= preset.throughput(cfg, run.phase, seconds, run.device)
         log.write([row | {"seconds": round(time.monotonic() - began, 3)} for row in rows])
         phase_rows += rows
@@ -388,7 +389,7 @@ def report(run: Run) -> tuple[dict, bytes]:
     return preset.report(run.cfg, run.phases, run.roles, *progress)
 
 
-def save_preview(run: Run, log: common.Log) -> None:
+def save_preview(run: Run, log: runs.Log) -> None:
     """Write metrics, picture and curves, and of large teachers the student so far."""
     metrics, picture = report(run)
     log.write([{"phase": run.k, "iteration": run.i, "role": "preview"} | common.finite(metrics)])
@@ -399,10 +400,10 @@ def save_preview(run: Run, log: common.Log) -> None:
         save_student(run, file.with_suffix(".safetensors"))
     if common.is_rank0():
         common.write_file(run.out / "curves.png", media.curves(run.out / "log.jsonl"))
-        common.remove_files(file.parent, common.STUDENT_FILES, keep)
+        runs.remove_files(file.parent, runs.STUDENT_FILES, keep)
 
 
-def save_results(run: Run, seconds: float, stop: common.Stop) -> dict:
+def save_results(run: Run, seconds: float, stop: runs.Stop) -> dict:
     """Write student, picture and metrics. metrics.json comes last: it marks a finished run."""
     save_student(run, run.out / "student.safetensors")
     stop.check()
@@ -424,14 +425,14 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
     finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     finder.add_argument("--teacher", nargs="?")  # --help shows the defaults of this one
     teacher = finder.parse_known_args(argv)[0].teacher or "toy2d"
-    parser = common.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     presets = {name: settings for name, (_, settings) in PRESETS.items()}
-    common.add_run_flags(common.add_flags(parser, Config, presets, teacher))
+    cli.add_run_flags(cli.add_flags(parser, Config, presets, teacher))
     args = parser.parse_args(argv)
     args.argv = sys.argv[1:] if argv is None else argv
-    args.explicit = explicit = common.explicit_flags(args, Config)
-    for name in set(common.MOVABLE) & set(explicit):
-        explicit[name] = common.absolute_paths(explicit[name])  # a run may be resumed elsewhere
+    args.explicit = explicit = cli.explicit_flags(args, Config)
+    for name in set(runs.MOVABLE) & set(explicit):
+        explicit[name] = cli.absolute_paths(explicit[name])  # a run may be resumed elsewhere
     args.out = args.out or Path("out") / teacher
     if args.resume and args.overwrite:
         raise UserError("--resume keeps a run and --overwrite removes it: give one of them")
@@ -451,11 +452,11 @@ def resolve(args: argparse.Namespace, cfg: Config, device: str) -> tuple[Config,
         if own and args.overwrite:
             raise UserError(f"--overwrite: this run reads {own[0]} in --out; move it first")
     folder_args = args.out, cfg, args.explicit, args.resume, args.overwrite, Config
-    cfg, finished = common.resolve_run(*folder_args)
+    cfg, finished = runs.resolve_run(*folder_args)
     validate(cfg, parallel.topology)
     ranks = parallel.topology.processes, parallel.topology.context_parallel
-    environment = {} if finished else common.environment(device, *ranks)
-    common.record_run(args.out, cfg, environment, preset.input_files(cfg), args.overwrite)
+    environment = {} if finished else runs.environment(device, *ranks)
+    runs.record_run(args.out, cfg, environment, preset.input_files(cfg), args.overwrite)
     return cfg, finished
 
 
@@ -466,19 +467,19 @@ def run_command(args: argparse.Namespace, cfg: Config, device: str) -> None:
         print("This run is already finished. Use --overwrite to train it again.")
         file = args.out / "metrics.json"
         with common.reading(file, START_OVER):
-            return common.print_metrics(common.read_json(file, START_OVER), args.out)
+            return runs.print_metrics(common.read_json(file, START_OVER), args.out)
     preset, device, began = preset_of(cfg), torch.device(device), time.monotonic()
     torch.set_num_threads(preset.threads or torch.get_num_threads())
     print(format_phases(phases_of(cfg), cfg.shift))
     command = parallel.launch_command(parallel.topology, "train.py")
     command += f" --resume --out {shlex.quote(str(args.out))}"
-    with common.Stop(f"continue with: {command}", parallel.max_over_ranks) as stop:
-        progress = partial(common.with_progress, stop=stop)
+    with runs.Stop(f"continue with: {command}", parallel.max_over_ranks) as stop:
+        progress = partial(runs.with_progress, stop=stop)
         parallel.on_rank0(lambda: preset.prepare(cfg, args.out, device, progress))
         stop.check()
         run = make_run(cfg, device, args.out)
         seconds = run_training(run, began, stop)
-        common.print_metrics(save_results(run, seconds, stop), args.out)
+        runs.print_metrics(save_results(run, seconds, stop), args.out)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -489,8 +490,8 @@ def main(argv: list[str] | None = None) -> int:
         args, cfg = parse(argv)
         file = args.out / "config.json"
         if args.resume and file.exists():  # the command need not name the teacher
-            cfg = common.config_from_json(Config, common.read_json(file, START_OVER), args.out)
-        device = common.pick_device(args.device, preset_of(cfg).device)
+            cfg = runs.config_from_json(Config, common.read_json(file, START_OVER), args.out)
+        device = cli.pick_device(args.device, preset_of(cfg).device)
         topology = parallel.make_topology(args.processes, args.context_parallel)
         if args.dry_run:
             validate(cfg, topology)
@@ -498,12 +499,12 @@ def main(argv: list[str] | None = None) -> int:
             print(preset_of(cfg).plan_text(cfg, phases_of(cfg), torch.device(device), topology))
             return
         ranks = parallel.distributed(device, args.context_parallel, "train.py")
-        with ranks, common.own_folder(args.out):
+        with ranks, runs.own_folder(args.out):
             validate(cfg, topology)
             with teachers.watch_memory(args, cfg, phases_of(cfg), device):
                 run_command(args, cfg, device)
 
-    return common.exit_status("train.py", work, "try a smaller --batch or --eval-samples")
+    return cli.exit_status("train.py", work, "try a smaller --batch or --eval-samples")
 
 
 if __name__ == "__main__":

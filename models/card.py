@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from models.common import flag_name, format_value
+from models.cli import flag_name, format_value
 from models.qwen_image import QwenImage
 from models.weights import teacher_spec
 

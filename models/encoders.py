@@ -35,8 +35,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from models import common, lora, parallel
-from models.common import Parser, UserError, open_tensors, read_json, reading, write_tensors
+from models import cli, common, lora, parallel, runs
+from models.cli import Parser
+from models.common import UserError, open_tensors, read_json, reading, write_tensors
 from models.wan import Wan
 from models.weights import (
     DTYPES,
@@ -219,7 +220,7 @@ def embed_prompts(
 
 def shards_in(folder: Path) -> list[Path]:
     """The files in a folder that embed_prompts wrote."""
-    return [x for x in sorted(folder.glob("*")) if re.fullmatch(common.SHARD_FILES, x.name)]
+    return [x for x in sorted(folder.glob("*")) if re.fullmatch(runs.SHARD_FILES, x.name)]
 
 
 class Embeddings(NamedTuple):
@@ -575,16 +576,16 @@ def main(argv: list[str] | None = None) -> int:
         TASKS[args.task](args)
 
     advice = "try a smaller --batch, --size or --device cpu"
-    return common.exit_status("encoders.py", run_task, advice)
+    return cli.exit_status("encoders.py", run_task, advice)
 
 
 def run_text(args) -> None:
     """Embed the prompts of a file. Raises UserError."""
     if not args.prompts or args.batch < 1:
         raise UserError("text: expected --prompts FILE and --batch of at least 1")
-    prompts, device = read_prompts(args.prompts), common.pick_device(args.device, "auto")
+    prompts, device = read_prompts(args.prompts), cli.pick_device(args.device, "auto")
     options = args.negative, args.batch, args.overwrite
-    with common.own_folder(args.out):
+    with runs.own_folder(args.out):
         embed_prompts(args.teacher, args.weights, prompts, args.out, device, *options)
     print(f"{args.out}: prompts: {len(prompts)}, the first: {shorten(prompts[0])}")
 
@@ -598,7 +599,7 @@ def run_images(args) -> None:
     if args.out.is_dir() or (args.out.exists() and not args.overwrite):
         raise UserError(f"{args.out} exists; {OVERWRITE}")
     sizes = [parse_height_width(text) for text in args.size]
-    vae = load_vae(args.teacher, args.weights, common.pick_device(args.device, "auto"))
+    vae = load_vae(args.teacher, args.weights, cli.pick_device(args.device, "auto"))
     tensors, captions = encode_images(vae, args.images, sizes, args.frames)
     metadata = {"kind": "first frames", "teacher": args.teacher, "captions": captions}
     write_tensors(args.out, tensors, metadata)

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from models import lora, weights
 from models.card import make_card
-from models.common import UserError, reading, save_tensors, set_handlers, writing
+from models.common import UserError, reading, save_tensors, writing
+from models.runs import set_handlers
 from models.weights import RoleWeights, meta_network, teacher_spec
 
 NOISE = {1: "high", 2: "low"}  # of a branch of the teacher

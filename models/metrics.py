@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from models import common, encoders, media
+from models import cli, common, encoders, media, runs
 from models.common import UserError
 
 PATTERN = r"(?i)(\d+)(-\d+)?\.(mp4|m4v|mkv|webm|avi|mov|gif|webp|png|jpg|jpeg)"
@@ -185,12 +185,12 @@ def run_command(args) -> None:
     """Measure folders, print the table, write metrics.json and metrics.png. Raises UserError."""
     with common.reading("--pattern", r"give a regular expression such as (\d+)_.*\.mp4"):
         pattern = re.compile(args.pattern)
-    others = common.folder_contents(args.out) - {"metrics.json", "metrics.png"}
+    others = runs.folder_contents(args.out) - {"metrics.json", "metrics.png"}
     if others:
         raise UserError(f"--out: expected a new folder, {args.out} contains {min(others)}")
-    device = common.pick_device(args.device, "auto")
+    device = cli.pick_device(args.device, "auto")
     dino, lpips = args.dino and encoders.load_dino(args.dino, device), encoders.load_lpips(device)
-    with common.own_folder(args.out):
+    with runs.own_folder(args.out):
         folders = {str(folder): measure_folder(folder, pattern, dino) for folder in args.folders}
         rows, pictures = make_rows(folders, lpips), {}
         print_table(rows)
@@ -203,14 +203,14 @@ def run_command(args) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command. Returns the exit status."""
-    parser = common.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("folders", nargs="+", type=Path, metavar="DIR", help="samples; first those of the teacher")
     add("--dino", type=Path, metavar="DIR", help="a DINOv2 or DINOv3 as transformers saves it")
     add("--pattern", default=PATTERN, help="of file names; its first group, if any, is the prompt")
     add("--out", type=Path, default=Path("out/metrics"), help="folder (default out/metrics)")
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="of DINO, LPIPS")
-    return common.exit_status("metrics.py", lambda: run_command(parser.parse_args(argv)))
+    return cli.exit_status("metrics.py", lambda: run_command(parser.parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from models import common
+from models import common, runs
 from models.common import Interrupted, UserError, is_rank0, torchrun_ranks
 
 
@@ -104,7 +104,7 @@ def distributed(device: str, context: int, program: str):
         topology = make_topology("", context)
         join(device)
         make_groups(device)
-        for number in (signal.SIGTERM, signal.SIGINT):  # common.Stop catches them while training.
+        for number in (signal.SIGTERM, signal.SIGINT):  # runs.Stop catches them while training.
             signal.signal(number, lambda *_: None)  # torchrun repeats them until the process ends
         yield
         gather(None)  # a barrier: no rank leaves while another can still fail
@@ -405,7 +405,7 @@ def write_state(folder: Path, name: str, tensors: dict[str, Tensor], metadata: d
     if rank == 0:
         common.write_json(folder / "state.json", metadata | {"files": files})
         for path in folder.glob("phase*"):
-            if path.name not in files and re.fullmatch(rf"{common.STATE_FILES}(\.tmp)?", path.name):
+            if path.name not in files and re.fullmatch(rf"{runs.STATE_FILES}(\.tmp)?", path.name):
                 with suppress(OSError):  # an old file costs space only
                     path.unlink()
 
@@ -430,7 +430,7 @@ def read_state(folder: Path, settings: dict, advice: str) -> tuple[dict[str, Sto
     metadata = common.read_json(folder / "state.json", advice)
     counts, slices = {}, defaultdict(dict)
     with common.reading(folder / "state.json", advice):
-        if metadata["kind"] != "state" or not common.is_same_run(metadata["settings"], settings):
+        if metadata["kind"] != "state" or not runs.is_same_run(metadata["settings"], settings):
             raise UserError(f"{folder} belongs to another run or version; {advice}")
         for name in metadata["files"]:
             file, header = common.open_tensors(folder / name, "checkpoint shard", advice)

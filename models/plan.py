@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import common, lora, parallel
+from models import cli, lora, parallel
 from models.encoders import MAX_TOKENS
 from models.parallel import Topology, blocks_of
 from models.qwen_image import QwenImage
@@ -373,13 +373,13 @@ def changes(cfg, gpus: int, now: Topology) -> Iterator[tuple[dict, Topology]]:
 
 def command_line(argv: list[str], settings: dict, topology: Topology) -> str:
     """The command `train.py argv` with these settings on these ranks, on the GPU."""
-    flags = {"--device", "--context-parallel", *map(common.flag_name, settings)}
+    flags = {"--device", "--context-parallel", *map(cli.flag_name, settings)}
     words, keep = [], True
     for word in argv:
         keep = word.partition("=")[0] not in flags if word.startswith("--") else keep
         words += [word] if keep else []
     for name, value in settings.items():
-        words += [common.flag_name(name), *common.format_value(value).split()]
+        words += [cli.flag_name(name), *cli.format_value(value).split()]
     return f"{parallel.launch_command(topology, 'train.py')} {shlex.join(words)}".strip()
 
 

@@ -1,6 +1,6 @@
 """The preset of large teachers: Wan and Qwen-Image, from published or random weights.
 
-common.Preset lists what train.py and sample.py call; `cfg` is a config.Config. A sample is a
+runs.Preset lists what train.py and sample.py call; `cfg` is a config.Config. A sample is a
 latent: (C, F, h, w) of a video, (C, h, w) of a picture of Qwen-Image. Its conditions are "text"
 (B, L, D), "mask" (B, L) for Qwen-Image, and for image to video "image" (B, 20, F, h, w): a mask of
 4 channels and the latents of the first frame.
@@ -27,10 +27,11 @@ from tqdm import tqdm
 
 import moe
 from models import encoders, export, lora, media, parallel, plan, qwen_image, wan, weights
-from models.common import Preset, UserError, is_out_of_memory, normal, reading, stream
+from models.common import UserError, is_out_of_memory, normal, reading, stream
 from models.layers import attention_backend
 from models.parallel import SINGLE, Topology
 from models.qwen_image import QwenImage
+from models.runs import Preset
 from models.weights import dtype_named, is_random, teacher_spec
 from phases import Phase, branch_at, full_time, pick_interval, renoise_times, step_times, trajectory
 from sde import diffuse, shift_time, v_to_x0

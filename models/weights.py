@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from models import lora, parallel
-from models.common import FileTensor, Parser, UserError, exit_status, first_line, read_json, reading
+from models.cli import Parser, exit_status
+from models.common import FileTensor, UserError, first_line, read_json, reading
 from models.qwen_image import QwenImage
 from models.wan import Wan
 

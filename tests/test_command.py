@@ -13,7 +13,7 @@ import pytest
 
 import sample
 import train
-from models import common
+from models import cli, common
 from toy import toy2d
 
 ROOT = Path(__file__).parent.parent
@@ -228,11 +228,11 @@ def test_figure_2_comes_out_as_in_the_paper(tmp_path):
 
 def test_a_resumed_run_takes_the_device_of_its_own_preset(tmp_path, monkeypatch):
     """Under torchrun the ranks meet before the settings are read; no --teacher is given."""
-    settings = common.to_json(train.make_config("wan22-tiny"))
+    settings = cli.to_json(train.make_config("wan22-tiny"))
     config = {"settings": settings, "files": {}, "environment": {}}
     common.write_json(tmp_path / "config.json", config)
     devices = []
-    monkeypatch.setattr(common, "pick_device", lambda requested, default: default)
+    monkeypatch.setattr(cli, "pick_device", lambda requested, default: default)
     monkeypatch.setattr(train, "run_command", lambda *_: None)
     join = lambda device, *_: devices.append(device) or nullcontext()
     monkeypatch.setattr(train.parallel, "distributed", join)

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from models import common
-from models.common import UserError, option
+from models import cli, common, runs
+from models.cli import option
+from models.common import UserError
 
 
 @dataclass(frozen=True)
@@ -49,12 +50,12 @@ def test_tensors_are_read_back_or_refused(tmp_path):
     """A truncated file, another kind and another run's file are refused in one line."""
     path, x = tmp_path / "a.safetensors", torch.randn(4, 6).T  # not contiguous
     common.write_tensors(path, {"x": x}, {"kind": "state", "settings": {"seed": 1}})
-    tensors, _ = common.read_tensors(path, "state", {"seed": 1}, "advice")
+    tensors, _ = runs.read_tensors(path, "state", {"seed": 1}, "advice")
     assert torch.equal(tensors["x"], x)
     wrong = (("start", 1, "not a file of the kind 'start'"), ("state", 2, "other settings"))
     for kind, seed, expected in wrong:
         with pytest.raises(UserError, match=f"{expected}; advice"):
-            common.read_tensors(path, kind, {"seed": seed}, "advice")
+            runs.read_tensors(path, kind, {"seed": seed}, "advice")
     content = path.read_bytes()
     for damaged in (content[:-1], content[:20], b"", b"not weights " * 40):
         path.write_bytes(damaged)
@@ -63,15 +64,15 @@ def test_tensors_are_read_back_or_refused(tmp_path):
 
 
 def test_the_log_is_cut_back_to_the_checkpoint(tmp_path):
-    log = common.Log(tmp_path / "log.jsonl", 0)
+    log = runs.Log(tmp_path / "log.jsonl", 0)
     log.write([{"i": 0}])
     size = log.sync()
     log.write([{"i": 1}, {"i": 2}])
-    common.Log(tmp_path / "log.jsonl", size).write([{"i": 3}])
+    runs.Log(tmp_path / "log.jsonl", size).write([{"i": 3}])
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert rows == [{"i": 0}, {"i": 3}]
     with pytest.raises(UserError, match="shorter than the checkpoint"):
-        common.Log(tmp_path / "log.jsonl", 1000)
+        runs.Log(tmp_path / "log.jsonl", 1000)
 
 
 @pytest.mark.parametrize(
@@ -86,26 +87,26 @@ def test_the_log_is_cut_back_to_the_checkpoint(tmp_path):
     ],
 )
 def test_a_wrong_value_is_answered_with_what_is_expected(name, value, expected):
-    common.check_values(Config(steps=1000, lr=1, guidance=(0, 2.0)))
+    cli.check_values(Config(steps=1000, lr=1, guidance=(0, 2.0)))
     with pytest.raises(UserError, match=f"^--{name}: expected {expected}.*, got "):
-        common.check_values(Config(**{name: value}))
+        cli.check_values(Config(**{name: value}))
 
 
 def test_flags_are_the_options_and_show_the_teachers_defaults(capsys):
     """Each flag once in --help, under its group; errors say what is expected."""
-    parser = common.Parser("a program")
+    parser = cli.Parser("a program")
     presets = {"ring": {}, "wan": {"steps": 8, "guidance": (4.0, 3.0)}}
-    common.add_flags(parser, Config, presets, "wan")["output"].add_argument("--out")
+    cli.add_flags(parser, Config, presets, "wan")["output"].add_argument("--out")
     with pytest.raises(SystemExit):
         parser.parse_args(["--help"])
     text = capsys.readouterr().out
     for words in ("steps (default 8)", "scale (default 4.0 3.0)", "preset (default wan)"):
         assert text.count(words) == 1
-    assert [g for g in common.GROUPS if f"\n{g}:\n" in text] == list(common.GROUPS)
+    assert [g for g in cli.GROUPS if f"\n{g}:\n" in text] == list(cli.GROUPS)
     args = parser.parse_args("--steps 2 --guidance 1 2.5 --compile".split())
     expected = {"steps": 2, "guidance": (1.0, 2.5), "compile": True}
-    assert common.explicit_flags(args, Config) == expected
-    assert Config(**common.from_json(common.to_json(Config(**expected)))) == Config(**expected)
+    assert cli.explicit_flags(args, Config) == expected
+    assert Config(**cli.from_json(cli.to_json(Config(**expected)))) == Config(**expected)
     with pytest.raises(UserError, match="^--steps: expected int, got '4.5'"):
         parser.parse_args(["--steps", "4.5"])
     with pytest.raises(UserError, match="^--mode: expected one of .*, got 'x'"):
@@ -114,7 +115,7 @@ def test_flags_are_the_options_and_show_the_teachers_defaults(capsys):
 
 def resolve(out: Path, resume=False, overwrite=False, **explicit):
     """Resolve the run that these flags describe."""
-    return common.resolve_run(out, Config(**explicit), explicit, resume, overwrite, Config)
+    return runs.resolve_run(out, Config(**explicit), explicit, resume, overwrite, Config)
 
 
 @pytest.fixture
@@ -122,7 +123,7 @@ def unfinished(tmp_path):
     """The folder of a run of 8 steps that has a checkpoint and reads a file."""
     (tmp_path / "input").write_text("input")
     files = common.digest_files([tmp_path / "input"])
-    settings = common.to_json(Config(steps=8, points=str(tmp_path / "input")))
+    settings = cli.to_json(Config(steps=8, points=str(tmp_path / "input")))
     config = {"settings": settings, "environment": {}, "files": files}
     common.write_json(tmp_path / "run" / "config.json", config)
     common.write_json(tmp_path / "run" / "state" / "state.json", {})
@@ -171,7 +172,7 @@ def test_a_run_goes_on_with_moved_files_and_more_iterations(unfinished, tmp_path
     assert resolve(unfinished, resume=True, points=str(new))[1]
     cfg, finished = resolve(unfinished, resume=True, points=str(new), iters=9)
     assert not finished and cfg == Config(steps=8, points=str(new), iters=9)
-    common.record_run(unfinished, cfg, {"commit": "abc"}, [new], False)
+    runs.record_run(unfinished, cfg, {"commit": "abc"}, [new], False)
     printed = capsys.readouterr().out
     assert (
         "on to 9 iterations per phase; rates fall in the last 50%" in printed
@@ -181,7 +182,7 @@ def test_a_run_goes_on_with_moved_files_and_more_iterations(unfinished, tmp_path
     assert resolve(unfinished, resume=True) == (cfg, False)  # and stays so without flags
     new.write_text("changed")
     with pytest.raises(UserError, match="moved has changed since the run began; restore it"):
-        common.record_run(unfinished, cfg, {}, [new], False)
+        runs.record_run(unfinished, cfg, {}, [new], False)
 
 
 KEPT = """notes.txt samples.txt previews/best-so-far.safetensors previews/mine.png prompts/mine.txt
@@ -199,9 +200,9 @@ def test_a_run_removes_only_names_that_it_writes(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("")
     (tmp_path / "previews" / "phase10-000001.safetensors").write_text("")
-    common.remove_files(tmp_path / "previews", common.STUDENT_FILES, keep=2)
+    runs.remove_files(tmp_path / "previews", runs.STUDENT_FILES, keep=2)
     assert (tmp_path / "previews" / "phase2-000002.safetensors").exists()
-    common.clear_run(tmp_path)
+    runs.clear_run(tmp_path)
     files = {str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file()}
     assert files == set(KEPT)
 
@@ -209,14 +210,14 @@ def test_a_run_removes_only_names_that_it_writes(tmp_path):
 def test_a_folder_belongs_to_one_command_at_a_time(tmp_path):
     """The second gets one line, the third the folder. What stays empty is removed."""
     out = tmp_path / "new" / "run"
-    with common.own_folder(out):
+    with runs.own_folder(out):
         with pytest.raises(UserError, match="another command is writing to .*run; wait"):
-            with common.own_folder(out):
+            with runs.own_folder(out):
                 pass
         assert out.is_dir()
     assert not (tmp_path / "new").exists()
     (tmp_path / "old").mkdir()
-    with common.own_folder(tmp_path / "old"):
+    with runs.own_folder(tmp_path / "old"):
         pass
     assert (tmp_path / "old").is_dir()  # it was there
 
@@ -233,7 +234,7 @@ def test_a_folder_with_leftovers_is_empty_and_a_link_to_nowhere_is_refused(tmp_p
         with pytest.raises(
             UserError, match=f"cannot write .*{name}: File exists; .* another --out"
         ):
-            with common.own_folder(tmp_path / name):
+            with runs.own_folder(tmp_path / name):
                 pass
 
 
@@ -253,11 +254,11 @@ def test_errors_of_the_machine_are_one_line(error, line, capsys):
     def work(error=error):
         raise error
 
-    assert common.exit_status("train.py", work) == 2
+    assert cli.exit_status("train.py", work) == 2
     printed = capsys.readouterr().err
     assert line in printed and printed.count("\n") == 1 and len(printed) < 500
     with pytest.raises(RuntimeError, match="shapes"):
-        common.exit_status("train.py", lambda: work(RuntimeError("shapes")))
+        cli.exit_status("train.py", lambda: work(RuntimeError("shapes")))
 
 
 def test_numbers_that_no_file_can_hold_and_files_that_cannot_be_read():
@@ -273,23 +274,23 @@ def test_numbers_that_no_file_can_hold_and_files_that_cannot_be_read():
 
 def test_a_signal_waits_for_a_safe_moment_and_a_second_one_does_not():
     before = signal.getsignal(signal.SIGTERM)
-    with common.Stop() as stop:
+    with runs.Stop() as stop:
         stop.check()
         os.kill(os.getpid(), signal.SIGTERM)
         assert stop.signal == signal.SIGTERM
         assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL  # the second one ends the process
         with pytest.raises(common.Interrupted):
-            next(common.with_progress(range(3), "steps", stop))
+            next(runs.with_progress(range(3), "steps", stop))
     assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_the_device_is_what_is_asked_for_or_the_best(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    assert common.pick_device("auto", "auto") == "mps"
-    assert common.pick_device("auto", "cpu") == common.pick_device("cpu", "auto") == "cpu"
+    assert cli.pick_device("auto", "auto") == "mps"
+    assert cli.pick_device("auto", "cpu") == cli.pick_device("cpu", "auto") == "cpu"
     with pytest.raises(UserError, match="--device: expected mps or cpu, got cuda"):
-        common.pick_device("cuda", "cpu")
+        cli.pick_device("cuda", "cpu")
 
 
 def test_random_numbers_are_functions_of_their_key():

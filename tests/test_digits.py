@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 import sample
 import train
 from models import encoders
-from models.common import file_digest, from_json, normal, stream
+from models.cli import from_json
+from models.common import file_digest, normal, stream
 from models.metrics import frechet
 from moe import student_nets
 from phases import step_times

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train
-from models import common, parallel, plan, teachers
+from models import cli, parallel, plan, runs, teachers
 
 COMMAND = re.compile(r"(?:python|torchrun) [^;\n]*train\.py[^;\n]*")
 MACHINES = [(1, 24), (1, 80), (8, 80), (8, 24), (0, 0)]  # GPUs, GB of each
@@ -20,7 +20,7 @@ TEACHERS = ["wan22 --phases 2", "wan21-1.3b", "qwen-image"]
 def use_machine(patch, gpus: int, gigabytes: int) -> None:
     """Let train.py believe that it has these GPUs."""
     patch.setattr(plan, "find_gpus", lambda device: (gpus, plan.card(gigabytes)))
-    patch.setattr(common, "pick_device", lambda *_: "cuda" if gpus else "cpu")
+    patch.setattr(cli, "pick_device", lambda *_: "cuda" if gpus else "cpu")
 
 
 def estimate_activations(patch) -> None:
@@ -169,24 +169,24 @@ class Terminal(io.StringIO):
 def test_an_iteration_has_a_bar_by_micro_batch_with_the_time_left(monkeypatch):
     """From the start, before the first micro-batch is done, on a clock of ten seconds a call."""
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    items = common.watch_update(list("abcd"), 0, 6)
+    items = runs.watch_update(list("abcd"), 0, 6)
     assert next(items) == "a" and "update 1 of 6:   0%" in terminal.getvalue()
     assert list(items) == list("bcd")
     clock = itertools.count(0, 10)
     monkeypatch.setattr("tqdm.std.time", lambda: float(next(clock)))
-    assert list(common.watch_update(list("abcd"), 1, 6)) == list("abcd")
+    assert list(runs.watch_update(list("abcd"), 1, 6)) == list("abcd")
     assert re.search(r"update 2 of 6: +21%.* 5/24 \[00:[1-4]0<0[1-9]:", terminal.getvalue())
     monkeypatch.undo()
     monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    assert list(common.watch_update(list("ab"), 0, 6)) == list("ab")
+    assert list(runs.watch_update(list("ab"), 0, 6)) == list("ab")
     assert terminal.getvalue() == ""  # toys: it shows only if it is slow
 
 
 def test_a_slow_update_prints_a_line_where_no_bar_is_drawn(monkeypatch, capsys):
-    list(common.watch_update(list("abcd"), 0, 6))
+    list(runs.watch_update(list("abcd"), 0, 6))
     assert capsys.readouterr().out == ""
-    monkeypatch.setattr(common, "SLOW_UPDATE", -1)
-    list(common.watch_update(list("abcd"), 1, 6))
+    monkeypatch.setattr(runs, "SLOW_UPDATE", -1)
+    list(runs.watch_update(list("abcd"), 1, 6))
     assert re.fullmatch(
         r"update 2 of 6 took 0 s; about 0 min.*iteration\n", capsys.readouterr().out
     )

@@ -11,7 +11,7 @@ from textwrap import indent
 import pytest
 
 import train
-from models import common, parallel
+from models import cli, common, parallel
 
 ROOT = Path(__file__).parent.parent
 NAMES = ("README.md", "models/README.md", "toy/README.md", "toy/mnist/README.md", "CONTRIBUTING.md")
@@ -57,7 +57,7 @@ def is_understood(line: str, patch: pytest.MonkeyPatch) -> bool:
     """Return whether the command parses its flags. Raises if train.py cannot make a run of them."""
     launch, script, flags = re.match(r"(.*?)([\w/]+\.py|models\.\w+)(.*)", line).groups()
     module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-    parse_args, flags, parsed = common.Parser.parse_args, shlex.split(flags), []
+    parse_args, flags, parsed = cli.Parser.parse_args, shlex.split(flags), []
 
     def parse_only(*arguments):
         parsed.append(parse_args(*arguments))
@@ -65,8 +65,8 @@ def is_understood(line: str, patch: pytest.MonkeyPatch) -> bool:
 
     with patch.context() as context:
         context.setattr(sys, "argv", [script, *flags])
-        context.setattr(common.Parser, "parse_args", parse_only)
-        common.exit_status("", module.main)
+        context.setattr(cli.Parser, "parse_args", parse_only)
+        cli.exit_status("", module.main)
     if parsed and module is train:
         args, cfg = train.parse(flags)
         ranks = re.findall(r"(?:--nnodes|--nproc-per-node) (\d+)", launch)

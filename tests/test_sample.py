@@ -56,7 +56,7 @@ def write_base(folder, teacher, seed=1):
 def load_run(folder) -> train.Run:
     """Load the run with all of its roles, as training has them."""
     settings = json.loads((folder / "config.json").read_text())["settings"]
-    cfg = train.make_config(**train.common.from_json(settings))
+    cfg = train.make_config(**train.cli.from_json(settings))
     run = train.make_run(replace(cfg, size=cfg.size[:1]), CPU, folder)
     run.k, tensors = len(run.phases), load_file(folder / "student.safetensors")
     for role in run.roles.student.values():

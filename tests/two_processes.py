@@ -26,7 +26,8 @@ from torch.distributed import TCPStore
 
 import train
 from models import media, parallel, teachers
-from models.common import from_json, normal, stream
+from models.cli import from_json
+from models.common import normal, stream
 from models.parallel import full_tensor, local
 
 # -- jobs ----------------------------------------------------------------------------------------

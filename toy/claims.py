@@ -33,9 +33,10 @@ from tqdm import tqdm
 
 import train
 from losses import v_target
-from models import common
+from models import cli, common
 from models.common import normal, stream
 from models.media import Figure, to_png
+from models.runs import environment
 from moe import chunked
 from phases import rollout
 from sde import diffuse, transition
@@ -372,7 +373,7 @@ def run_job(job: Job, out: Path) -> None:
         result = KINDS.get(job.table.split()[0], run_toy)(job)
     except common.UserError as error:  # diverged
         raise common.UserError(f"{job.file(out).stem}: {error}") from None
-    common.write_json(job.file(out), common.environment("cpu", 1, 1) | result)
+    common.write_json(job.file(out), environment("cpu", 1, 1) | result)
 
 
 def run_jobs(jobs: list[Job], args) -> list[dict]:
@@ -418,7 +419,7 @@ def report(jobs: list[Job], args) -> None:
     text = "\n\n".join(["\n".join(rows), *tables])
     print(text)
     how = {"claims": claims, "results": results}
-    common.write_json(args.out / "claims.json", common.environment("cpu", 1, 1) | how)
+    common.write_json(args.out / "claims.json", environment("cpu", 1, 1) | how)
     common.write_file(args.out / "claims.md", text.encode())
     common.write_file(args.out / "depths.png", plot_depths(results))
 
@@ -444,7 +445,7 @@ def plot_depths(results: dict) -> bytes:
 
 def main() -> None:
     """Run what is missing, then print what it means."""
-    parser = common.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     mode = partial(parser.add_mutually_exclusive_group().add_argument, dest="mode")
     mode = partial(mode, action="store_const", default="")
     mode("--quick", const="quick", help="a fifth of the training, 3 seeds")
@@ -475,4 +476,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     advice = "run the same command again to continue"
-    sys.exit(common.exit_status("claims.py", main, restart_advice=advice))
+    sys.exit(cli.exit_status("claims.py", main, restart_advice=advice))

@@ -17,8 +17,10 @@ import torch
 from tqdm import tqdm
 
 import train
-from models.common import Parser, UserError, exit_status, own_folder, stream, write_file
+from models.cli import Parser, exit_status
+from models.common import UserError, stream, write_file
 from models.media import Figure, to_png
+from models.runs import own_folder
 from phases import step_times
 from toy.mixtures import energy, mode_coverage
 from toy.toy2d import (

@@ -18,8 +18,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from losses import flow_matching, subinterval_matching
-from models.common import Parser, UserError, exit_status, normal, own_folder, stream, write_file
+from models.cli import Parser, exit_status
+from models.common import UserError, normal, stream, write_file
 from models.media import Figure, to_png
+from models.runs import own_folder
 from phases import trajectory
 from sde import diffuse
 from toy.mixtures import Mixture

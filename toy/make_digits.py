@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from losses import flow_matching
-from models import common, weights
+from models import cli, common, runs, weights
 from models.common import UserError, integers, normal, uniform, write_json, write_tensors
 from models.metrics import moments
 from models.wan import Wan
@@ -153,7 +153,7 @@ def statistics(z: Tensor, labels: Tensor) -> dict[str, Tensor]:
 
 def provenance(**settings) -> dict:
     """The settings and the environment, for the files that it makes."""
-    return settings | common.environment("cpu", 1, 1)
+    return settings | runs.environment("cpu", 1, 1)
 
 
 def make_teacher(args: Namespace) -> None:
@@ -213,7 +213,7 @@ PARTS = {"teacher": make_teacher, "classifier": make_classifier, "reference": ma
 
 def main() -> None:
     """Make the parts of toy/mnist that the flags name. Raises UserError."""
-    parser = common.Parser(__doc__)
+    parser = cli.Parser(__doc__)
     add = parser.add_argument
     add("--only", choices=PARTS, help="make one part (default: all)")
     add("--data", type=Path, default=Path("mnist"), help="folder of IDX files (default mnist)")
@@ -228,4 +228,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(common.exit_status("make_digits.py", main))
+    sys.exit(cli.exit_status("make_digits.py", main))

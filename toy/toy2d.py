@@ -11,19 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
-from models.common import (
-    Preset,
-    UserError,
-    flag_name,
-    normal,
-    read_tensors,
-    reading,
-    stream,
-    to_json,
-    write_tensors,
-)
+from models.cli import flag_name, to_json
+from models.common import UserError, normal, reading, stream, write_tensors
 from models.media import Figure, to_png
 from models.parallel import Topology
+from models.runs import Preset, read_tensors
 from moe import Roles, cond_to, separate_roles, student_nets, trained_names
 from phases import Phase, step_times, trajectory
 from sde import diffuse
