@@ -26,7 +26,7 @@ from tqdm import tqdm
 import moe
 from config import PRESETS, Config, make_config, phases_of, preset_of, validate
 from losses import dmd_gradient, dmd_loss, naive_matching, subinterval_matching
-from models import cli, common, media, parallel, runs, teachers
+from models import advice, cli, common, media, parallel, runs
 from models.adamw import AdamW, note_if_slow
 from models.common import UserError, stream, uniform
 from models.runs import START_OVER
@@ -501,7 +501,9 @@ def main(argv: list[str] | None = None) -> int:
         ranks = parallel.distributed(device, args.context_parallel, "train.py")
         with ranks, runs.own_folder(args.out):
             validate(cfg, topology)
-            with teachers.watch_memory(args, cfg, phases_of(cfg), device):
+            request = advice.Request(args.argv, cfg, phases_of(cfg), args.resume)
+            finished = (args.out / "metrics.json").exists() and not args.overwrite
+            with advice.watch_memory(request, device, not (args.ignore_plan or finished)):
                 run_command(args, cfg, device)
 
     return cli.exit_status("train.py", work, "try a smaller --batch or --eval-samples")

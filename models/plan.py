@@ -7,10 +7,9 @@ blocks are identical. Only matrix products count as FLOPs.
 import gc
 import importlib
 import math
-import shlex
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import lru_cache
 from typing import NamedTuple
@@ -21,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
-from models import cli, lora, parallel
+from models import lora, parallel
 from models.encoders import MAX_TOKENS
 from models.parallel import Topology, blocks_of
 from models.qwen_image import QwenImage
@@ -345,42 +344,6 @@ def peak_flops(dtype: torch.dtype, device: str) -> float:
     end.record()
     end.synchronize()
     return 2 * n**3 * count / (start.elapsed_time(end) / 1e3)  # ms
-
-
-# -- what to change where a run does not fit -----------------------------------------------------
-
-
-def changes(cfg, gpus: int, now: Topology) -> Iterator[tuple[dict, Topology]]:
-    """Settings that differ, and ranks, that save memory at the same sizes, the cheapest first.
-
-    The first has the present ranks.
-    """
-    differing = lambda **new: {name: x for name, x in new.items() if getattr(cfg, name) != x}
-    on_ranks = lambda ranks, context: Topology(now.nodes * ranks, now.nodes, context)
-    saving, no_int8 = differing(micro_batch=1, checkpointing="on"), differing(base="float")
-    adapters = differing(generator="lora", fake="lora")
-    for settings in ({}, saving, saving | adapters):
-        ranks = min(now.shard_group, gpus)
-        yield settings, on_ranks(ranks, math.gcd(now.context_parallel, ranks))
-        count = num_micro_batches(replace(cfg, **settings))
-        for context in (1, 2, 4, 8):
-            counts = range(context, gpus + 1, context)
-            counts = [n for n in counts if count % (n * now.nodes // context) == 0]
-            if max(counts, default=1) > 1:  # several processes share no int8
-                yield settings | no_int8, on_ranks(max(counts), context)
-    yield saving | adapters | differing(base="int8"), on_ranks(1, 1)
-
-
-def command_line(argv: list[str], settings: dict, topology: Topology) -> str:
-    """The command `train.py argv` with these settings on these ranks, on the GPU."""
-    flags = {"--device", "--context-parallel", *map(cli.flag_name, settings)}
-    words, keep = [], True
-    for word in argv:
-        keep = word.partition("=")[0] not in flags if word.startswith("--") else keep
-        words += [word] if keep else []
-    for name, value in settings.items():
-        words += [cli.flag_name(name), *cli.format_value(value).split()]
-    return f"{parallel.launch_command(topology, 'train.py')} {shlex.join(words)}".strip()
 
 
 # -- the report ----------------------------------------------------------------------------------

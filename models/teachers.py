@@ -12,12 +12,9 @@ import json
 import math
 import re
 import statistics
-from argparse import Namespace
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import cache, lru_cache, partial
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -27,7 +24,7 @@ from tqdm import tqdm
 
 import moe
 from models import encoders, export, lora, media, parallel, plan, qwen_image, wan, weights
-from models.common import UserError, is_out_of_memory, normal, reading, stream
+from models.common import UserError, normal, reading, stream
 from models.layers import attention_backend
 from models.parallel import SINGLE, Topology
 from models.qwen_image import QwenImage
@@ -395,133 +392,6 @@ def random_texts(cfg, n: int, rng: torch.Generator) -> list[Tensor]:
 def random_first_frames(n: int, shape: tuple, rng: torch.Generator) -> Tensor:
     """n random first frames (n, 20, F, h, w): a mask of 4 channels, 16 of latents."""
     return encoders.add_mask(torch.randn(n, 16, *shape[1:], generator=rng))
-
-
-# -- before and around a run ---------------------------------------------------------------------
-
-EXAMPLES = (
-    "warning: the thirty example prompts of models/prompts.txt are for a trial of the pipeline; a "
-    "student needs tens of thousands: --prompts FILE"
-)
-SMALL = 1e9  # bytes of a network that needs neither a plan nor a GPU
-
-
-@contextmanager
-def watch_memory(args: Namespace, cfg, phases: list[Phase], device: str):
-    """Plan a run before it reads weights, and say what to change if it runs out of memory.
-
-    args: train.py's; --ignore-plan skips the plan. Raises UserError if the run does not fit.
-    """
-    options = dict(full=False, rank=cfg.rank, dtype=torch.bfloat16, topology=SINGLE)
-    if cfg.teacher not in weights.TEACHERS or plan.role_bytes(cfg.teacher, **options).base < SMALL:
-        yield  # toys and small networks fit anywhere
-        return
-    gpus, room = plan.find_gpus(torch.device(device))
-    room = min(parallel.gather(room))
-    finished = (args.out / "metrics.json").exists() and not args.overwrite
-    warning = f"{EXAMPLES}\n" if prompts_path(cfg) == EXAMPLE_PROMPTS else ""
-    text = ""
-    if not (args.ignore_plan or finished):
-        with tqdm(desc="planning memory", bar_format="{desc}", leave=False, disable=None):
-            text = parallel.on_rank0(lambda: check_memory(args, cfg, phases, gpus, room))
-    print(end=warning + text)
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error) or not gpus:
-            raise
-        peak = planned_peak(cfg, phases, parallel.topology)
-        found = f"the plan was {peak / 1e9:.1f} GB on each GPU, with room for {room / 1e9:.1f} GB"
-        room = min(room, 0.8 * peak)  # the plan was wrong, or was ignored
-        advice = memory_advice(args, cfg, phases, gpus, room)
-        raise UserError(f"out of memory; {found}; {advice}") from error
-    print(end=warning)
-
-
-def check_memory(args: Namespace, cfg, phases: list[Phase], gpus: int, room: float) -> str:
-    """The plan in one line, and a note if GPUs are idle. Raises UserError if it does not fit."""
-    go_on = "or go on all the same with --ignore-plan"
-    if not gpus:
-        raise UserError(f"{no_gpu_advice(args, cfg, phases)}; {go_on}")
-    topology, peak = parallel.topology, planned_peak(cfg, phases, parallel.topology)
-    need, there = f"{peak / 1e9:.1f} GB", f"{room / 1e9:.1f} GB"
-    if peak >= room:
-        advice = memory_advice(args, cfg, phases, gpus, room)
-        found = f"the plan needs {need} on each GPU, there is room for {there}"
-        raise UserError(f"{found}; {advice}; {go_on}")
-    text = f"memory: {need} of {there} on each GPU, by the plan\n"
-    for settings, wider in plan.changes(cfg, gpus, topology):
-        with suppress(UserError):
-            if wider.shard_group > topology.shard_group:
-                check_config(replace(cfg, **settings), wider)
-                note = f"note: this uses {topology.shard_group} of {gpus} GPUs; "
-                note += f"{wider.shard_group} of them:"
-                return f"{text}{note} {plan.command_line(args.argv, settings, wider)}\n"
-    return text
-
-
-def memory_advice(args: Namespace, cfg, phases: list[Phase], gpus: int, room: float) -> str:
-    """The two cheapest changes that fit by the plan, as commands; on eight GPUs if none does."""
-    for count, where in ((gpus, ""), (8, " on 8 such GPUs")):
-        lines = list(islice(fitting_commands(args, cfg, phases, count, room), 2))
-        if lines:
-            return f"try{where}: {'; or: '.join(lines)}"
-    return "nothing smaller fits on 8 such GPUs; models/README.md has a table of what fits"
-
-
-def no_gpu_advice(args: Namespace, cfg, phases: list[Phase]) -> str:
-    """What runs here in place of a large teacher, and the GPUs on which it runs itself."""
-    family = cfg.teacher if f"{cfg.teacher}-tiny" in weights.TEACHERS else cfg.teacher.split("-")[0]
-    advice = f"{cfg.teacher} needs a GPU, found none; here: python train.py --teacher {family}-tiny"
-    cards = {}  # command -> the smallest of these machines on which it fits
-    for gpus, gigabytes in ((1, 24), (1, 80), (8, 80)):
-        for command in fitting_commands(args, cfg, phases, gpus, plan.card(gigabytes)):
-            cards.setdefault(command, f"on {gpus} of {gigabytes} GB: {command}")
-            break  # the cheapest
-    return "; ".join([advice, *cards.values()])
-
-
-def fitting_commands(
-    args: Namespace, cfg, phases: list[Phase], gpus: int, room: float
-) -> Iterator[str]:
-    """The cheapest command that fits by the plan, for each of smaller_sizes that has one."""
-    for size in smaller_sizes(cfg):
-        for settings, topology in plan.changes(cfg, gpus, parallel.topology):
-            settings = settings | ({} if size == cfg.size else {"size": size})
-            if args.resume and settings:
-                continue  # the settings of a run cannot change
-            with suppress(UserError):
-                if planned_peak(replace(cfg, **settings), phases, topology, room) < room:
-                    yield plan.command_line(args.argv, settings, topology)
-                    break
-
-
-def smaller_sizes(cfg) -> list[tuple[str, ...]]:
-    """The sizes of a run, then smaller ones: the smallest of its own, one picture."""
-    tokens = lambda text: math.prod(parse_size(cfg, text)[0])
-    smallest, result = min(map(tokens, cfg.size)), [cfg.size]
-    choices = [tuple(text for text in cfg.size if tokens(text) == smallest)]
-    if not cfg.images:  # its first frames were made for its own sizes
-        largest = max(cfg.size, key=tokens).partition(":")[0].split("x")[-2:]
-        choices += [("x".join(["1", *largest]),), ("1x480x832",)]
-    for size in choices:
-        if max(map(tokens, size)) < max(map(tokens, result[-1])):
-            result.append(size)
-    return result
-
-
-def planned_peak(cfg, phases: list[Phase], topology: Topology, room: float = math.inf) -> float:
-    """Bytes that a process of the run needs at most. Where weights alone exceed the room, theirs.
-
-    Raises UserError for settings that cannot make a run on these ranks.
-    """
-    check_config(cfg, topology)
-    active = active_roles(cfg, phases)
-    peak_at = lambda shape: max(plan.phase_memory(cfg, x, shape, topology).peak for x in active)
-    without_activations = peak_at(None)
-    if without_activations >= room:
-        return without_activations
-    return peak_at(max(buckets(cfg), key=math.prod))
 
 
 # -- previews, plan and speed ---------------------------------------------------------------------

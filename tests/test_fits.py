@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train
-from models import cli, parallel, plan, runs, teachers
+from models import advice, cli, parallel, plan, runs
 
 COMMAND = re.compile(r"(?:python|torchrun) [^;\n]*train\.py[^;\n]*")
 MACHINES = [(1, 24), (1, 80), (8, 80), (8, 24), (0, 0)]  # GPUs, GB of each
@@ -44,7 +44,7 @@ def planned(command: str) -> tuple[int, float]:
     args, cfg = train.parse(shlex.split(flags))
     topology = parallel.make_topology(ranks, args.context_parallel)
     train.validate(cfg, topology)
-    return int(ranks), teachers.planned_peak(cfg, train.phases_of(cfg), topology)
+    return int(ranks), advice.planned_peak(cfg, train.phases_of(cfg), topology)
 
 
 def check(gpus: int, gigabytes: int, teacher: str, capsys) -> tuple[list[str], str]:
@@ -151,7 +151,7 @@ def test_example_prompts_are_warned_of_in_the_first_line_and_the_last(monkeypatc
     monkeypatch.setattr(train, "run_command", lambda *_: print("metrics"))
     line = "--teacher wan22 --size 1x720x1280"
     lines = run(line, capsys)[1].splitlines()
-    assert lines[0] == lines[-1] == teachers.EXAMPLES and "metrics" in lines
+    assert lines[0] == lines[-1] == advice.EXAMPLES and "metrics" in lines
     for flags in ("--prompts mine.txt", "--weights random"):
         assert "warning" not in run(f"{line} {flags}", capsys)[1]
 

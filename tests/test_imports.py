@@ -13,7 +13,10 @@ SOURCES = {
     for path in sorted(folder.glob("*.py"))
 }
 CORE = {"sde", "losses", "phases", "moe", "config", "train", "sample"}
-ALLOWED = {"models.teachers": {"sde", "moe", "phases"}}  # a preset; the other models/ know sde only
+ALLOWED = {  # a preset, and what its plan suggests; the other models/ know sde only
+    "models.teachers": {"sde", "moe", "phases"},
+    "models.advice": {"phases"},
+}
 PRESETS = ("models.teachers", "toy.toy2d", "toy.digits")
 
 
