@@ -32,10 +32,8 @@ def scaled_target(x_s: Tensor, s: float, t: Tensor, eps: Tensor, process: Proces
 
     (alpha_s^2 sigma_t + alpha_t sigma_s^2) / alpha_s^2 eps - sigma_ts / alpha_s x_s
     """
-    (alpha_s, sigma_s), (alpha_t, sigma_t) = (
-        coefficients(s, x_s, process),
-        coefficients(t, x_s, process),
-    )
+    alpha_s, sigma_s = coefficients(s, x_s, process)
+    alpha_t, sigma_t = coefficients(t, x_s, process)
     _, sigma_ts = transition(s, t, x_s, process)
     return (sigma_t + alpha_t * (sigma_s / alpha_s) ** 2) * eps - sigma_ts / alpha_s * x_s, sigma_ts
 

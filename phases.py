@@ -97,7 +97,9 @@ def make_phases(
         raise ValueError(
             f"--phases: expected a divisor of --steps {steps} {divisors}, got {phases}"
         )
-    times, n, result = step_times(steps, shift), steps // phases, []
+    times = step_times(steps, shift)
+    n = steps // phases
+    result = []
     for k in range(1, phases + 1):
         t = times[(k - 1) * n : k * n + 1]
         u_end = unshift_time(t[0], shift) if interval == "disjoint" else 1.0

@@ -73,7 +73,8 @@ def open_student(args) -> tuple[export.Student, Path]:
     if args.weights:
         cfg = replace(cfg, weights=cli.absolute_paths(tuple(args.weights)))
     validate(cfg)
-    preset, phases = preset_of(cfg), phases_of(cfg)
+    preset = preset_of(cfg)
+    phases = phases_of(cfg)
     check_base(config["files"], preset.base_files(cfg), bool(args.weights))
     if last_phase < len(phases):
         found = f"{last_phase} of {len(phases)} phases"
@@ -112,7 +113,8 @@ def teacher_job(args) -> Job:
     validate(cfg)
     preset.base_files(cfg)
     run_dir = args.out or Path("out") / f"{args.teacher}-{'lora' if args.lora else 'samples'}"
-    boundary_t, times = preset.boundary_of(cfg), step_times(cfg.steps, cfg.shift)
+    boundary_t = preset.boundary_of(cfg)
+    times = step_times(cfg.steps, cfg.shift)
     if args.times:
         times = (*(t / 1000 for t in args.times), 0.0)
         if not args.lora or given:
@@ -143,11 +145,14 @@ def override_config(cfg: Config, args) -> Config:
 
 def run_sampler(job: Job, c, shape: tuple, total: int, args, device) -> list[Tensor]:
     """x at every time if --trajectory, else at the last, on the CPU. Prints the NFE."""
-    cfg, nfe, began = job.cfg, step_nfe(job), time.time()
+    cfg = job.cfg
+    nfe = step_nfe(job)
+    began = time.time()
     velocity = preset_of(cfg).make_sampler(cfg, job.base_of, job.weights_of, device, job.run_dir)
     z = torch.stack([normal(shape, args.seed, "sample", j, "z") for j in range(args.n)])
     z = z.repeat(total // args.n, *[1] * len(shape)).to(device)  # the same noises for each prompt
-    size, bar = cfg.micro_batch or total, tqdm(total=sum(nfe) * total, unit=" NFE", disable=None)
+    size = cfg.micro_batch or total
+    bar = tqdm(total=sum(nfe) * total, unit=" NFE", disable=None)
 
     def call(name: str, evaluations: int, x_t: Tensor, t: Tensor, c: dict | None) -> Tensor:
         v = velocity(name, x_t, t, c)
@@ -171,7 +176,8 @@ def run_sampler(job: Job, c, shape: tuple, total: int, args, device) -> list[Ten
 
 def step_nfe(job: Job) -> list[int]:
     """Network evaluations (NFE) of each step: two where CFG needs the null prompt."""
-    scales, is_network = job.cfg.guidance, job.cfg.teacher in TEACHERS
+    scales = job.cfg.guidance
+    is_network = job.cfg.teacher in TEACHERS
     scale = lambda name: scales[min(job.base_of[name], len(scales)) - 1]
     return [2 if is_network and scale(name) != 1 else 1 for name in job.roles]
 
@@ -188,7 +194,8 @@ def run_command(args) -> None:
     """Sample, or export."""
     parallel.require_single_process("sample.py")
     job = student_job(args) if args.student else teacher_job(args)
-    preset, out = preset_of(job.cfg), args.out or job.run_dir
+    preset = preset_of(job.cfg)
+    out = args.out or job.run_dir
     if args.export:
         if job.student is None or job.cfg.teacher not in TEACHERS:
             raise UserError("--export is for students of large teachers: --student DIR")
@@ -237,7 +244,8 @@ def make_parser() -> cli.Parser:
     add("--device", default="auto", choices=("auto", "cpu", "cuda", "mps"), help="toys: cpu")
     add("--export", type=Path, metavar="DIR", help="write files for other tools; sample nothing")
     group = parser.add_argument_group("large teachers")
-    add, prompt = group.add_argument, group.add_mutually_exclusive_group().add_argument
+    add = group.add_argument
+    prompt = group.add_mutually_exclusive_group().add_argument
     prompt("--prompt", help="what to show; needs the text encoder (default: prompts of the run)")
     prompt("--prompts", type=Path, help="txt, one per line, csv, tsv, jsonl, or embeddings")
     add("--image", type=Path, help="image to video: the first frame")

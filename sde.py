@@ -68,7 +68,8 @@ def transition(
     alpha_ts = alpha_t / alpha_s,  sigma_ts^2 = sigma_t^2 - alpha_ts^2 sigma_s^2,  s <= t, s < 1
     """
     t = as_tensor(expand_like(t, x))
-    alpha_ts, sigma_t = process.alpha(t) / process.alpha(s), process.sigma(t)
+    alpha_ts = process.alpha(t) / process.alpha(s)
+    sigma_t = process.sigma(t)
     # the difference of squares as a product: a plain difference would cancel where t is near s
     carried = alpha_ts * process.sigma(s)
     return alpha_ts, ((sigma_t - carried).clamp(min=0) * (sigma_t + carried)).sqrt()

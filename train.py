@@ -9,7 +9,6 @@ python train.py --resume                       continue the run in the output fo
 """
 
 import argparse
-import math
 import shlex
 import sys
 import time
@@ -111,7 +110,9 @@ def begin_phase(run: Run, k: int) -> None:
     The old fake never saw times below t_{k-1}, nor samples of the new expert. A new fake is the
     teacher without guidance, near to what the new expert makes (toys: a network fitted to it).
     """
-    run.k, run.i, run.optimizers = k, -run.cfg.warmup, {}  # frees old moments before new ones
+    run.k = k
+    run.i = -run.cfg.warmup
+    run.optimizers = {}  # frees old moments before new ones
     student = run.roles.student[k]
     fakes = [run.roles.fakes[key] for key in moe.fake_keys(run.phase, run.cfg.fake_per_depth)]
     for role in (student, *fakes):
@@ -146,7 +147,9 @@ def update_fake(run: Run, update: int, samples: Iterable[tuple]) -> dict:
     v_real - v_fake is a difference of scores only if teacher and fake are the same function of
     their scores (assumption A2). The target of Eq. 11 ensures this; the naive one does not.
     """
-    s, interval, total = run.phase.s, choose_interval(run, update), 0.0
+    s = run.phase.s
+    interval = choose_interval(run, update)
+    total = 0.0
     matching = subinterval_matching if run.cfg.target == "unbiased" else naive_matching
     for x_s, batch in samples:  # the student's, without gradient
         t, eps = renoise(run, interval, x_s, batch.rng)
@@ -161,7 +164,9 @@ def update_fake(run: Run, update: int, samples: Iterable[tuple]) -> dict:
 
 def update_student(run: Run, update: int) -> dict:
     """One step of the expert down the reverse KL at random times t: Eq. 10; at s = 0 Eq. 7."""
-    s, interval, total = run.phase.s, choose_interval(run, update), 0.0
+    s = run.phase.s
+    interval = choose_interval(run, update)
+    total = 0.0
     checkpointing = run.cfg.checkpointing == "on"
     for batch in micro_batches(run, update):
         x_s = rollout(run.nets, run.times, run.phase, batch.z, batch.c, batch.depth, checkpointing)
@@ -194,7 +199,8 @@ def micro_batches(run: Run, update: int, truncate: bool = True) -> Iterator[Micr
     Each has a random stream of its own, so numbers do not depend on how many ranks there are. What
     all ranks must agree on (shape, depth, branch) comes from streams whose key has no m.
     """
-    cfg, r = run.cfg, uniform((), *run.key(update), "depth").item()
+    cfg = run.cfg
+    r = uniform((), *run.key(update), "depth").item()
     depths = run.phase.num_steps if truncate and cfg.truncate == "on" else 0
     sizes = split_batch(cfg.batch, cfg.micro_batch, depths, cfg.depths == "mixed", r)
     own = parallel.my_share(list(enumerate(sizes)))
@@ -251,8 +257,7 @@ def step_optimizers(run: Run, name: str, values: dict[str, Tensor]) -> dict:
     for p in [p for o in optimizers for p in o.parameters.values()]:
         p.grad = None
     row = {"phase": run.k, "iteration": run.i, "role": name, "skipped": not finite}
-    numbers = [x if math.isfinite(x) else None for x in numbers]  # JSON has no NaN
-    return row | dict(zip(values, numbers, strict=True))
+    return common.finite(row | dict(zip(values, numbers, strict=True)))
 
 
 def mean_squares(*tensors: Tensor) -> Tensor:
@@ -334,34 +339,35 @@ def save_student(run: Run, path: Path) -> None:
 
 def make_run(cfg: Config, device: torch.device, out: Path, roles: moe.Roles | None = None) -> Run:
     """A run before its first phase. Without roles, `prepare` must have been called for `out`."""
-    preset, phases = preset_of(cfg), phases_of(cfg)
+    phases = phases_of(cfg)
+    preset = preset_of(cfg)
     roles = roles or preset.make_roles(cfg, phases, device, out)
     return Run(cfg, phases, roles, preset.make_data(cfg, out), device, out)
 
 
 def run_training(run: Run, began: float, stop: runs.Stop) -> float:
     """Train with progress bar, log, previews and checkpoints. Returns the seconds it took."""
-    cfg, preset = run.cfg, preset_of(run.cfg)
+    cfg = run.cfg
     log_bytes, seconds = load_state(run)
     log = runs.Log(run.out / "log.jsonl", log_bytes)
-    preset.throughput(cfg, run.phase, 1.0, run.device)  # measures the GPU's speed, once
-    bar, began = None, began - seconds
+    preset_of(cfg).throughput(cfg, run.phase, 1.0, run.device)  # measures the GPU's speed, once
+    began -= seconds
+    bar = None
     clock = saved = time.monotonic()
     if run.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(run.device)  # without the text encoder's
     for rows in train(run):
-        if bar is None or rows[0]["iteration"] == -cfg.warmup:
-            text, done = f"phase {run.k} of {len(run.phases)}", run.i + cfg.warmup - 1
+        if bar is None:
+            text = f"phase {run.k} of {len(run.phases)}"
+            done = run.i + cfg.warmup - 1
             bar = tqdm(total=cfg.iters + cfg.warmup, initial=done, desc=text, disable=None)
             phase_rows = []
-        seconds = time.monotonic() - clock
-        rows[-1] |= {"seconds_iteration": round(seconds, 4)} | runs.peak_memory(run.device)
-        rows[-1] |= preset.throughput(cfg, run.phase, seconds, run.device)
+        add_measurements(run, rows, time.monotonic() - clock)
         log.write([row | {"seconds": round(time.monotonic() - began, 3)} for row in rows])
         phase_rows += rows
         bar.set_postfix({"loss": rows[0]["loss"], "distance": rows[-1].get("distance")}, False)
         bar.update()
-        last, signal = run.i == cfg.iters, stop.received()
+        signal = stop.received()
         late = parallel.max_over_ranks(time.monotonic() - saved > SAVE_SECONDS)
         if is_due(run, cfg.sample_every):
             save_preview(run, log)
@@ -370,12 +376,19 @@ def run_training(run: Run, began: float, stop: runs.Stop) -> float:
             saved = time.monotonic()
         if signal:  # the one read above: for a later one there is no checkpoint yet
             raise common.Interrupted(signal, stop.advice)
-        if last:
+        if run.i == cfg.iters:
             bar.close()
             print(f"{text}: {cfg.iters} iterations, {time.monotonic() - began:.0f} s so far")
-            print(preset.phase_summary(cfg, run.phases, run.k, phase_rows), end="")
+            print(preset_of(cfg).phase_summary(cfg, run.phases, run.k, phase_rows), end="")
+            bar = None
         clock = time.monotonic()  # previews and checkpoints belong to no iteration
     return time.monotonic() - began
+
+
+def add_measurements(run: Run, rows: list[dict], seconds: float) -> None:
+    """Add time, memory and speed of an iteration to the last of its log rows."""
+    rows[-1] |= {"seconds_iteration": round(seconds, 4)} | runs.peak_memory(run.device)
+    rows[-1] |= preset_of(run.cfg).throughput(run.cfg, run.phase, seconds, run.device)
 
 
 def is_due(run: Run, every: int) -> bool:
@@ -385,8 +398,8 @@ def is_due(run: Run, every: int) -> bool:
 
 def report(run: Run) -> tuple[dict, bytes]:
     """Metrics and a picture of the student so far, by the preset."""
-    preset, progress = preset_of(run.cfg), (run.k, run.device, run.out, run.finished)
-    return preset.report(run.cfg, run.phases, run.roles, *progress)
+    progress = run.k, run.device, run.out, run.finished
+    return preset_of(run.cfg).report(run.cfg, run.phases, run.roles, *progress)
 
 
 def save_preview(run: Run, log: runs.Log) -> None:
@@ -444,8 +457,6 @@ def parse(argv: list[str] | None) -> tuple[argparse.Namespace, Config]:
 def resolve(args: argparse.Namespace, cfg: Config, device: str) -> tuple[Config, bool]:
     """The settings to run with, and whether that run is finished. Writes or checks config.json."""
     preset = preset_of(cfg)
-    if args.resume and not (args.out / "config.json").exists():
-        print(f"{args.out} contains no run yet: a new one begins")
     if not args.resume:
         files = preset.input_files(cfg)  # an error shows before an old run is removed
         own = [file for file in files if args.out.resolve() in file.resolve().parents]
@@ -468,7 +479,9 @@ def run_command(args: argparse.Namespace, cfg: Config, device: str) -> None:
         file = args.out / "metrics.json"
         with common.reading(file, START_OVER):
             return runs.print_metrics(common.read_json(file, START_OVER), args.out)
-    preset, device, began = preset_of(cfg), torch.device(device), time.monotonic()
+    preset = preset_of(cfg)
+    device = torch.device(device)
+    began = time.monotonic()
     torch.set_num_threads(preset.threads or torch.get_num_threads())
     print(format_phases(phases_of(cfg), cfg.shift))
     command = parallel.launch_command(parallel.topology, "train.py")

@@ -21,7 +21,9 @@ class AdamW:
     """
 
     def __init__(self, parameters: dict[str, torch.nn.Parameter], lr: float):
-        self.parameters, self.lr, self.steps = parameters, lr, 0
+        self.parameters = parameters
+        self.lr = lr
+        self.steps = 0
         self.second = {name: torch.zeros_like(p) for name, p in parameters.items()}
 
     @torch.no_grad()
@@ -32,7 +34,8 @@ class AdamW:
         Afterwards p.grad holds the update divided by the learning rate.
         """
         self.steps += 1
-        correction, skip = math.sqrt(1 - BETA**self.steps), ~finite  # second moments start at zero
+        correction = math.sqrt(1 - BETA**self.steps)
+        skip = ~finite  # second moments start at zero
         for name, p in self.parameters.items():
             if p.grad is None:  # e.g. the last text branch of Qwen-Image, whose output is unused
                 continue

@@ -124,7 +124,8 @@ def from_json(settings: dict) -> dict:
 def check_values(cfg) -> None:
     """Raise UserError for a value outside the choices or limits of its option."""
     for f in fields(cfg):
-        values, several = getattr(cfg, f.name), isinstance(f.default, tuple)
+        values = getattr(cfg, f.name)
+        several = isinstance(f.default, tuple)
         if several and type(values) is not tuple:  # in a config.json
             raise UserError(f"{flag_name(f.name)}: expected a list, got {values!r}")
         for value in values if several else (values,):
@@ -135,7 +136,8 @@ def check_values(cfg) -> None:
 
 def expected_value(f: Field, value) -> str:
     """Return what an option expects instead of this value, "" if the value is allowed."""
-    choices, kind = f.metadata["choices"], f.metadata["kind"]
+    choices = f.metadata["choices"]
+    kind = f.metadata["kind"]
     if type(value) is not kind and (type(value), kind) != (int, float):  # in a config.json
         return f"a value of type {kind.__name__}"
     if choices and value not in choices:

@@ -156,13 +156,17 @@ class FileTensor:
     """A tensor in a safetensors file: x[a:b] reads these rows, and no other bytes."""
 
     def __init__(self, file: Path, key: str, entry: dict, data: int):
-        self.file, self.key, self.dtype = file, key, entry["dtype"]  # "F32", "BF16", ...
-        self.shape, self.start = tuple(entry["shape"]), data + entry["data_offsets"][0]
+        self.file = file
+        self.key = key
+        self.dtype = entry["dtype"]  # "F32", "BF16", ...
+        self.shape = tuple(entry["shape"])
+        self.start = data + entry["data_offsets"][0]
 
     def __getitem__(self, rows: slice) -> Tensor:
         count, *row = self.shape or (1,)
         first, end, _ = rows.indices(count)
-        dtype, shape = _TYPES[self.dtype], self.shape and (max(0, end - first), *row)
+        dtype = _TYPES[self.dtype]
+        shape = self.shape and (max(0, end - first), *row)
         size = math.prod(row) * dtype.itemsize  # bytes of a row
         content = torch.empty(math.prod(shape) * dtype.itemsize, dtype=torch.uint8)
         with open(self.file, "rb") as file:
@@ -205,7 +209,8 @@ def open_tensors(path: Path, kind: str, advice: str) -> tuple[TensorFile, dict]:
 
 def file_digest(path: Path, piece: int = 2**20) -> str:
     """sha256 of a file. Of one larger than 64 MB, such as weights, of about 64 pieces."""
-    size, digest = path.stat().st_size, hashlib.sha256()
+    size = path.stat().st_size
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
         for offset in range(0, size, max(piece, size // 64)):
             file.seek(offset)

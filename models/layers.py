@@ -94,7 +94,8 @@ def attend(
 
 def attention_backend(q: Tensor, mask: Tensor | None = None) -> str:
     """The back-end that `attend` gets for such q (B, L, H, d) and mask (B, L)."""
-    x, mask = q.transpose(1, 2), None if mask is None else mask[:, None, None]
+    x = q.transpose(1, 2)
+    mask = None if mask is None else mask[:, None, None]
     with sdpa_kernel(BACKENDS, set_priority=True):
         return SDPBackend(torch._fused_sdp_choice(x, x, x, mask)).name
 

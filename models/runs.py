@@ -148,12 +148,27 @@ def resolve_run(out: Path, cfg, explicit: dict, resume: bool, overwrite: bool, C
         raise UserError(f"--out {out}: expected an empty folder or a run, found {names}")
     if overwrite and contents:
         clear_run(out)
+    if resume and not contents:
+        print(f"{out} contains no run yet: a new one begins")
     if overwrite or not contents:
         return cfg, False
     saved = config_from_json(Config, read_json(out / "config.json", START_OVER), out)
-    finished, given = "metrics.json" in contents, explicit if resume else vars(cfg)
+    finished = "metrics.json" in contents
+    given = explicit if resume else vars(cfg)
     if resume and given.get("iters", 0) > saved.iters:
-        finished, saved = False, replace(saved, iters=given["iters"])
+        finished = False
+        saved = replace(saved, iters=given["iters"])
+    check_agreement(saved, given, out)
+    if not resume and not finished:
+        advice = f"continue it with --resume, choose another --out, or {START_OVER}"
+        raise UserError(f"{out} contains an unfinished run; {advice}")
+    saved = replace(saved, **{name: given[name] for name in MOVABLE if name in given})
+    check_inputs_exist(saved)
+    return saved, finished
+
+
+def check_agreement(saved, given: dict, out: Path) -> None:
+    """Raise UserError if settings differ from those of the run in `out`. Files may have moved."""
     for name, value in given.items():
         expected = getattr(saved, name)
         if name not in MOVABLE and value != expected:
@@ -163,23 +178,23 @@ def resolve_run(out: Path, cfg, explicit: dict, resume: bool, overwrite: bool, C
             expected = f"{format_value(expected)} as in the run in {out}"
             found = f"got {format_value(value)}"
             raise UserError(f"{flag_name(name)}: expected {expected}, {found}; {advice}")
-    if not resume and not finished:
-        advice = f"continue it with --resume, choose another --out, or {START_OVER}"
-        raise UserError(f"{out} contains an unfinished run; {advice}")
-    saved = replace(saved, **{name: given[name] for name in MOVABLE if name in given})
+
+
+def check_inputs_exist(cfg) -> None:
+    """Raise UserError if a file that the settings name is missing."""
     for name in MOVABLE:
-        value = getattr(saved, name)
+        value = getattr(cfg, name)
         for path in value if isinstance(value, tuple) else (value,):
             is_there = os.path.exists(path) or os.path.exists(path.rpartition(":")[0])  # strength
             if path not in ("", "random") and not is_there:
                 flag = f"--resume {flag_name(name)} PATH"
                 raise UserError(f"{path} is missing; put it back or, if it has moved, give {flag}")
-    return saved, finished
 
 
 def record_run(out: Path, cfg, environment: dict, input_files: list[Path], overwrite: bool):
     """Write config.json. Of an old run check the input files, and print what else has changed."""
-    file, files = out / "config.json", digest_files(input_files)
+    file = out / "config.json"
+    files = digest_files(input_files)
     if overwrite or not file.exists():
         config = {"settings": to_json(cfg), "environment": environment, "files": files}
         return write_json(file, config)
@@ -241,7 +256,8 @@ def read_tensors(path: Path, kind: str, settings: dict, advice: str) -> tuple[di
 
 def environment(device: str, processes: int, context_parallel: int) -> dict:
     """Everything besides the settings that can change a number."""
-    git, commit = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"], ""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
+    commit = ""
     with contextlib.suppress(OSError):  # git is not installed
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     versions = dict(torch=torch.__version__, python=sys.version.split()[0])
@@ -265,7 +281,8 @@ class Stop:
         self.advice, self.over_ranks = advice, over_ranks  # how to continue; max over all ranks
 
     def __enter__(self):
-        self.signal, numbers = 0, (signal.SIGTERM, signal.SIGINT)
+        self.signal = 0
+        numbers = (signal.SIGTERM, signal.SIGINT)
         self.handlers = set_handlers(dict.fromkeys(numbers, self._receive))
         return self
 
@@ -323,10 +340,13 @@ def watch_update(micro_batches: list, u: int, updates: int) -> Iterator:
     Where they are many, and so slow, the bar shows at once. Where no bar is drawn, a slow update
     prints a line.
     """
-    n, text, began = len(micro_batches), f"update {u + 1} of {updates}", time.monotonic()
+    n = len(micro_batches)
+    text = f"update {u + 1} of {updates}"
+    began = time.monotonic()
     options = dict(total=n * updates, initial=n * u, unit="micro-batch", disable=None)
     yield from tqdm(micro_batches, text, leave=False, delay=0 if n > 2 else 1, **options)
-    seconds, left = time.monotonic() - began, updates - u - 1
+    seconds = time.monotonic() - began
+    left = updates - u - 1
     if seconds > SLOW_UPDATE and not sys.stderr.isatty():
         minutes = f"about {left * seconds / 60:.0f} minutes"
         print(f"{text} took {seconds:.0f} s; {minutes} left in this iteration")

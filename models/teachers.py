@@ -53,7 +53,8 @@ def buckets(cfg) -> dict[tuple, float]:
 
 def parse_size(cfg, text: str) -> tuple[tuple, float]:
     """Convert 81x480x832:0.4 to the shape of a latent and its weight, 1 if none is given."""
-    spec, match = teacher_spec(cfg.teacher), SIZE.fullmatch(text)
+    spec = teacher_spec(cfg.teacher)
+    match = SIZE.fullmatch(text)
     if not match or not float(match[4] or 1):
         raise UserError(f"--size: expected [FRAMESx]HEIGHTxWIDTH[:PROBABILITY], got {text}")
     frames, height, width = int(match[1] or cfg.frames), int(match[2]), int(match[3])
@@ -99,7 +100,8 @@ def check_config(cfg, topology: Topology = SINGLE) -> None:
 def check_parallel(cfg, topology: Topology) -> None:
     """Raise UserError for settings that several processes cannot share evenly."""
     settings = teacher_spec(cfg.teacher).settings
-    count, ranks = plan.num_micro_batches(cfg), topology.data_parallel
+    count = plan.num_micro_batches(cfg)
+    ranks = topology.data_parallel
     if count % ranks:
         problem = f"{count} micro-batches, which cannot be split evenly over {ranks} ranks"
         raise UserError(f"--batch {cfg.batch} is {problem}; change --batch or --micro-batch")
@@ -131,7 +133,8 @@ def base_files(cfg) -> list[Path]:
     """The files of the teacher's networks, high noise first. Checks their headers."""
     if is_random(cfg):
         return []
-    files, paths = [], weights.branch_paths(cfg.teacher, *cfg.weights)[0]
+    files = []
+    paths = weights.branch_paths(cfg.teacher, *cfg.weights)[0]
     for path, loras in zip(paths, weights.teacher_loras(cfg)):
         net, tensors = weights.inspect(path, torch.bfloat16, cfg.teacher)
         files += sorted({info.file for info in tensors.values()})
@@ -142,7 +145,9 @@ def base_files(cfg) -> list[Path]:
 
 def input_files(cfg) -> list[Path]:
     """Every file that a run reads, those of its networks first. Checks their headers."""
-    files, path, spec = base_files(cfg), prompts_path(cfg), teacher_spec(cfg.teacher)
+    files = base_files(cfg)
+    path = prompts_path(cfg)
+    spec = teacher_spec(cfg.teacher)
     if cfg.images or (spec.is_i2v and not is_random(cfg)):
         if not (cfg.images and cfg.prompts and not is_text(path)):
             prompts = "--prompts, the embeddings of their captions"
@@ -192,7 +197,8 @@ def embeddings_path(cfg, out: Path) -> Path | None:
 
 def open_prompts(cfg, path: Path) -> encoders.Embeddings:
     """Open embeddings and check that they fit the teacher's network."""
-    prompts, (longest, channels) = encoders.open_embeddings(path), text_shape(cfg)
+    prompts = encoders.open_embeddings(path)
+    longest, channels = text_shape(cfg)
     teacher = str(prompts.metadata.get("teacher"))
     network = weights.TEACHERS[teacher].network if teacher in weights.TEACHERS else None
     if network is not teacher_spec(cfg.teacher).network or prompts.negative.shape[1] != channels:
@@ -224,7 +230,8 @@ def prepare(cfg, out: Path, device: torch.device, progress: Callable) -> None:
         encoders.load_vae(cfg.teacher, weights_folder(cfg), "cpu")
     path = prompts_path(cfg)
     if path and is_text(path):
-        prompts, folder = encoders.read_prompts(path), weights_folder(cfg)
+        prompts = encoders.read_prompts(path)
+        folder = weights_folder(cfg)
         encoders.embed_prompts(cfg.teacher, folder, prompts, out / "prompts", str(device))
     if path:
         prompts = open_prompts(cfg, embeddings_path(cfg, out)).prompts
@@ -236,7 +243,8 @@ def prepare(cfg, out: Path, device: torch.device, progress: Callable) -> None:
 
 def make_roles(cfg, phases: list[Phase], device: torch.device, out: Path) -> moe.Roles:
     """The roles of a run on the teacher's frozen networks, each of which is in memory once."""
-    boundary_t, with_guidance = boundary_of(cfg), make_guidance(cfg, out)
+    boundary_t = boundary_of(cfg)
+    with_guidance = make_guidance(cfg, out)
     branch_of = moe.trained_names(phases, cfg.fake_per_depth, boundary_t)
     adapters = [name for name in branch_of if plan.role_kind(cfg, name) == "lora"]
 
@@ -299,7 +307,8 @@ def load_base(
         print(f"{cfg.teacher}{noise}: random weights")
         return configure(cfg, weights.random_network(cfg.teacher, seed=branch, **options))
     paths, _ = weights.branch_paths(cfg.teacher, *cfg.weights)
-    path, loras = paths[branch - 1], weights.teacher_loras(cfg)[branch - 1]
+    path = paths[branch - 1]
+    loras = weights.teacher_loras(cfg)[branch - 1]
     print(f"{cfg.teacher}{noise}: {' + '.join(map(str, [path, *loras]))}")
     options |= dict(teacher=cfg.teacher, loras=loras, changes=changes)
     return configure(cfg, weights.load(path, **options))
@@ -348,8 +357,10 @@ def make_data(cfg, out: Path) -> Callable:
 
     The shape is drawn from `shared`, on which all ranks agree, and everything else from `rng`.
     """
-    shapes, path = buckets(cfg), embeddings_path(cfg, out)
-    probabilities, is_i2v = torch.tensor(list(shapes.values())), teacher_spec(cfg.teacher).is_i2v
+    shapes = buckets(cfg)
+    path = embeddings_path(cfg, out)
+    probabilities = torch.tensor(list(shapes.values()))
+    is_i2v = teacher_spec(cfg.teacher).is_i2v
     prompts = open_prompts(cfg, path) if path else None
     images = open_images(cfg) if cfg.images else None
     row_of = {x: i for i, x in reversed([*enumerate(prompts.prompts)])} if images else {}
@@ -359,7 +370,8 @@ def make_data(cfg, out: Path) -> Callable:
         c = {}
         if images:
             key = images.key_of[shape[1:]]
-            captions, frames = images.captions[key], images.file[key]
+            captions = images.captions[key]
+            frames = images.file[key]
             rows = torch.randint(len(captions), (n,), generator=rng).tolist()
             c["image"] = torch.cat([frames[i : i + 1] for i in rows])  # (n, 20, F, h, w)
             texts = [prompts.row(row_of[captions[i]]) for i in rows]
@@ -405,7 +417,9 @@ def report(cfg, phases, roles, k: int, device, out: Path, finished: bool) -> tup
     that teacher and fake predict from the same re-noised x_s; when finished, the teacher's samples
     in as many steps. Networks get micro_batch samples at a time.
     """
-    n, key, phase = cfg.eval_samples, (cfg.seed, "preview"), phases[k - 1]
+    n = cfg.eval_samples
+    key = (cfg.seed, "preview")
+    phase = phases[k - 1]
     c, shape = make_data(cfg, out)(1, stream(*key, "shape"), stream(*key, "condition"))
     c = moe.cond_to(moe.index_cond(c, torch.zeros(n, dtype=torch.long)), device)
     z, eps = (normal((n, *shape), *key, name).to(device) for name in ("z", "eps"))
@@ -483,7 +497,8 @@ def throughput(cfg, phase: Phase, seconds: float, device: torch.device) -> dict:
     mfu: model FLOPs utilization. hfu: the same with the FLOPs that checkpointing recomputes.
     tokens_per_second: tokens of the samples that fakes and student learn from.
     """
-    shapes, seconds = buckets(cfg), max(seconds, 1e-9)
+    shapes = buckets(cfg)
+    seconds = max(seconds, 1e-9)
     peak = plan.peak_flops(dtype_named(cfg.dtype), str(device)) * seconds
     peak *= parallel.topology.processes
     useful, recomputed = plan.step_flops(cfg, phase, shapes)
@@ -499,7 +514,8 @@ def phase_summary(cfg, phases: list[Phase], k: int, rows: list[dict]) -> str:
     rows = rows[len(rows) // 2 :]  # the first iterations allocate memory and choose kernels
     keys = "seconds_iteration", "memory_gb", "mfu", "hfu"
     seconds, memory, mfu, hfu = (statistics.median(row[key] for row in rows) for key in keys)
-    updates, ranks = cfg.fake_updates + 1, parallel.topology.data_parallel
+    updates = cfg.fake_updates + 1
+    ranks = parallel.topology.data_parallel
     forwards = updates * plan.num_micro_batches(cfg) / ranks
     speed = f"{seconds / forwards:.3g} s per micro-batch of an update"
     return f"phase {k}: {speed}, peak memory {memory:.4g} GB, MFU {mfu:.1%}, HFU {hfu:.1%}\n"
@@ -515,7 +531,8 @@ def apply_flags(cfg, args):
         sizes = {parse_size(cfg, text)[0][-2:]: text.partition(":")[0] for text in cfg.size}
         size = sizes[encoders.nearest_size(args.image, list(sizes))]
     if args.frames is not None:
-        cfg, size = replace(cfg, frames=args.frames), "x".join(size.split("x")[-2:])
+        cfg = replace(cfg, frames=args.frames)
+        size = "x".join(size.split("x")[-2:])
     cfg = replace(cfg, size=(size,))
     check_config(cfg)
     return cfg
@@ -523,7 +540,8 @@ def apply_flags(cfg, args):
 
 def check_inputs(cfg, args) -> None:
     """Raise UserError now for what would be missing after the transformers have worked."""
-    is_i2v, has_prompt = teacher_spec(cfg.teacher).is_i2v, bool(args.prompt or args.prompts)
+    is_i2v = teacher_spec(cfg.teacher).is_i2v
+    has_prompt = bool(args.prompt or args.prompts)
     if args.image and not is_i2v:
         raise UserError(f"--image is for image to video, and {cfg.teacher} is not; drop it")
     if args.image:
@@ -538,7 +556,8 @@ def check_inputs(cfg, args) -> None:
 
 def teacher_times(cfg, shift: float | None) -> tuple[float, ...]:
     """The times of the published sampler in cfg.steps steps, or those of this shift."""
-    default, [shape] = teacher_spec(cfg.teacher).sampling_defaults[1], buckets(cfg)
+    default = teacher_spec(cfg.teacher).sampling_defaults[1]
+    [shape] = buckets(cfg)
     # Qwen-Image shifts by e^mu, where mu grows with the tokens, and stretches to end at 0.02
     mu = 0.5 + 0.4 * (math.prod(shape[1:]) / 4 - 256) / 7936
     times = [
@@ -566,7 +585,8 @@ def sample_inputs(cfg, args, out: Path, run_dir: Path, device: torch.device) -> 
         folder = weights_folder(cfg)
         encoders.embed_prompts(cfg.teacher, folder, texts, path, str(device), overwrite=True)
     cfg = replace(cfg, prompts=str(path), images="")
-    prompts, [shape] = open_prompts(cfg, path), buckets(cfg)
+    prompts = open_prompts(cfg, path)
+    [shape] = buckets(cfg)
     count = len(prompts.prompts)
     c = text_cond(cfg, [prompts.row(i) for i in range(count) for _ in range(args.n)])
     if teacher_spec(cfg.teacher).is_i2v:
@@ -593,7 +613,9 @@ def make_sampler(
     base_of: name -> branch whose network the role is on. weights_of(name): weights.RoleWeights.
     One network is in memory at a time. Each is loaded once, since a role's steps follow each other.
     """
-    with_guidance, networks, roles = make_guidance(cfg, run_dir), {}, {}
+    with_guidance = make_guidance(cfg, run_dir)
+    networks = {}
+    roles = {}
 
     def load_role(name: str) -> Callable:
         with reading(f"the tensors of {name}", "train or download it again"):
@@ -644,7 +666,8 @@ def encode_samples(cfg, xs, args, names: list[str], device) -> Iterator[tuple[st
         rows = {f"t = {t:.4g}": x for t, x in zip(times, latents.values())}
         yield "samples.png", media.sheet(rows, None, args.title)
         return
-    vae, rows = encoders.load_vae(cfg.teacher, weights_folder(cfg), str(device)), {}
+    vae = encoders.load_vae(cfg.teacher, weights_folder(cfg), str(device))
+    rows = {}
     for name, x in zip(tqdm(names, "decoding", disable=None), xs[-1].split(1)):
         frames = media.to_uint8(encoders.decode(vae, x)[0])  # (F, h, w, 3), or (h, w, 3)
         frames = frames[None] if frames.ndim == 3 else frames

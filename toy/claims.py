@@ -250,7 +250,8 @@ def train_method(job: Job) -> Iterator[train.Run]:
         for _ in train.train(run):
             yield run
         return
-    student, runs = run.roles.student[1], [run, *(new_run(job) for _ in run.phases[1:])]
+    student = run.roles.student[1]
+    runs = [run, *(new_run(job) for _ in run.phases[1:])]
     for k, run in enumerate(runs, 1):
         shared = {j: replace(student, name=f"student{j}") for j in run.roles.student}
         run.roles.student.update(shared)
@@ -268,7 +269,8 @@ def run_toy(job: Job) -> dict:
     for run in train_method(job):
         if run.i == run.cfg.iters // 4:
             early = copy.deepcopy(run.roles.student[run.k].velocity)
-    cfg, mixture = run.cfg, toy2d.load_mixture(run.cfg)
+    cfg = run.cfg
+    mixture = toy2d.load_mixture(run.cfg)
     xs, c = toy2d.draw(cfg, run.nets, run.times, cfg.eval_samples, CPU)
     exact = lambda s: mixture.sample_at(s, len(xs[0]), stream("exact", cfg.seed, s or 0), c)
     modes, precision, spread = mode_coverage(xs[-1], mixture)
@@ -278,7 +280,8 @@ def run_toy(job: Job) -> dict:
     for name, x in sample_depths(run, xs[0], c).items():
         metrics[name] = compare(x, exact(0.0), c)[0]
     if len(run.phases) > 1:
-        x, s = xs[run.phases[0].end], run.phases[0].s
+        x = xs[run.phases[0].end]
+        s = run.phases[0].s
         metrics["energy of x_(t_1)"] = compare(x, exact(s), c)[0]
     return metrics | (compare_early(run, early) if job.name == PHASED else {})
 
@@ -289,7 +292,9 @@ def sample_depths(run: train.Run, z: Tensor, c: dict | None) -> dict[str, Tensor
 
     Users draw the last depth. It has the noise z, the others have noise of their own.
     """
-    phase, nets, x = run.phase, [chunked(net, 1000) for net in run.nets], {}
+    phase = run.phase
+    nets = [chunked(net, 1000) for net in run.nets]
+    x = {}
     for depth in range(1, phase.num_steps + 1):
         own = z if depth == phase.num_steps else normal(z.shape, "depths", run.cfg.seed, depth)
         x[f"depth {depth}"] = rollout(nets, run.times, phase, own, c, depth)
@@ -307,7 +312,8 @@ def compare(x: Tensor, y: Tensor, c: dict | None) -> tuple[float, float]:
 
 def compare_early(run: train.Run, early: torch.nn.Module) -> dict:
     """How samples change while the last expert trains; early: this expert at a quarter of it."""
-    mixture, n = toy2d.load_mixture(run.cfg), run.cfg.eval_samples
+    mixture = toy2d.load_mixture(run.cfg)
+    n = run.cfg.eval_samples
     nets = [early if net is run.roles.student[run.k] else net for net in run.nets]
     x, late = (toy2d.draw(run.cfg, each, run.times, n, CPU)[0][-1] for each in (nets, run.nets))
     distance, mode = torch.cdist(x, mixture.means).min(1)
@@ -322,7 +328,8 @@ def run_memory(job: Job) -> dict:
     total = []
     for steps in (1, 8):
         settings = dict(phases=steps) if job.name == "phased" else VANILLA
-        run, saved = new_run(job, **settings, steps=steps), []
+        run = new_run(job, **settings, steps=steps)
+        saved = []
         train.begin_phase(run, len(run.phases))
         save = lambda x, saved=saved: saved.append(x) or len(saved) - 1
         with saved_tensors_hooks(save, saved.__getitem__):
@@ -338,10 +345,14 @@ def run_matching(job: Job) -> dict:
     Eq. 11 and the naive eps - x_s are linear in x_s and eps, and E[eps | x_t] = -sigma_ts score.
     """
     mixture = TOYS[job.table.split()[1]]().double()
-    key, s, n = ("matching", job.seed), 0.5, 10_000
+    key = ("matching", job.seed)
+    s = 0.5
+    n = 10_000
     t = s + (1 - s) * torch.rand(n, generator=stream(*key, "test t")).double()
-    x_s, eps = mixture.sample_at(s, n, stream(*key, "test")), normal((n, 2), *key, "test eps")
-    x_t, (alpha_ts, sigma_ts) = diffuse(x_s, s, t, eps), transition(s, t, x_s)
+    x_s = mixture.sample_at(s, n, stream(*key, "test"))
+    eps = normal((n, 2), *key, "test eps")
+    x_t = diffuse(x_s, s, t, eps)
+    alpha_ts, sigma_ts = transition(s, t, x_s)
     eps = -sigma_ts * mixture.score(x_t, t)
     x_s = (x_t - sigma_ts * eps) / alpha_ts
     target = v_target(x_s, s, t, eps) if job.name == "Eq. 11" else eps - x_s
@@ -350,7 +361,8 @@ def run_matching(job: Job) -> dict:
 
 def run_digits(job: Job) -> dict:
     """Train a method on digits and measure it; see digits.measure."""
-    classifier, reference = digits.load_classifier(), digits.load_reference()
+    classifier = digits.load_classifier()
+    reference = digits.load_reference()
     labels = digits.cycle_labels(10_000)
     *_, run = train_method(job)
     z = normal((len(labels), *digits.SHAPE), "claims", job.seed, "z")
@@ -401,7 +413,8 @@ def report(jobs: list[Job], args) -> None:
     results = defaultdict(lambda: defaultdict(list))
     for job, result in zip(jobs, run_jobs(jobs, args)):
         results[job.table][job.name].append(result)
-    claims, rows = [], ["| | claim | verdict | the part that decides |", "|---|---|---|---|"]
+    claims = []
+    rows = ["| | claim | verdict | the part that decides |", "|---|---|---|---|"]
     for n, sentence in CLAIMS.items():
         parts = list_parts(n, results)
         if parts:

@@ -222,8 +222,10 @@ def report(
 ) -> tuple[dict, bytes]:
     """Metrics and a png of the student of phases[:k]; the teacher takes the steps that it lacks."""
     n = cfg.eval_samples if finished else min(1000, cfg.eval_samples)
-    z, teacher = normal((n, *SHAPE), cfg.seed, "report", "z"), roles.teacher[1]
-    nets, times = student_nets(roles, phases[:k]), step_times(cfg.steps, cfg.shift)
+    z = normal((n, *SHAPE), cfg.seed, "report", "z")
+    teacher = roles.teacher[1]
+    nets = student_nets(roles, phases[:k])
+    times = step_times(cfg.steps, cfg.shift)
     xs = sample_from(nets, times[: len(nets) + 1], z, device)
     x = xs[-1] if k == len(phases) else sample_teacher(teacher, 10, xs[-1], device, phases[k - 1].s)
     features, predicted = classify(load_classifier(), to_pixels(x))
@@ -263,7 +265,8 @@ def save_samples(cfg, c, xs: list[Tensor], args, names, device) -> tuple[dict, l
     np.save(array, (pixels if args.trajectory else pixels[-1]).numpy())
     x = xs[-1][:100]
     x = F.pad(x, (0, 0) * 4 + (0, -len(x) % CLASSES), value=-1.0)  # the last line is full, too
-    labels, (z, predicted) = cycle_labels(args.n), classify(load_classifier(), pixels[-1])
+    labels = cycle_labels(args.n)
+    z, predicted = classify(load_classifier(), pixels[-1])
     metrics = {"accuracy": (predicted == labels).double().mean().item()}
     if len(z) >= 1000:  # with fewer, the covariance of a class means nothing
         metrics = measure(z, predicted, labels, load_reference()) | {"samples": len(z)}

@@ -45,7 +45,8 @@ def fit(
     name: str, steps: int, data=POINTS, width=512, key=("figure2",), lr=1e-3, progress=tqdm
 ) -> MLP:
     """Train a network of 4 layers from scratch on one of the objectives."""
-    (s, loss_per_sample), batch = OBJECTIVES[name], 512
+    s, loss_per_sample = OBJECTIVES[name]
+    batch = 512
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         net = MLP(dim=data.means.shape[1], width=width, layers=4)
@@ -102,7 +103,8 @@ def main() -> None:
     with own_folder(args.out):
         paths = {name: solve(fit(name, args.steps), OBJECTIVES[name][0]) for name in OBJECTIVES}
         write_file(args.out / "figure2.png", to_png(draw_figure(paths)))
-        a, exact = paths["a"][: len(paths["b"])], solve(POINTS.velocity, END)
+        a = paths["a"][: len(paths["b"])]
+        exact = solve(POINTS.velocity, END)
         b, c = ((paths[name] - a).abs().mean().item() for name in "bc")
         print(f"distance of (a) from exact paths {(a - exact).abs().mean():.4f}")
         print(f"distance b {b:.4f} c {c:.4f}\nfolder: {args.out}")

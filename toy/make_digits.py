@@ -80,7 +80,8 @@ def fit_teacher(pixels: Tensor, labels: Tensor, steps: int, seed: int, batch: in
         rows = integers(batch, len(x), *key, "rows")
         is_null = uniform(batch, *key, "drop") < 0.1
         c = digits.conditions(labels[rows].masked_fill(is_null, CLASSES))
-        t, eps = shift_time(uniform(batch, *key, "t"), SHIFT), normal((batch, *x.shape[1:]), *key)
+        t = shift_time(uniform(batch, *key, "t"), SHIFT)
+        eps = normal((batch, *x.shape[1:]), *key)
         loss = flow_matching(net(diffuse(x[rows], 0.0, t, eps), t, c), x[rows], eps).mean()
         optimizer.zero_grad()
         loss.backward()
@@ -158,7 +159,8 @@ def provenance(**settings) -> dict:
 
 def make_teacher(args: Namespace) -> None:
     """Train the teacher; write it as a published Wan, and its prompts."""
-    (pixels, labels), folder = read_digits(args.data), FOLDER / "transformer"
+    pixels, labels = read_digits(args.data)
+    folder = FOLDER / "transformer"
     tensors = fit_teacher(pixels, labels, args.steps, args.seed)
     config = {"_class_name": "WanModel", "patch_size": [1, 2, 2]}
     write_json(folder / "config.json", config | weights.TEACHERS["mnist"].settings)
@@ -184,7 +186,8 @@ def make_classifier(args: Namespace) -> None:
 
 def make_reference(args: Namespace) -> None:
     """Measure the teacher: write statistics of 40 steps, and metrics of 40, 1, 2 and 4 steps."""
-    classifier, teacher = digits.load_classifier(), digits.guided_teacher(GUIDANCE)
+    classifier = digits.load_classifier()
+    teacher = digits.guided_teacher(GUIDANCE)
     labels = digits.cycle_labels(SAMPLES)
 
     def sample(steps: int, number: int) -> tuple[Tensor, Tensor]:

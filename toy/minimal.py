@@ -29,9 +29,9 @@ phases = make_phases(N, K)  # phase 1 ends at s = 0.5, phase 2 at s = 0
 
 
 # %% A real teacher is a network, and student and fake start from it. Here: a network fitted to it
-def fit_start(steps: int = 1500) -> MLP:
+def fit_start(steps: int = 1500, key: tuple = ("start", "ring", "off")) -> MLP:
     torch.manual_seed(0)
-    net, key = MLP(), ("start", "ring", "off")
+    net = MLP()
     optimizer = torch.optim.Adam(net.parameters(), 1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for i in tqdm(range(steps), "start network", disable=None):
@@ -45,13 +45,13 @@ def fit_start(steps: int = 1500) -> MLP:
 
 # %% One phase trains one expert and its fake. Earlier experts are frozen
 def train_phase(phase: Phase, experts: list, start: MLP, iters=400, warmup=200) -> None:
-    s, (low, high) = phase.s, phase.intervals[0].u  # re-noise in (s, 1), less a margin
+    s = phase.s
+    low, high = phase.intervals[0].u  # re-noise in (s, 1), less a margin
     expert, fake = copy.deepcopy(start), copy.deepcopy(start)
     experts.append(expert)
     nets = [net for net in experts for _ in range(N // K)]  # the network of each step
-    settings = dict(betas=(0.0, 0.999), eps=1e-16, weight_decay=0.0)
-    adamw = lambda net: torch.optim.AdamW(net.parameters(), **settings)
-    student_adamw, fake_adamw = adamw(expert), adamw(fake)
+    adamw = lambda p: torch.optim.AdamW(p, betas=(0.0, 0.999), eps=1e-16, weight_decay=0.0)
+    student_adamw, fake_adamw = adamw(expert.parameters()), adamw(fake.parameters())
 
     def sample(rng: torch.Generator, n: int, depth: int | None) -> tuple:
         x_s = rollout(nets, times, phase, torch.randn(n, 2, generator=rng), None, depth)  # Eq. 9
@@ -81,14 +81,14 @@ def train_phase(phase: Phase, experts: list, start: MLP, iters=400, warmup=200) 
 # %% Train both phases, then draw samples as a user would: four steps, two by each expert
 def main() -> None:
     torch.set_num_threads(1)  # a second thread only waits at this size
-    start, experts = fit_start(), []
+    start = fit_start()
+    experts = []
     for phase in phases:
         train_phase(phase, experts, start)
     nets = [experts[0], experts[0], experts[1], experts[1]]
     xs = [x.detach() for x in trajectory(nets, times, normal((10_000, 2), 0, "evaluate", "z"))]
-    modes, precision, _ = mode_coverage(xs[-1], data)
-    exact = data.sample(10_000, stream("exact", 0, 0))
-    print(f"energy {energy(xs[-1], exact):.4f}, modes {modes:.2f} of 8, precision {precision:.2f}")
+    distance = energy(xs[-1], data.sample(10_000, stream("exact", 0, 0)))
+    print(f"energy {distance:.4f}, modes {mode_coverage(xs[-1], data)[0]:.2f} of 8")
     axes = Figure((12, 2.6)).subplots(1, N + 1)
     for ax, x, t in zip(axes, xs, times):
         ax.scatter(x[:, 0], x[:, 1], s=0.5, c=torch.atan2(xs[-1][:, 1], xs[-1][:, 0]), cmap="hsv")

@@ -39,7 +39,8 @@ class Mixture:
     def _posterior(self, x_t: Tensor, t, c) -> tuple[Tensor, Tensor]:
         """log p(component | x_t) up to a constant (B, M), and the variance of x_t given it."""
         alpha_t, sigma_t = coefficients(t, x_t, self.process)
-        means, var = self.means.to(x_t), as_tensor(alpha_t**2 * self.sd**2 + sigma_t**2)
+        means = self.means.to(x_t)
+        var = as_tensor(alpha_t**2 * self.sd**2 + sigma_t**2)
         # |x - alpha mu|^2 without its |x|^2, which is the same for all components: no cancellation
         logits = (alpha_t * (x_t @ means.T) - 0.5 * alpha_t**2 * means.square().sum(1)) / var
         if c is not None:
@@ -219,7 +220,8 @@ def mean_distance(x: Tensor, y: Tensor | None = None, block: int = 50) -> float:
 
     A block of rows at a time, so that the distances stay in the cache.
     """
-    columns, total = (x if y is None else y).T.contiguous(), 0.0  # (d, m)
+    columns = (x if y is None else y).T.contiguous()
+    total = 0.0  # (d, m)
     for start in range(0, len(x), block):
         rows = x[start : start + block]
         others = columns[:, start:] if y is None else columns  # |x_i - x_j| = |x_j - x_i|
@@ -238,7 +240,8 @@ def energy_distances(pairs: dict[str, tuple[Tensor, Tensor]]) -> dict[str, float
 
     Unbiased, hence possibly negative. E|y - y'| is computed once for a y in several pairs.
     """
-    within, distances = {}, {}
+    within = {}
+    distances = {}
     bar = tqdm(pairs.items(), "energy distances", disable=None, leave=False)
     for name, (x, y) in bar:
         for z in (x, y):
@@ -278,9 +281,11 @@ def mode_coverage(x: Tensor, mixture: Mixture) -> tuple[float, float, float]:
     means = mixture.means.to(x)
     parts = [torch.cdist(rows, means).min(1) for rows in x.split(1000)]
     distance, nearest = (torch.cat(part) for part in zip(*parts))
-    radius, half = mode_radius(x.shape[1]), x.shape[1] / 2
+    radius = mode_radius(x.shape[1])
+    half = x.shape[1] / 2
     hit = distance <= radius * mixture.sd
-    x, nearest = x[hit].double(), nearest[hit]
+    x = x[hit].double()
+    nearest = nearest[hit]
     counts = torch.bincount(nearest, minlength=len(means))
     share = counts / hit.sum().clamp(min=1)
     number = torch.special.entr(share).sum().exp().item() if hit.any() else 0.0

@@ -70,7 +70,8 @@ def make_network(cfg, width: int = 64) -> MLP:
 
 def exact_teacher(cfg, device="cpu") -> Callable:
     """v_real = teacher(x_t, t, c): the exact velocity, with CFG if a scale is set."""
-    mixture, [scale] = load_mixture(cfg).to(device), cfg.guidance
+    mixture = load_mixture(cfg).to(device)
+    [scale] = cfg.guidance
     if scale == 1:
         return mixture.velocity
     return lambda x_t, t, c=None: mixture.guided(x_t, t, c, scale)
@@ -125,11 +126,14 @@ def fit_start(
 
     The seed is fixed: all runs on a mixture start from the same network.
     """
-    mixture, data, key = load_mixture(cfg), make_data(cfg), ("start", cfg.toy, cfg.classes)
+    mixture = load_mixture(cfg)
+    data = make_data(cfg)
+    key = ("start", cfg.toy, cfg.classes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # nn.Linear's initialisation takes no generator
         net = make_network(cfg, width)
-    parameters, lr = list(net.parameters()), 1e-2
+    parameters = list(net.parameters())
+    lr = 1e-2
     moments = [[torch.zeros_like(p) for p in parameters] for _ in range(2)]
     counts = [torch.zeros(()) for _ in parameters]
     options = dict(beta1=0.9, beta2=0.999, eps=1e-8, weight_decay=0.0)
@@ -160,7 +164,8 @@ def make_roles(cfg, phases: list[Phase], device, out: Path) -> Roles:
 
 def roles_from(cfg, phases: list[Phase], device, start: dict[str, Tensor]) -> Roles:
     """The roles of a run whose networks start from these tensors, and are as wide."""
-    teacher, width = exact_teacher(cfg, device), len(start["first.bias"])
+    teacher = exact_teacher(cfg, device)
+    width = len(start["first.bias"])
     network = lambda: make_network(cfg, width).to(device)
     return separate_roles(phases, cfg.fake_per_depth, network, start, teacher)
 
@@ -284,8 +289,11 @@ def report(
     energy_floor   [mean, sd] for exact samples against other exact samples
     """
     is_last = k == len(phases)
-    mixture, n, phases = load_mixture(cfg), cfg.eval_samples, phases[:k]
-    times, nets = step_times(cfg.steps, cfg.shift), student_nets(roles, phases)
+    mixture = load_mixture(cfg)
+    n = cfg.eval_samples
+    phases = phases[:k]
+    times = step_times(cfg.steps, cfg.shift)
+    nets = student_nets(roles, phases)
     xs, c = draw(cfg, nets, times, n, device)
     exact = lambda s, i: mixture.sample_at(s, n, stream("exact", cfg.seed, i))
     pairs = {f"phase {p.k}": (xs[p.end], exact(p.s, p.s or 0)) for p in phases}
@@ -333,7 +341,8 @@ def draw_picture(cfg, nets: list, phases: list[Phase], device, n: int = 3000) ->
 
     A sample has the colour of the mode where it ends. Thick frames: the student matches p(x_t).
     """
-    mixture, times = load_mixture(cfg), step_times(cfg.steps, cfg.shift)
+    mixture = load_mixture(cfg)
+    times = step_times(cfg.steps, cfg.shift)
     teacher = [exact_teacher(cfg, device)] * cfg.steps
     rows = {
         f"student, {cfg.steps} steps": draw(cfg, nets, times, n, device)[0],
