@@ -99,36 +99,51 @@ def check_base(digests: dict[str, str], base: list[Path], moved: bool) -> None:
 
 def teacher_job(args) -> Job:
     """The steps of a teacher's published sampler, or those of LoRA files."""
+    cfg = teacher_config(args)
+    preset_of(cfg).base_files(cfg)
+    boundary_t = preset_of(cfg).boundary_of(cfg)
+    times = step_times(cfg.steps, cfg.shift)
+    if args.lora:
+        own_steps = given_flags(args, "steps", "shift", "times")
+        times = given_times(args) or times
+        plan = export.assign_loras(cfg, args.lora, bool(own_steps), times, boundary_t)
+        return Job(cfg, *plan, args.out or Path("out") / f"{args.teacher}-lora")
+    if args.teacher in TEACHERS:
+        times = teachers.teacher_times(cfg, args.shift)
+    roles = [f"teacher{branch_at(t, boundary_t)}" for t in times[:-1]]
+    run_dir = args.out or Path("out") / f"{args.teacher}-samples"
+    return Job(cfg, roles, times, {"teacher1": 1, "teacher2": 2}, lambda _: RoleWeights(), run_dir)
+
+
+def teacher_config(args) -> Config:
+    """The settings of a teacher's published sampler, or of LoRA files, and the flags."""
     spec = TEACHERS.get(args.teacher)
     if args.lora and not spec:
         raise UserError(f"--lora is for large teachers, not for {args.teacher}")
+    if args.times and (not args.lora or given_flags(args, "steps", "shift")):
+        raise UserError("--times is for --lora, in place of --steps and --shift")
     settings = {"steps": spec.sampling_defaults[0] if spec else 40}
     if args.lora:
         settings = {"steps": 4, "guidance": (1.0,), "generator": "lora"}
-    given = given_flags(args, "steps", "shift")
-    settings |= given | ({"guidance": tuple(args.guidance)} if args.guidance else {})
+    settings |= given_flags(args, "steps", "shift")
+    if args.guidance:
+        settings["guidance"] = tuple(args.guidance)
     weights = cli.absolute_paths(tuple(args.weights))
     cfg = make_config(args.teacher, **settings, weights=weights, phases=1, depths="drawn")
-    cfg, preset = override_config(cfg, args), preset_of(cfg)
+    cfg = override_config(cfg, args)
     validate(cfg)
-    preset.base_files(cfg)
-    run_dir = args.out or Path("out") / f"{args.teacher}-{'lora' if args.lora else 'samples'}"
-    boundary_t = preset.boundary_of(cfg)
-    times = step_times(cfg.steps, cfg.shift)
-    if args.times:
-        times = (*(t / 1000 for t in args.times), 0.0)
-        if not args.lora or given:
-            raise UserError("--times is for --lora, in place of --steps and --shift")
-        if times[0] > 1 or not all(t > end for t, end in zip(times, times[1:])):
-            found = " ".join(f"{t:g}" for t in args.times)
-            raise UserError(f"--times: expected numbers that fall from 1000, got {found}")
-    if args.lora:
-        steps_given = bool(args.times or given)
-        plan = export.assign_loras(cfg, args.lora, steps_given, times, boundary_t)
-        return Job(cfg, *plan, run_dir)
-    times = teachers.teacher_times(cfg, args.shift) if spec else times
-    roles = [f"teacher{branch_at(t, boundary_t)}" for t in times[:-1]]
-    return Job(cfg, roles, times, {"teacher1": 1, "teacher2": 2}, lambda _: RoleWeights(), run_dir)
+    return cfg
+
+
+def given_times(args) -> tuple[float, ...] | None:
+    """The times of --times, from t x 1000, and 0."""
+    if not args.times:
+        return None
+    times = (*(t / 1000 for t in args.times), 0.0)
+    if times[0] > 1 or not all(t > end for t, end in zip(times, times[1:])):
+        found = " ".join(f"{t:g}" for t in args.times)
+        raise UserError(f"--times: expected numbers that fall from 1000, got {found}")
+    return times
 
 
 def given_flags(args, *names: str) -> dict:

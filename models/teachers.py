@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import moe
 from models import encoders, export, lora, media, parallel, plan, qwen_image, wan, weights
-from models.common import UserError, normal, reading, stream
+from models.common import UserError, is_rank0, normal, reading, stream
 from models.layers import attention_backend
 from models.parallel import SINGLE, Topology
 from models.qwen_image import QwenImage
@@ -149,26 +149,33 @@ def input_files(cfg) -> list[Path]:
     path = prompts_path(cfg)
     spec = teacher_spec(cfg.teacher)
     if cfg.images or (spec.is_i2v and not is_random(cfg)):
-        if not (cfg.images and cfg.prompts and not is_text(path)):
-            prompts = "--prompts, the embeddings of their captions"
-            advice = "make both with python -m models.encoders"
-            raise UserError(f"image to video needs --images and {prompts}; {advice}")
-        captions = {text for texts in open_images(cfg).captions.values() for text in texts}
-        absent = captions - set(open_prompts(cfg, path).prompts)
-        if absent:
-            raise UserError(f"{path} has no embedding of the caption {min(absent)!r}; add it")
+        check_captions(cfg, path)
         files.append(Path(cfg.images))
-    if path and is_text(path):
+    if path is None:
+        return files
+    if not is_text(path):
+        open_prompts(cfg, path)
+    else:
         encoders.read_prompts(path)
         if is_random(cfg) or not spec.repository:
             raise UserError(f"--prompts: {cfg.teacher} has no text encoder here; give embeddings")
         for part in ("text_encoder", "tokenizer"):
             weights.subfolder(cfg.teacher, weights_folder(cfg), part)
-    elif path:
-        open_prompts(cfg, path)
-    if path and path.is_dir():
+    if path.is_dir():
         return files + (encoders.shards_in(path) or sorted(path.glob("*.txt")))
-    return files + [path] * bool(path)
+    return [*files, path]
+
+
+def check_captions(cfg, path: Path | None) -> None:
+    """Raise UserError unless every caption of the first frames has an embedding in `path`."""
+    if not (cfg.images and cfg.prompts and not is_text(path)):
+        prompts = "--prompts, the embeddings of their captions"
+        advice = "make both with python -m models.encoders"
+        raise UserError(f"image to video needs --images and {prompts}; {advice}")
+    captions = {text for texts in open_images(cfg).captions.values() for text in texts}
+    absent = captions - set(open_prompts(cfg, path).prompts)
+    if absent:
+        raise UserError(f"{path} has no embedding of the caption {min(absent)!r}; add it")
 
 
 def weights_folder(cfg) -> Path | None:
@@ -360,31 +367,41 @@ def make_data(cfg, out: Path) -> Callable:
     shapes = buckets(cfg)
     path = embeddings_path(cfg, out)
     probabilities = torch.tensor(list(shapes.values()))
-    is_i2v = teacher_spec(cfg.teacher).is_i2v
     prompts = open_prompts(cfg, path) if path else None
     images = open_images(cfg) if cfg.images else None
-    row_of = {x: i for i, x in reversed([*enumerate(prompts.prompts)])} if images else {}
 
     def data(n: int, shared: torch.Generator, rng: torch.Generator) -> tuple[dict, tuple]:
         shape = list(shapes)[torch.multinomial(probabilities, 1, generator=shared).item()]
         c = {}
         if images:
-            key = images.key_of[shape[1:]]
-            captions = images.captions[key]
-            frames = images.file[key]
-            rows = torch.randint(len(captions), (n,), generator=rng).tolist()
-            c["image"] = torch.cat([frames[i : i + 1] for i in rows])  # (n, 20, F, h, w)
-            texts = [prompts.row(row_of[captions[i]]) for i in rows]
-        elif is_i2v:
+            c["image"], texts = captioned_frames(images, prompts, n, shape, rng)
+            return c | text_cond(cfg, texts), shape
+        if teacher_spec(cfg.teacher).is_i2v:
             c["image"] = random_first_frames(n, shape, rng)
-        if prompts and not images:
+        if prompts:
             rows = torch.randint(len(prompts.prompts), (n,), generator=rng)
             texts = [prompts.row(i) for i in rows.tolist()]
-        elif not prompts:
+        else:
             texts = random_texts(cfg, n, rng)
         return c | text_cond(cfg, texts), shape
 
     return data
+
+
+def captioned_frames(
+    images: encoders.FirstFrames,
+    prompts: encoders.Embeddings,
+    n: int,
+    shape: tuple,
+    rng: torch.Generator,
+) -> tuple[Tensor, list[Tensor]]:
+    """n first frames (n, 20, F, h, w) of this shape, and the embeddings of their captions."""
+    key = images.key_of[shape[1:]]
+    captions = images.captions[key]
+    frames = images.file[key]
+    rows = torch.randint(len(captions), (n,), generator=rng).tolist()
+    texts = [prompts.row(prompts.prompts.index(captions[i])) for i in rows]
+    return torch.cat([frames[i : i + 1] for i in rows]), texts
 
 
 def text_cond(cfg, texts: list[Tensor]) -> dict[str, Tensor]:
@@ -443,14 +460,19 @@ def report(cfg, phases, roles, k: int, device, out: Path, finished: bool) -> tup
         *_, x = trajectory([in_chunks(roles.teacher[b]) for b in branches], times, z, c)
         rows[f"teacher, {cfg.steps} steps"] = x
         metrics["latent_distance_teacher_same_steps"] = latent_distance(x)
+    return metrics, draw_preview(cfg, rows, device)
+
+
+def draw_preview(cfg, rows: dict[str, Tensor], device: torch.device) -> bytes:
+    """The contact sheet of latents by name, decoded if there is a VAE and memory for it."""
     try:
         decode = None
-        if parallel.topology.rank == 0 and has_vae(cfg):
+        if is_rank0() and has_vae(cfg):
             vae = encoders.load_vae(cfg.teacher, weights_folder(cfg), str(device))
             decode = partial(decode_first_frames, vae)
-        return metrics, media.sheet(rows, decode)
+        return media.sheet(rows, decode)
     except torch.OutOfMemoryError:  # the VAE's; a preview must not end a run
-        return metrics, media.sheet(rows, None)
+        return media.sheet(rows, None)
 
 
 def latent_distance(x: Tensor) -> float | None:

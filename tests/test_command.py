@@ -238,7 +238,7 @@ def test_a_resumed_run_takes_the_device_of_its_own_preset(tmp_path, monkeypatch)
     monkeypatch.setattr(train.parallel, "distributed", join)
     assert train.main(["--resume", "--out", str(tmp_path)]) == 0
     assert train.main(["--resume", "--out", str(tmp_path / "new")]) == 0
-    assert devices == [train.teachers.PRESET.device, toy2d.PRESET.device]
+    assert devices == [train.PRESETS["wan22-tiny"][0].device, toy2d.PRESET.device]
     assert devices[0] != devices[1]
 
 
