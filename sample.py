@@ -25,7 +25,6 @@ import moe
 from config import Config, make_config, phases_of, preset_of, validate
 from models import cli, common, export, parallel, runs, teachers
 from models.common import UserError, normal
-from models.wan import Wan
 from models.weights import TEACHERS, RoleWeights, student_weights
 from phases import branch_at, step_times, trajectory
 
@@ -184,8 +183,8 @@ def run_sampler(job: Job, c, shape: tuple, total: int, args, device) -> list[Ten
     count = f"samples: {total}, {sum(nfe)} network evaluations (NFE) each"
     print(f"{count}, {time.time() - began:.2f} s")
     spec = TEACHERS.get(args.teacher)
-    if spec and not args.lora and spec.network is Wan and not spec.folder:
-        print("note: Euler steps, where the official sampler uses UniPC")
+    if spec and not args.lora and not spec.folder and spec.network.official_sampler != "Euler":
+        print(f"note: Euler steps, where the official sampler uses {spec.network.official_sampler}")
     return xs
 
 

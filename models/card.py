@@ -4,7 +4,6 @@ import json
 from pathlib import Path
 
 from models.cli import flag_name, format_value
-from models.qwen_image import QwenImage
 from models.weights import teacher_spec
 
 # of the training; the card lists them as flags
@@ -50,13 +49,10 @@ def diffusers_section(student, stems: list[str], base: str) -> str:
     cfg, spec, boundary_t = student.cfg, teacher_spec(student.cfg.teacher), student.boundary_t
     *frames, height, width = cfg.size[0].partition(":")[0].split("x")
     settings = f"num_inference_steps={cfg.steps}, height={height}, width={width}, "
-    if spec.network is QwenImage:
-        network = "QwenImageTransformer2DModel"
-        settings += "true_cfg_scale=1.0"
-        draw = 'pipe(prompt="A fox runs through snow.", **settings).images[0].save("image.png")'
-    else:
-        network = "WanTransformer3DModel"
-        settings += f"guidance_scale=1.0, num_frames={frames[0] if frames else cfg.frames}"
+    settings += f"{spec.network.cfg_argument}=1.0"
+    draw = 'pipe(prompt="A fox runs through snow.", **settings).images[0].save("image.png")'
+    if spec.network.makes_video:
+        settings += f", num_frames={frames[0] if frames else cfg.frames}"
         draw = f"""frames = pipe(prompt="A fox runs through snow.", **settings).frames[0]
 diffusers.utils.export_to_video(frames, "video.mp4", fps={spec.fps})"""
     if spec.is_i2v:
@@ -71,7 +67,7 @@ settings["image"] = ImageOps.fit(image, ({width}, {height}))
 nets = dict()
 for name in sorted(set(experts)):
     file = here + "/" + name + ".safetensors"
-    nets[name] = diffusers.{network}.from_single_file(file, **options)
+    nets[name] = diffusers.{spec.network.diffusers_class}.from_single_file(file, **options)
 options = dict(transformer=nets[experts[0]]{second})
 pipe = diffusers.{spec.pipeline}.from_pretrained(base, torch_dtype=dtypes, **options)
 """
@@ -128,8 +124,8 @@ settings = dict({settings})
 
 def tools_section(student, stems: list[str]) -> str:
     """The settings of other tools; models/README.md says how far each was tried."""
-    cfg, is_qwen = student.cfg, teacher_spec(student.cfg.teacher).network is QwenImage
-    node = "ModelSamplingAuraFlow" if is_qwen else "ModelSamplingSD3"
+    cfg = student.cfg
+    node = teacher_spec(cfg.teacher).network.comfyui_node
     loader = "UNETLoader" if student.is_full else "LoraLoaderModelOnly (strength 1)"
     text = f"""
 ## ComfyUI

@@ -38,6 +38,7 @@ from tqdm import tqdm
 from models import cli, common, lora, parallel, runs
 from models.cli import Parser
 from models.common import UserError, open_tensors, read_json, reading, write_tensors
+from models.qwen_image import QwenImage
 from models.wan import Wan
 from models.weights import (
     DTYPES,
@@ -47,6 +48,7 @@ from models.weights import (
     needs_extras,
     shards,
     subfolder,
+    teacher_spec,
 )
 
 # as published with the models
@@ -94,32 +96,6 @@ def from_pretrained(path: Path, cls, **options):
 # -- text ----------------------------------------------------------------------------------------
 
 
-class Encoder(NamedTuple):
-    """A frozen language model with its tokenizer: UMT5 if is_wan, else Qwen2.5-VL."""
-
-    model: torch.nn.Module
-    tokenizer: object
-    is_wan: bool
-
-
-def load_encoder(teacher: str, folder: Path | None, device: str) -> Encoder:
-    """Load the text encoder of a teacher in bf16. Raises UserError."""
-    is_wan = TEACHERS[teacher].network is Wan
-    paths = [subfolder(teacher, folder, part) for part in ("text_encoder", "tokenizer")]
-    with needs_extras("transformers"):
-        import transformers
-    kind = "UMT5EncoderModel" if is_wan else "Qwen2_5_VLForConditionalGeneration"
-    expected = "umt5" if is_wan else "qwen2_5_vl"
-    model_type = read_json(paths[0] / "config.json", download_hint(teacher)).get("model_type")
-    if model_type != expected:  # transformers would make a network of its default size
-        raise UserError(f"{paths[0]}: {teacher} needs a {expected}, this is a {model_type}")
-    model = from_pretrained(paths[0], getattr(transformers, kind), dtype=torch.bfloat16)
-    with reading(paths[1], DOWNLOAD):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(paths[1], local_files_only=True)
-    tokenizer.padding_side = "right"  # then padding changes nothing before it
-    return Encoder(model.to(device), tokenizer, is_wan)
-
-
 def clean_prompt(prompt: str) -> str:
     """Clean a prompt as Wan does: repair mojibake, resolve HTML entities, single spaces."""
     with needs_extras("ftfy"):
@@ -127,12 +103,53 @@ def clean_prompt(prompt: str) -> str:
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
 
 
+class EncoderSpec(NamedTuple):
+    """The text encoder of a network, as published."""
+
+    model_class: str  # of transformers
+    to_text: Callable[[str], str]  # what the encoder reads for a prompt
+    negative: str
+    drop: int = 0  # tokens before the prompt, whose embeddings are left out
+
+
+ENCODERS = {
+    Wan: EncoderSpec("UMT5EncoderModel", clean_prompt, WAN_NEGATIVE),
+    QwenImage: EncoderSpec(
+        "Qwen2_5_VLForConditionalGeneration", QWEN_TEMPLATE.format, QWEN_NEGATIVE, QWEN_DROP
+    ),
+}
+
+
+class Encoder(NamedTuple):
+    """A frozen language model with its tokenizer."""
+
+    model: torch.nn.Module
+    tokenizer: object
+    spec: EncoderSpec
+
+
+def load_encoder(teacher: str, folder: Path | None, device: str) -> Encoder:
+    """Load the text encoder of a teacher in bf16. Raises UserError."""
+    spec = ENCODERS[teacher_spec(teacher).network]
+    paths = [subfolder(teacher, folder, part) for part in ("text_encoder", "tokenizer")]
+    with needs_extras("transformers"):
+        import transformers
+    model_type = read_json(paths[0] / "config.json", download_hint(teacher)).get("model_type")
+    model_class = getattr(transformers, spec.model_class)
+    expected = model_class.config_class.model_type
+    if model_type != expected:  # transformers would make a network of its default size
+        raise UserError(f"{paths[0]}: {teacher} needs a {expected}, this is a {model_type}")
+    model = from_pretrained(paths[0], model_class, dtype=torch.bfloat16)
+    with reading(paths[1], DOWNLOAD):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(paths[1], local_files_only=True)
+    tokenizer.padding_side = "right"  # then padding changes nothing before it
+    return Encoder(model.to(device), tokenizer, spec)
+
+
 def tokenize(encoder: Encoder, prompts: list[str], cut: list[str]) -> list[list[int]]:
     """Token ids of each prompt. Those that are too long are cut, and appended to `cut`."""
-    if encoder.is_wan:
-        texts, length = [clean_prompt(prompt) for prompt in prompts], MAX_TOKENS
-    else:
-        texts, length = [QWEN_TEMPLATE.format(prompt) for prompt in prompts], MAX_TOKENS + QWEN_DROP
+    texts = [encoder.spec.to_text(prompt) for prompt in prompts]
+    length = encoder.spec.drop + MAX_TOKENS
     rows = encoder.tokenizer(texts, verbose=False)["input_ids"]
     for i in [i for i, row in enumerate(rows) if len(row) > length]:
         rows[i] = encoder.tokenizer(texts[i], truncation=True, max_length=length)["input_ids"]
@@ -143,14 +160,13 @@ def tokenize(encoder: Encoder, prompts: list[str], cut: list[str]) -> list[list[
 @torch.no_grad()
 def embed_tokens(encoder: Encoder, rows: list[list[int]]) -> list[Tensor]:
     """Embeddings (L_i, D) bf16 on the CPU, without padding, after the encoder's last norm."""
-    model = encoder.model if encoder.is_wan else encoder.model.model
+    model = encoder.model.base_model  # without the layer that predicts tokens, if it has one
     batch = encoder.tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(model.device)
     states = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"])
     states = states.last_hidden_state.bfloat16().cpu()
     if not states.isfinite().all():
         raise UserError("the text encoder returned NaN or inf; download it again")
-    drop = 0 if encoder.is_wan else QWEN_DROP  # the template's part before the prompt
-    return [state[drop : len(row)] for state, row in zip(states, rows)]
+    return [state[encoder.spec.drop : len(row)] for state, row in zip(states, rows)]
 
 
 def embed_shard(encoder: Encoder, tokens: list, size: int, bar: tqdm) -> dict[str, Tensor]:
@@ -181,7 +197,7 @@ def embed_prompts(
     overwrite: replace shards of other prompts. negative None: the published one. UserError.
     """
     if negative is None:
-        negative = WAN_NEGATIVE if TEACHERS[teacher].network is Wan else QWEN_NEGATIVE
+        negative = ENCODERS[teacher_spec(teacher).network].negative
     path = Path(folder or default_folder(teacher)).resolve() / "text_encoder"
     name = "/".join(path.parts[-2:])  # the weights may move
     metadata = {"kind": "embeddings", "teacher": teacher, "encoder": name}
@@ -359,12 +375,12 @@ def load_vae(teacher: str, folder: Path | None, device: str):
     path = subfolder(teacher, folder, "vae")
     with needs_extras("diffusers"):
         import diffusers
-    kind = "AutoencoderKLWan" if TEACHERS[teacher].network is Wan else "AutoencoderKLQwenImage"
-    vae = from_pretrained(path, getattr(diffusers, kind)).to(device)
+    spec = teacher_spec(teacher)
+    vae = from_pretrained(path, getattr(diffusers, spec.network.vae_class)).to(device)
     with reading(path, DOWNLOAD):
         found = [vae.config.z_dim, *(x.shape[1] for x in latent_statistics(vae))]
-        if found != [TEACHERS[teacher].channels] * 3:
-            expected = f"{TEACHERS[teacher].channels} latent channels"
+        if found != [spec.channels] * 3:
+            expected = f"{spec.channels} latent channels"
             raise ValueError(f"expected {expected}, found {found} in config.json")
     return vae
 

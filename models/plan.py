@@ -21,9 +21,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from models import lora, parallel
-from models.encoders import MAX_TOKENS
 from models.parallel import Topology, blocks_of
-from models.qwen_image import QwenImage
 from models.weights import build, dtype_named, teacher_spec
 
 ASSUMED_FLOPS = 400e12  # per second, where there is no GPU to measure: bf16 on an H100
@@ -158,11 +156,9 @@ def meta_inputs(net: nn.Module, shape: tuple) -> tuple[Tensor, Tensor, dict[str,
     """x_t, t and c of one sample with the longest prompt, on the meta device."""
     with torch.device("meta"):
         x, t = torch.empty(1, *shape), torch.empty(1)
-        if isinstance(net, QwenImage):
-            return x, t, {"text": torch.empty(1, MAX_TOKENS, net.txt_in.in_features)}
-        c = {"text": torch.empty(1, net.text_len, net.text_embedding[0].in_features)}
-        if image_channels := net.patch_embedding.in_channels - shape[0]:
-            c["image"] = torch.empty(1, image_channels, *shape[1:])
+        c = {"text": torch.empty(1, net.text_len, net.text_dim)}
+        if net.image_channels:
+            c["image"] = torch.empty(1, net.image_channels, *shape[1:])
         return x, t, c
 
 

@@ -13,7 +13,7 @@ from models.layers import attend, call_block, gelu, modulate, rms, rope_table, r
 from models.lora import Linear
 from models.parallel import gather_tokens, shard_tokens
 
-TEXT_LEN = 1024  # most tokens of a prompt
+ROPE_LEN = 1024  # tokens of a text that have a position
 
 
 def pack(x: Tensor) -> Tensor:
@@ -138,7 +138,22 @@ class QwenImage(nn.Module):
     bf16 student will run in that pipeline.
     """
 
+    # models/wan.py says what these are
     float32 = ()  # no parameter stays float32 if dtype is bf16
+    makes_video = False
+    takes_mask = True
+    diffusers_class = "QwenImageTransformer2DModel"
+    class_names = (diffusers_class,)
+    pipelines = ("QwenImagePipeline",)
+    cfg_argument = "true_cfg_scale"
+    vae_class = "AutoencoderKLQwenImage"
+    official_sampler = "Euler"
+    comfyui_node = "ModelSamplingAuraFlow"
+    text_len = 512  # tokens of a prompt at most, as in the published pipeline
+    image_channels = 0
+    diffusers_name = staticmethod(lambda name: name)  # the published one
+    read_config = staticmethod(lambda config, tensors: config)  # it has our names
+    guide = staticmethod(guide)
 
     def __init__(
         self,
@@ -156,6 +171,7 @@ class QwenImage(nn.Module):
         super().__init__()
         dim = num_attention_heads * attention_head_dim
         self.axes, self.eps = tuple(axes_dims_rope), eps
+        self.text_dim = joint_attention_dim
         self.dtype, self.checkpointing = dtype, checkpointing
         self.round_t = dtype == torch.bfloat16 if round_t is None else round_t
         self.img_in, self.txt_in = Linear(in_channels, dim), Linear(joint_attention_dim, dim)
@@ -167,11 +183,6 @@ class QwenImage(nn.Module):
         self.transformer_blocks = nn.ModuleList(blocks)
         self.norm_out = nn.ModuleDict({"linear": Linear(dim, 2 * dim)})
         self.proj_out = Linear(dim, in_channels)
-
-    @staticmethod
-    def diffusers_name(name: str) -> str:
-        """The name in diffusers, which is the published one."""
-        return name
 
     @staticmethod
     def adapted(name: str) -> bool:
@@ -208,11 +219,11 @@ class QwenImage(nn.Module):
         Image positions are centred: n rows are at -(n - n // 2) ... n // 2 - 1, columns likewise.
         Text token j is at max(rows // 2, columns // 2) + j on all three axes.
         """
-        if length > TEXT_LEN:
-            raise ValueError(f"expected a text of at most {TEXT_LEN} tokens, got {length}")
+        if length > ROPE_LEN:
+            raise ValueError(f"expected a text of at most {ROPE_LEN} tokens, got {length}")
         centred = [tuple(range(n // 2 - n, n // 2)) for n in (rows, columns)]
         image = rope_table(((0,), *centred), self.axes, device)  # (L, d / 2, 2)
         first = max(rows // 2, columns // 2)
-        positions = (tuple(range(first, first + TEXT_LEN)),)  # one table for texts of all lengths
+        positions = (tuple(range(first, first + ROPE_LEN)),)  # one table for texts of all lengths
         text = [rope_table(positions, (dim,), device)[:length] for dim in self.axes]
         return torch.cat([shard_tokens(torch.cat(text, 1), 0), shard_tokens(image, 0)])

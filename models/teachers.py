@@ -23,11 +23,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import moe
-from models import encoders, export, lora, media, parallel, plan, qwen_image, wan, weights
+from models import encoders, export, lora, media, parallel, plan, weights
 from models.common import UserError, is_rank0, normal, reading, stream
 from models.layers import attention_backend
 from models.parallel import SINGLE, Topology
-from models.qwen_image import QwenImage
 from models.runs import Preset
 from models.weights import dtype_named, is_random, teacher_spec
 from phases import Phase, branch_at, full_time, pick_interval, renoise_times, step_times, trajectory
@@ -67,9 +66,9 @@ def parse_size(cfg, text: str) -> tuple[tuple, float]:
         nearest_frames = 4 * max(0, round((frames - 1) / 4)) + 1
         raise UserError(f"--frames: expected 4n + 1 (nearest: {nearest_frames}), got {frames}")
     shape = (spec.channels, height // spec.scale, width // spec.scale)
-    if spec.network is QwenImage and frames > 1:
+    if frames > 1 and not spec.network.makes_video:
         raise UserError(f"--frames: expected 1, {cfg.teacher} makes pictures, got {frames}")
-    if spec.network is not QwenImage:
+    if spec.network.makes_video:
         shape = (shape[0], (frames - 1) // 4 + 1, *shape[1:])
     return shape, float(match[4] or 1)
 
@@ -226,9 +225,7 @@ def open_images(cfg) -> encoders.FirstFrames:
 def text_shape(cfg) -> tuple[int, int]:
     """Tokens of the longest prompt that the network takes, and channels of an embedding."""
     net = weights.meta_network(cfg, 1)
-    if isinstance(net, QwenImage):
-        return encoders.MAX_TOKENS, net.txt_in.in_features
-    return net.text_len, net.text_embedding[0].in_features
+    return net.text_len, net.text_dim
 
 
 def prepare(cfg, out: Path, device: torch.device, progress: Callable) -> None:
@@ -333,7 +330,7 @@ def configure(cfg, net: nn.Module) -> nn.Module:
 
 def make_guidance(cfg, out: Path) -> Callable[..., Tensor]:
     """with_guidance(branch, net, x_t, t, c): the velocity with CFG at the branch's scale."""
-    family = qwen_image if teacher_spec(cfg.teacher).network is QwenImage else wan
+    guide = teacher_spec(cfg.teacher).network.guide
     null = null_text(cfg, out) if any(scale != 1 for scale in cfg.guidance) else None
 
     def with_guidance(branch: int, net: Callable, x_t: Tensor, t: Tensor, c: dict) -> Tensor:
@@ -343,7 +340,7 @@ def make_guidance(cfg, out: Path) -> Callable[..., Tensor]:
             return v
         null_c = {name: value for name, value in c.items() if name not in ("text", "mask")}
         null_c["text"] = moe.to_device(null, x_t.device).expand(len(x_t), -1, -1)
-        return family.guide(v, net(x_t, t, null_c), scale)
+        return guide(v, net(x_t, t, null_c), scale)
 
     return with_guidance
 
@@ -405,9 +402,9 @@ def captioned_frames(
 
 
 def text_cond(cfg, texts: list[Tensor]) -> dict[str, Tensor]:
-    """Embeddings (L_i, D) as the conditions of a batch. Wan attends to the padding: no mask."""
+    """Embeddings (L_i, D) as the conditions of a batch."""
     c = encoders.batch(texts)
-    return c if teacher_spec(cfg.teacher).network is QwenImage else {"text": c["text"]}
+    return c if teacher_spec(cfg.teacher).network.takes_mask else {"text": c["text"]}
 
 
 def random_texts(cfg, n: int, rng: torch.Generator) -> list[Tensor]:

@@ -38,6 +38,10 @@ RENAMED = (
 )
 
 
+# settings in diffusers' config.json
+OUR_NAMES = {"in_channels": "in_dim", "out_channels": "out_dim", "num_attention_heads": "num_heads"}
+
+
 def diffusers_name(name: str) -> str:
     """The name in diffusers of a parameter or module with this published name."""
     return next((name.replace(a, b) for a, b in RENAMED if a in name), name)
@@ -129,6 +133,17 @@ class Wan(nn.Module):
 
     # parts of names of parameters that stay float32 if dtype is bf16
     float32 = ("time_embedding", "time_projection", "modulation", "head", "norm")
+    makes_video = True  # x_t has frames; else (B, C, H, W)
+    takes_mask = False  # as published, attention sees the zero rows of a text's padding
+    diffusers_class = "WanTransformer3DModel"
+    class_names = ("WanModel", diffusers_class)  # in the config.json of both layouts
+    pipelines = ("WanPipeline", "WanImageToVideoPipeline")  # of diffusers; from text, from an image
+    cfg_argument = "guidance_scale"  # of these pipelines
+    vae_class = "AutoencoderKLWan"  # of diffusers
+    official_sampler = "UniPC"
+    comfyui_node = "ModelSamplingSD3"  # sets the shift
+    diffusers_name = staticmethod(diffusers_name)
+    guide = staticmethod(guide)
 
     def __init__(
         self,
@@ -148,7 +163,9 @@ class Wan(nn.Module):
         super().__init__()
         if dim % (2 * num_heads):
             raise ValueError(f"dim: expected a multiple of 2 x {num_heads} heads, got {dim}")
-        self.head_dim, self.text_len, self.freq_dim = dim // num_heads, text_len, freq_dim
+        self.head_dim, self.freq_dim = dim // num_heads, freq_dim
+        self.text_len, self.text_dim = text_len, text_dim
+        self.image_channels = in_dim - out_dim  # of c["image"]
         self.dtype, self.checkpointing = dtype, checkpointing
         self.patch_embedding = nn.Conv3d(in_dim, dim, PATCH, PATCH)
         self.text_embedding = nn.ModuleList(
@@ -159,7 +176,15 @@ class Wan(nn.Module):
         self.blocks = nn.ModuleList(Block(dim, ffn_dim, num_heads, eps) for _ in range(num_layers))
         self.head = Head(dim, out_dim * 4, eps)
 
-    diffusers_name = staticmethod(diffusers_name)
+    @staticmethod
+    def read_config(config: dict, tensors: dict) -> dict:
+        """Settings under our names, from a config.json of either layout and its tensors."""
+        settings = {OUR_NAMES.get(key, key): value for key, value in config.items()}
+        if "attention_head_dim" in settings:
+            settings["dim"] = settings["num_heads"] * settings["attention_head_dim"]
+        if "text_embedding.0.weight" in tensors:  # the original layout, whose configs lack it
+            settings["text_dim"] = tensors["text_embedding.0.weight"].shape[-1]
+        return settings
 
     @staticmethod
     def adapted(name: str) -> bool:

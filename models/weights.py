@@ -53,8 +53,7 @@ class TeacherSpec(NamedTuple):
     @property
     def pipeline(self) -> str:
         """Its pipeline of diffusers, as the model_index.json of its folder names it."""
-        wan = "WanImageToVideoPipeline" if self.is_i2v else "WanPipeline"
-        return wan if self.network is Wan else "QwenImagePipeline"
+        return self.network.pipelines[self.is_i2v]
 
 
 A14B = dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_dim=16, out_dim=16)
@@ -82,12 +81,21 @@ TEACHERS = {  # name, network, its settings, repository, boundary, (steps, shift
     "mnist":           TeacherSpec(Wan, DIGITS, "", None, (40, 3.0), 4, MNIST),
 }
 # fmt: on
+# what the class of a network declares; models/wan.py says what each is
+PORT = (
+    "float32 makes_video takes_mask diffusers_class class_names pipelines cfg_argument vae_class "
+    "official_sampler comfyui_node diffusers_name guide read_config adapted"
+).split()
 
 
 def teacher_spec(name: str) -> TeacherSpec:
-    """The teacher of this name. Raises UserError."""
+    """The teacher of this name. Raises UserError, and TypeError for a class that lacks a PORT."""
     if name not in TEACHERS:
         raise UserError(f"--teacher: expected one of {', '.join(TEACHERS)}, got {name}")
+    network = TEACHERS[name].network
+    missing = [attribute for attribute in PORT if not hasattr(network, attribute)]
+    if missing:
+        raise TypeError(f"{network.__name__}: expected {', '.join(missing)}, as models/wan.py has")
     return TEACHERS[name]
 
 
@@ -256,9 +264,7 @@ def index_tensors(files: Iterable[Path]) -> FileTensors:
 
 # -- which network it is -------------------------------------------------------------------------
 
-CLASSES = {"WanModel": Wan, "WanTransformer3DModel": Wan, "QwenImageTransformer2DModel": QwenImage}
-# diffusers' names of Wan's settings
-RENAMED = {"in_channels": "in_dim", "out_channels": "out_dim", "num_attention_heads": "num_heads"}
+NETWORKS = {name: spec.network for spec in TEACHERS.values() for name in spec.network.class_names}
 UNPORTED = ("image_dim", "added_kv_proj_dim", "zero_cond_t", "use_additional_t_cond")
 UNPORTED += ("use_layer3d_rope", "guidance_embeds")
 NOT_SETTINGS = {"dtype", "checkpointing", "round_t"}  # arguments that a config.json does not set
@@ -272,20 +278,15 @@ def architecture(path: Path, tensors: FileTensors, teacher: str) -> tuple[type, 
             raise UserError(f"{path} has no config.json beside it; name its --teacher")
         return teacher_spec(teacher)[:2]
     config = read_json(file, "download it again")
-    network = CLASSES.get(str(config.get("_class_name")))
+    network = NETWORKS.get(str(config.get("_class_name")))
     unported = [key for key in UNPORTED if config.get(key)]
     if not network or unported:
         found = f"{config.get('_class_name')} {' '.join(unported)}"
-        raise UserError(f"{file}: expected one of {', '.join(CLASSES)}, got {found}")
+        raise UserError(f"{file}: expected one of {', '.join(NETWORKS)}, got {found}")
     with reading(file, "download it again"):  # a wrong type fails here, or in build
         if config.get("num_layers", 0) > len(tensors):
             raise ValueError(f"num_layers {config['num_layers']:.6g} for {len(tensors)} tensors")
-        if network is Wan:
-            config = {RENAMED.get(key, key): value for key, value in config.items()}
-            if "attention_head_dim" in config:
-                config["dim"] = config["num_heads"] * config["attention_head_dim"]
-            if "text_embedding.0.weight" in tensors:  # the original layout, whose configs lack it
-                config["text_dim"] = tensors["text_embedding.0.weight"].shape[-1]
+        config = network.read_config(config, tensors)
         known = signature(network).parameters
         known = {key: known[key].annotation for key in config if key in known.keys() - NOT_SETTINGS}
         for key, kind in known.items():
