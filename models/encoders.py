@@ -41,7 +41,7 @@ from models.common import UserError, open_tensors, read_json, reading, write_ten
 from models.qwen_image import QwenImage
 from models.wan import Wan
 from models.weights import (
-    DTYPES,
+    FLOATS,
     TEACHERS,
     default_folder,
     download_hint,
@@ -81,8 +81,8 @@ def from_pretrained(path: Path, cls, **options):
     """A frozen network in eval mode: cls.from_pretrained of local files. Raises UserError."""
     for file in shards(path):
         for key, x in lora.open_safetensors(file).items():
-            if x.dtype not in DTYPES or QUANTISED.search(key):  # the libraries would ignore scales
-                expected = f"expected {', '.join(DTYPES)} without scales"
+            if x.dtype not in FLOATS or QUANTISED.search(key):  # the libraries would ignore scales
+                expected = f"expected {', '.join(FLOATS)} without scales"
                 raise UserError(f"{file}: {expected}, found {key} {x.dtype}; {DOWNLOAD}")
     options |= dict(local_files_only=True, use_safetensors=True, output_loading_info=True)
     with reading(path, DOWNLOAD):
@@ -268,7 +268,7 @@ def open_embeddings(path: Path) -> Embeddings:
             for key in ("text", "negative"):
                 dtype, shape = file[key].dtype, file[key].shape
                 channels = channels or shape[-1]
-                if dtype not in DTYPES or shape != (shape[0], channels):
+                if dtype not in FLOATS or shape != (shape[0], channels):
                     raise ValueError(f"{key} is {dtype} {shape}, not float (L, {channels})")
             text, negative = file["text"], file.get_tensor("negative")
             offsets = file.get_tensor("offsets")
@@ -547,7 +547,7 @@ def open_first_frames(path: Path, sizes: Iterable[tuple[int, int, int]]) -> Firs
         captions = metadata["captions"]
         for key, shape in shapes.items():
             dtype = file[key].dtype
-            if dtype not in DTYPES or len(shape) != 5 or shape[1] != 20 or not shape[0]:
+            if dtype not in FLOATS or len(shape) != 5 or shape[1] != 20 or not shape[0]:
                 raise ValueError(f"{key}: expected float (n, 20, F, h, w), found {dtype} {shape}")
             check_texts(captions[key], shape[0])
     key_of = {shape[2:]: key for key, shape in shapes.items()}

@@ -178,7 +178,7 @@ OTHER_RULES["initloraweights"] = "pissa|olora|corda|loftq|lora_ga"  # these chan
 NUMBER = re.compile(r"(?:\d+\.?\d*|\.\d+)(?:e[-+]?\d+)?", re.I)
 DIFFS = {"diff": ".weight", "diff_b": ".bias", "diff_m": ".modulation"}
 PICKLES = (".pt", ".pth", ".ckpt", ".bin")
-DOWNLOAD = "name a whole LoRA file, or download it again"
+WHOLE_FILE = "name a whole LoRA file, or download it again"
 GGUF = "quantised (GGUF), which is not supported; take the bf16 or fp16 safetensors"
 OTHER_FORMATS = (  # suffixes, first bytes, what to say
     ((".gguf",), (b"GGUF",), GGUF),
@@ -242,8 +242,8 @@ def read_changes(path: Path, strength: float, aliases: dict[str, str]) -> dict[s
     """
     layers: dict[str, dict[str, Tensor]] = defaultdict(dict)
     changes, scales, image_branch = {}, set(), 0
-    file = open_safetensors(path, DOWNLOAD)
-    with reading(path, DOWNLOAD):
+    file = open_safetensors(path, WHOLE_FILE)
+    with reading(path, WHOLE_FILE):
         training = read_training(path, file.metadata)
         for key in file.keys():
             for kind, pattern in OTHER_KINDS.items():
@@ -286,7 +286,7 @@ def read_training(path: Path, metadata: dict[str, str]) -> tuple[float | None, s
     Raises UserError for two alphas, and for other rules than alpha / rank.
     """
     config, values = path.with_name("adapter_config.json"), defaultdict(set)
-    settings = list(read_json(config, DOWNLOAD).items()) if config.is_file() else []
+    settings = list(read_json(config, WHOLE_FILE).items()) if config.is_file() else []
     for key, text in metadata.items():
         with contextlib.suppress(ValueError):  # not JSON
             settings += json.loads(text).items() if text.startswith("{") else [(key, text)]
@@ -353,11 +353,11 @@ def bare_name(key: str) -> str:
 
 # -- which file is for which branch --------------------------------------------------------------
 
-NOISE = re.compile(r"(high|low)[-_ .]?noise", re.I)  # as most names say it
+NOISE_WORD = re.compile(r"(high|low)[-_ .]?noise", re.I)  # as most names say it
 WORD = re.compile(  # high, -low-, LOW, HN; not slow, lower, low_rank
     r"(?<![a-z])(high|low|hn|ln)(?![a-z])(?![-_ ]?(?:rank|res|quality|poly|angle|vram|lr))", re.I
 )
-FOLDER = re.compile(r"(?<![a-z])(high|low|hn|ln)(?:[-_ ]?(?:noise|model|lora))*$", re.I)
+FOLDER_WORD = re.compile(r"(?<![a-z])(high|low|hn|ln)(?:[-_ ]?(?:noise|model|lora))*$", re.I)
 CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")  # between its words
 
 
@@ -374,7 +374,7 @@ def noise_of(file: Path) -> str:
     if "transformer_2" in (file.name, file.parent.name):  # of diffusers, beside transformer
         return "low"
     name, folder = (CAMEL.sub("_", x) for x in (file.name, file.parent.name))
-    words = NOISE.findall(name) or WORD.findall(name) or FOLDER.findall(folder)
+    words = NOISE_WORD.findall(name) or WORD.findall(name) or FOLDER_WORD.findall(folder)
     noises = {"high" if word.lower().startswith("h") else "low" for word in words}
     return read_metadata(file).get("noise") or (noises.pop() if len(noises) == 1 else "")
 

@@ -123,7 +123,7 @@ def frechet(a: tuple, b: tuple) -> float:
     return distance.clamp(min=0).item()
 
 
-def compare(values: dict, first: dict) -> dict[str, dict]:
+def compare_to_first(values: dict, first: dict) -> dict[str, dict]:
     """Metric -> mean over prompts, difference to the first folder and its interval."""
     summary, rng = {}, numpy.random.default_rng(0)
     for key in TITLES:
@@ -147,7 +147,7 @@ def make_rows(folders: dict[str, dict], lpips: Callable | None) -> list[dict]:
             raise UserError(f"{folder} has no prompt of {[*folders][0]}; see --pattern")
         values = {p: prompt_metrics(x, first.get(p, {}), lpips) for p, x in groups.items()}
         row = {"folder": folder, "samples": sum(map(len, groups.values())), "values": values}
-        row["metrics"] = compare(values, rows[0]["values"] if rows else values)
+        row["metrics"] = compare_to_first(values, rows[0]["values"] if rows else values)
         features = [[x["features"] for p in both for x in y[p].values()] for y in (groups, first)]
         if features[0][0] is not None:
             a, b = (moments(torch.cat(x)) for x in features)

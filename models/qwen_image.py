@@ -81,7 +81,7 @@ class Attention(nn.Module):
         return image, text
 
 
-class MLP(nn.Module):
+class FeedForward(nn.Module):
     """D -> 4 D -> D."""
 
     def __init__(self, dim: int):
@@ -94,7 +94,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Joint attention, then one MLP per stream. Time modulates all of them."""
+    """Joint attention, then one feed-forward network per stream. Time modulates all of them."""
 
     def __init__(self, dim: int, heads: int, eps: float, last: bool):
         super().__init__()
@@ -102,7 +102,7 @@ class Block(nn.Module):
         self.img_mod = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
         self.txt_mod = nn.Sequential(nn.SiLU(), Linear(dim, 6 * dim))
         self.attn = Attention(dim, heads, eps)
-        self.img_mlp, self.txt_mlp = MLP(dim), MLP(dim)
+        self.img_mlp, self.txt_mlp = FeedForward(dim), FeedForward(dim)
 
     def forward(
         self,

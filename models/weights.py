@@ -59,11 +59,11 @@ class TeacherSpec(NamedTuple):
 A14B = dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_dim=16, out_dim=16)
 WAN_1B = dict(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, in_dim=16, out_dim=16)
 WAN_5B = dict(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48)
-QWEN = dict(num_attention_heads=24, attention_head_dim=128, num_layers=60)
-TINY = dict(dim=128, ffn_dim=256, num_heads=4, num_layers=2, text_dim=64, text_len=16)
+QWEN_20B = dict(num_attention_heads=24, attention_head_dim=128, num_layers=60)
+WAN_TINY = dict(dim=128, ffn_dim=256, num_heads=4, num_layers=2, text_dim=64, text_len=16)
 QWEN_TINY = dict(num_attention_heads=4, attention_head_dim=32, num_layers=2)
 QWEN_TINY |= dict(joint_attention_dim=64, axes_dims_rope=(8, 12, 12))
-DIGITS = dict(dim=96, ffn_dim=384, num_heads=3, num_layers=3, text_dim=16, text_len=1)
+WAN_DIGITS = dict(dim=96, ffn_dim=384, num_heads=3, num_layers=3, text_dim=16, text_len=1)
 MNIST = Path(__file__).parent.parent / "toy" / "mnist"
 I2V = dict(in_dim=36)
 # fmt: off
@@ -73,12 +73,12 @@ TEACHERS = {  # name, network, its settings, repository, boundary, (steps, shift
     "wan22":      TeacherSpec(Wan, A14B, "Wan-AI/Wan2.2-T2V-A14B-Diffusers", 0.875, (40, 12.0)),
     "wan22-i2v":  TeacherSpec(Wan, A14B | I2V, "Wan-AI/Wan2.2-I2V-A14B-Diffusers", 0.9, (40, 5.0)),
     "wan22-5b":   TeacherSpec(Wan, WAN_5B, "Wan-AI/Wan2.2-TI2V-5B-Diffusers", None, (50, 5.0), 16),
-    "qwen-image": TeacherSpec(QwenImage, QWEN, "Qwen/Qwen-Image", None, (50, None)),
-    "wan21-tiny":      TeacherSpec(Wan, TINY, "", None, (50, 5.0)),
-    "wan22-tiny":      TeacherSpec(Wan, TINY, "", 0.875, (40, 12.0)),
-    "wan22-i2v-tiny":  TeacherSpec(Wan, TINY | I2V, "", 0.9, (40, 5.0)),
+    "qwen-image": TeacherSpec(QwenImage, QWEN_20B, "Qwen/Qwen-Image", None, (50, None)),
+    "wan21-tiny":      TeacherSpec(Wan, WAN_TINY, "", None, (50, 5.0)),
+    "wan22-tiny":      TeacherSpec(Wan, WAN_TINY, "", 0.875, (40, 12.0)),
+    "wan22-i2v-tiny":  TeacherSpec(Wan, WAN_TINY | I2V, "", 0.9, (40, 5.0)),
     "qwen-image-tiny": TeacherSpec(QwenImage, QWEN_TINY, "", None, (50, None)),
-    "mnist":           TeacherSpec(Wan, DIGITS, "", None, (40, 3.0), 4, MNIST),
+    "mnist":           TeacherSpec(Wan, WAN_DIGITS, "", None, (40, 3.0), 4, MNIST),
 }
 # fmt: on
 # what the class of a network declares; models/wan.py says what each is
@@ -217,7 +217,7 @@ def teacher_loras(cfg) -> list[list[lora.LoraFile]]:
 
 # -- what the files contain ----------------------------------------------------------------------
 
-DTYPES = ("F32", "BF16", "F16")
+FLOATS = ("F32", "BF16", "F16")
 
 
 FileTensors = dict[str, FileTensor]  # by name
@@ -326,8 +326,8 @@ def match_tensors(net: nn.Module, tensors: FileTensors, path: Path) -> FileTenso
         tensor, shape = f"{info.file}: {info.key}", expected.get(name)
         if not shape:
             raise UserError(f"{tensor} does not belong to a {type(net).__name__}")
-        if info.shape != shape or info.dtype not in DTYPES:  # another size, or quantized
-            dtypes, found_shape = " or ".join(DTYPES), f"{info.dtype} {info.shape}"
+        if info.shape != shape or info.dtype not in FLOATS:  # another size, or quantized
+            dtypes, found_shape = " or ".join(FLOATS), f"{info.dtype} {info.shape}"
             raise UserError(f"{tensor}: expected {dtypes} {shape}, got {found_shape}")
     absent = [name for name in expected if name not in found]
     if absent:

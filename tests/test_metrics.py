@@ -107,7 +107,7 @@ def test_intervals_are_those_of_paired_prompts():
     """Of normal numbers, to 10 %. Negative control: without pairs it would be far wider."""
     base, extra = 100 * noise(400), noise(400, seed=1)
     first, values = ({str(i): {"flow": x} for i, x in enumerate(y)} for y in (base, base + extra))
-    row = metrics.compare(values | {"new": {"flow": 1e9}}, first)["flow"]
+    row = metrics.compare_to_first(values | {"new": {"flow": 1e9}}, first)["flow"]
     width, expected = numpy.diff(row["interval"]), 2 * 1.96 * extra.std() / 20
     assert width == pytest.approx(expected, rel=0.1) and width < base.std() / 20
     assert row["difference"] == pytest.approx(extra.mean(), abs=1e-3)
