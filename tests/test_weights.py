@@ -1,6 +1,7 @@
 """Claims about loading: published weights arrive whole, in little memory, or not at all."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -106,12 +107,11 @@ def test_both_layouts_give_the_same_network_whole_or_in_shards(tmp_path, layout,
     assert not any(p.requires_grad for p in net.parameters())
 
 
-@pytest.mark.parametrize("prefix", ["", "model.diffusion_model."])
-def test_a_single_file_of_comfyui_needs_no_config(tmp_path, prefix):
+def test_a_single_file_of_comfyui_needs_no_config(tmp_path):
     """In float16, which is converted."""
     net = weights.random_network("wan22-tiny", torch.float32)
     tensors = {key: p.half() for key, p in net.named_parameters()}
-    save_file({prefix + key: value for key, value in tensors.items()}, tmp_path / "a.safetensors")
+    save_file(tensors, tmp_path / "a.safetensors")
     net = weights.load(tmp_path / "a.safetensors", torch.float32, teacher="wan22-tiny")
     assert is_same(net, tensors)
 
@@ -178,19 +178,14 @@ BY_TENSOR = {"blocks.0.self_attn.q.alpha": torch.tensor(16.0)}
         (BY_TENSOR, {}, {}, 8),
         ({}, {"lora_alpha": "16", "rank": "2"}, {}, 8),
         ({}, {"networkAlpha": "16.0"}, {}, 8),
-        ({}, {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 16})}, {}, 8),
-        ({}, {}, PEFT, 8),
         ({}, {}, PEFT | {"r": 4, "rank_pattern": {"q": 2}, "init_lora_weights": True}, 8),
         (BY_TENSOR, {"ss_network_alpha": "Dynamic", "ss_network_dim": "Dynamic"}, PEFT, 8),
         (BY_TENSOR, {"lora_alpha": "2"}, {}, "16 in its tensor, 2 in metadata"),
         (BY_TENSOR, {"lora_alpha": "8"}, PEFT, "the alphas 8.0 and 16.0"),
         ({}, {}, PEFT | {"r": 4}, "rank 4 named beside factors of rank 2"),
-        ({"blocks.0.self_attn.q.lora_rank": torch.tensor(4)}, {}, {}, "rank 4 named beside"),
         ({}, {"ss_network_alpha": "16"}, {}, "may be in the factors already"),
         ({}, {}, PEFT | {"use_rslora": True}, "userslora True, which is not supported"),
         ({}, {"ss_network_args": json.dumps({"rs_lora": "True"})}, {}, "rslora True"),
-        ({}, {}, PEFT | {"use_dora": True}, "usedora True"),
-        ({}, {}, PEFT | {"alpha_pattern": {"q": 8}}, "alphapattern"),
         ({}, {}, PEFT | {"init_lora_weights": "pissa_niter_4"}, "initloraweights pissa"),
     ],
 )
@@ -211,39 +206,16 @@ def test_the_alpha_is_found_wherever_it_stands(
     assert scale == expected and f"alpha / rank = {expected}\n" in capsys.readouterr().out
 
 
-def test_a_lora_computes_as_an_adapter_what_it_does_merged(tmp_path):
-    """The base alone does not."""
-    net = weights.random_network("wan22-tiny", torch.float32)
-    save_file(dict(net.named_parameters()), tmp_path / "base.safetensors")
-    write_lora(tmp_path / "x.safetensors", "lightning", net)
-    lora.attach(net, "a", read_lora(net, tmp_path / "x.safetensors")[0])
-    merged = weights.load(
-        tmp_path / "base.safetensors",
-        torch.float32,
-        teacher="wan22-tiny",
-        loras=[(tmp_path / "x.safetensors", 1.0)],
-    )
-    x, t = normal((2, 16, 1, 6, 8), "x"), torch.tensor([0.9, 0.3])
-    c = {"text": normal((2, 9, 64), "c")}
-    with torch.no_grad():
-        plain, adapted, merged = net(x, t, c), net(x, t, c, adapter="a"), merged(x, t, c)
-    assert torch.allclose(adapted, merged, atol=1e-4)
-    assert not torch.allclose(adapted, plain, atol=1e-2)
-
-
 @pytest.mark.parametrize(
     "names,high,low",
     [
         (("low_noise_model", "high_noise_model"), [1], [0]),
         (("a", "b"), [0], [1]),
-        (("model", "HIGH"), [1], [0]),
         (("WanT2VLow", "myHighLora"), [1], [0]),
         (("wan_LN", "wan_hn_v2"), [1], [0]),
         (("low_rank_high_noise", "b"), [0], [1]),
         (("FLOW", "slow_motion"), [0], [1]),
         (("my_low", "my_low"), [0], [1]),  # one file for both
-        (("my_low",), [], [0]),
-        (("style",), [0], [0]),
         (("a_high", "a_low", "b_low", "style"), [0, 3], [1, 2, 3]),
         (("low/model", "high_noise_model/model"), [1], [0]),  # by folder
     ],
@@ -258,20 +230,14 @@ def test_loras_are_told_apart_by_whole_words_only(names, high, low):
 @pytest.mark.parametrize(
     "names,branches,expected",
     [
-        ("style a_low", 1, ""),
         ("a_high a_low", 1, "one transformer, got a_high, a_low"),
-        ("a a", 1, "expected different LoRA files, got a, a"),
         ("a_high a_low a_low", 2, "expected different LoRA files"),
         ("a b c", 2, "may be for high or low noise; say it in their names"),
     ],
 )
 def test_lora_files_that_could_go_elsewhere_are_refused(names, branches, expected):
-    files = [lora.LoraFile(Path(name)) for name in names.split()]
-    if not expected:
-        assert lora.files_of_branches(files, branches) == [files]
-        return
     with pytest.raises(UserError, match=expected):
-        lora.files_of_branches(files, branches)
+        lora.files_of_branches([lora.LoraFile(Path(name)) for name in names.split()], branches)
 
 
 def test_links_of_a_cache_have_the_names_of_the_links(tmp_path, capsys):
@@ -306,9 +272,7 @@ def some_factors(net, keep=lambda name: True, prefix="", infix="", **others):
     "prefix,infix",
     [
         ("model.diffusion_model.", ""),
-        ("base_model.model.", ".default"),
         ("transformer_2.", ".my_name"),
-        ("_orig_mod.", ""),
         ("module._fsdp_wrapped_module.", ""),
         ("generator.model._orig_mod.", ".default"),
     ],
@@ -347,10 +311,8 @@ KEY = "blocks.0.self_attn.q"
 NOT_LORA = {  # tensors: part of the error
     f"{KEY}.lokr_w1": "a LoKr",
     f"{KEY}.hada_w1_a": "a LoHa",
-    f"{KEY}.dora_scale": "a DoRA",
     f"{KEY}.lora_magnitude_vector.default.weight": "a DoRA",
     f"{KEY}.lora_B.bias": "a LoRA with a bias",
-    "blocks.0.self_attn.nothing.lora_A.weight": "nothing.lora_A.weight is not known",
     "vace_blocks.0.self_attn.q.lora_A.weight": r"vace_blocks.* is not known",
     f"{KEY}.lora_mid.weight": "lora_mid.weight is not known",
     f"transformer_2.{KEY}.lora_A.weight": "one LoRA per file",
@@ -404,10 +366,17 @@ def remove_tensor(folder):
     save_file({k: x for k, x in load_file(file).items() if "patch_embedding.w" not in k}, file)
 
 
+def add_variant(folder):
+    """Add a network of another dtype, which has an index of its own."""
+    name = "diffusion_pytorch_model{}.safetensors.index.json"
+    shutil.copy(folder / name.format(""), folder / name.format(".fp16"))
+
+
 @pytest.mark.parametrize(
     "damage,expected",
     [
         (truncate, "cannot read"),
+        (add_variant, "are two networks; keep one"),
         (remove_tensor, "lacks patch_embedding.weight (64, 16, 1, 2, 2)"),
         (lambda folder: (folder / "config.json").write_text("{}"), "expected one of"),
     ],
@@ -426,13 +395,10 @@ def test_a_damaged_folder_is_refused_in_one_line_that_names_it(tmp_path, damage,
     "name,content,expected",
     [
         ("a-Q4_K_M.gguf", b"GGUF\3", "quantised .GGUF."),
-        ("nameless", b"PK\3\4", "a pickle, which is never opened"),
-        ("pytorch_model.bin", b"\x80\2", "a pickle, which is never opened"),
+        ("pytorch_model.bin", b"PK\3\4", "a pickle, which is never opened"),
     ],
 )
-def test_other_formats_are_named_and_hidden_files_never_looked_at(
-    tmp_path, name, content, expected
-):
+def test_other_formats_are_named_and_hidden_files_skipped(tmp_path, name, content, expected):
     """As a file, as a LoRA, and alone in a folder."""
     (tmp_path / name).write_bytes(content)
     (tmp_path / "._hidden.safetensors").write_bytes(b"macOS")
@@ -441,17 +407,7 @@ def test_other_formats_are_named_and_hidden_files_never_looked_at(
         with pytest.raises(UserError, match=expected) as error:
             read(tmp_path / name)
         assert "download it again" not in str(error.value)
-    expected = expected if "." in name else "contains no .safetensors"
     with pytest.raises(UserError, match=expected):
-        weights.load(tmp_path)
-
-
-def test_two_networks_in_one_folder_are_refused(tmp_path):
-    """A variant has an index of its own."""
-    save(tmp_path, tiny(), files=2)
-    index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
-    (tmp_path / "diffusion_pytorch_model.fp16.safetensors.index.json").write_text(index.read_text())
-    with pytest.raises(UserError, match="are two networks; keep one"):
         weights.load(tmp_path)
 
 
@@ -474,23 +430,20 @@ def test_folders_beside_a_single_file_are_found(tmp_path, monkeypatch):
     "teacher,kind,other",
     [
         ("qwen-image-tiny", "QwenImagePipeline", "QwenImageEditPlusPipeline"),
-        ("wan21-tiny", "WanPipeline", "WanVACEPipeline"),
-        ("wan22-i2v-tiny", "WanImageToVideoPipeline", "WanPipeline"),
+        ("wan21-tiny", "WanPipeline", "WanImageToVideoPipeline"),
     ],
 )
 def test_another_model_of_the_same_classes_is_refused(tmp_path, teacher, kind, other):
     """By model_index.json. The transformer may be named alone, if it is a fine-tune after all."""
-    parts = [tmp_path / "transformer", tmp_path / "transformer_2"]
-    parts = parts if weights.TEACHERS[teacher].boundary else parts[:1]
-    for part in parts:
-        part.mkdir()
+    transformer = tmp_path / "transformer"
+    transformer.mkdir()
     index = tmp_path / "model_index.json"
     index.write_text(json.dumps({"_class_name": kind}))
-    assert weights.branch_paths(teacher, tmp_path)[0] == parts
+    assert weights.branch_paths(teacher, tmp_path)[0] == [transformer]
     index.write_text(json.dumps({"_class_name": other}))
     with pytest.raises(UserError, match=f"{index}: expected {kind}, found {other}; of a fine-tune"):
         weights.branch_paths(teacher, tmp_path)
-    assert weights.branch_paths(teacher, *parts)[0] == parts
+    assert weights.branch_paths(teacher, transformer)[0] == [transformer]
 
 
 def test_the_command_counts_a_whole_download_and_refuses_another(tmp_path, capsys):
