@@ -147,34 +147,31 @@ def test_an_interrupted_command_continues_at_the_first_missing_shard(
     assert encoders.open_embeddings(out).prompts == ["another"]
 
 
+ROWS = {"text": torch.ones(6, 2), "offsets": torch.tensor([0, 2, 6]), "negative": torch.ones(1, 2)}
+
+
 def test_a_single_file_is_as_good_as_a_folder(tmp_path):
-    """Rows come from the right places; a file whose lengths disagree is an error."""
-    tensors = {
-        "text": torch.arange(12.0).view(6, 2),
-        "offsets": torch.tensor([0, 2, 6]),
-        "negative": torch.zeros(1, 2),
-    }
+    """Rows come from the right places. Anything else is an error."""
+    tensors = ROWS | {"text": torch.arange(12.0).view(6, 2)}
     metadata = {"kind": "embeddings", "teacher": "mnist", "negative": "", "prompts": ["a", "b"]}
     write_tensors(tmp_path / "e.safetensors", tensors, metadata)
     embeddings = encoders.open_embeddings(tmp_path / "e.safetensors")
     assert embeddings.row(1).tolist() == [[4, 5], [6, 7], [8, 9], [10, 11]]
     assert embeddings.max_length == 4 and embeddings.metadata["teacher"] == "mnist"
-    write_tensors(tmp_path / "e.safetensors", tensors, metadata | {"prompts": ["a"]})
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.safetensors").write_text("a fox")
-    for name in ("e.safetensors", "empty", "text.safetensors", "missing"):
+    for name in ("empty", "text.safetensors", "missing"):
         with pytest.raises(UserError, match="python -m models.encoders text"):
             encoders.open_embeddings(tmp_path / name)
 
 
-ROWS = {"text": torch.ones(6, 2), "offsets": torch.tensor([0, 2, 6]), "negative": torch.ones(1, 2)}
 DAMAGES = {  # of the embeddings ROWS: tensors, prompts
     "whole numbers": (dict(text=torch.ones(6, 2).long()), ["a", "b"]),
-    "one axis": (dict(negative=torch.ones(2)), ["a", "b"]),
     "other channels": (dict(negative=torch.ones(1, 3)), ["a", "b"]),
     "falling offsets": (dict(offsets=torch.tensor([0, 5, 2, 6])), ["a", "b", "c"]),
     "an empty prompt": (dict(offsets=torch.tensor([0, 2, 2, 6])), ["a", "b", "c"]),
     "prompts as numbers": ({}, [1, 2]),
+    "a prompt less": ({}, ["a"]),
     "nothing": ({}, ["a", "b"]),  # negative control
 }
 
@@ -190,45 +187,32 @@ def test_embeddings_are_checked_when_they_are_opened(tmp_path, damage):
         encoders.open_embeddings(tmp_path / "e.safetensors")
 
 
-@pytest.mark.parametrize("part", ["text_encoder", "vae"])
-def test_an_encoder_that_lacks_a_weight_is_refused(tmp_path, wan_folder, part):
-    """The libraries would continue with random numbers in its place."""
-    shutil.copytree(wan_folder, tmp_path / "w")
-    file = next((tmp_path / "w" / part).glob("*.safetensors"))
-    tensors = load_file(file)
-    tensors.pop(max(tensors, key=lambda key: tensors[key].numel()))
-    save_file(tensors, file, {"format": "pt"})
-    load = encoders.load_vae if part == "vae" else encoders.load_encoder
-    with pytest.raises(UserError, match="lacks|cannot read"):
-        load("wan22", tmp_path / "w", "cpu")
-    load("wan22", wan_folder, "cpu")  # negative control
-
-
-QUANTISED = {  # tensors that are added to a file, or replace its largest
+DAMAGED_WEIGHTS = {  # the tensors in place of the largest one of a file
+    "lacks": lambda x: {},
     "float8": lambda x: {"": x.to(torch.float8_e4m3fn), "scale_weight": torch.ones(1)},
-    "bytes": lambda x: {"": x.to(torch.uint8), "absmax": torch.ones(4)},
-    "whole numbers": lambda x: {"": x.to(torch.int8)},
+    "int8": lambda x: {"": x.to(torch.int8)},
     "scales alone": lambda x: {"": x, "scale_weight": torch.ones(1)},
-    "a mark": lambda x: {"": x, "scaled_fp8": torch.zeros(2)},
     "nothing": lambda x: {"": x.half()},  # negative control: another float
 }
 
 
-@pytest.mark.parametrize(
-    "part,kind", [("vae", "float8"), *[("text_encoder", kind) for kind in QUANTISED]]
-)
-def test_a_quantised_encoder_is_refused_by_its_header(tmp_path, wan_folder, kind, part):
-    """The libraries would cast the weights and ignore their scales."""
+@pytest.mark.parametrize("part", ["text_encoder", "vae"])
+@pytest.mark.parametrize("damage", DAMAGED_WEIGHTS)
+def test_an_encoder_that_lacks_a_weight_or_is_quantised_is_refused(
+    tmp_path, wan_folder, damage, part
+):
+    """The libraries would take random numbers, or cast the weights and ignore their scales."""
     shutil.copytree(wan_folder, tmp_path / "w")
     [file] = (tmp_path / "w" / part).glob("*.safetensors")
     tensors = load_file(file)
     key = max(tensors, key=lambda key: tensors[key].numel())
-    for name, x in QUANTISED[kind](tensors.pop(key)).items():
+    for name, x in DAMAGED_WEIGHTS[damage](tensors.pop(key)).items():
         tensors[key.removesuffix("weight") + name if name else key] = x
     save_file(tensors, file, {"format": "pt"})
     load = encoders.load_vae if part == "vae" else encoders.load_encoder
-    refused = pytest.raises(UserError, match=f"{file}: expected F32, BF16, F16 without scales")
-    with refused if kind != "nothing" else contextlib.nullcontext():
+    quantised = f"{file}: expected F32, BF16, F16 without scales"
+    refused = pytest.raises(UserError, match="lacks" if damage == "lacks" else quantised)
+    with refused if damage != "nothing" else contextlib.nullcontext():
         load("wan22", tmp_path / "w", "cpu")
 
 
@@ -277,17 +261,13 @@ def test_a_folder_of_captions_has_one_prompt_per_file(tmp_path):
     "name,content,error",
     [
         ("p.txt", b"# only\n", "no prompt"),
-        ("p.txt", b"\xff\xfe\xff", "cannot read"),
-        ("p.csv", b"a,b\na fox,1\n", "expected caption or prompt or text, found {'a': 'a fox'"),
         ("p.csv", b"text,text\na fox,1\n", "expected columns of different names"),
-        ("p.jsonl", b'"a"\n{}\n', "line 2: expected caption or prompt or text"),
         ("p.csv", b"caption\nA fox, running\n", "line 2: expected 1 cells, found 2); expected"),
         ("p.csv", b"n,caption\n1,\n2,a\n", "line 2: expected caption or prompt or text, found {"),
         ("p.csv", b'caption\na\n"A fox\nb\nc\n', "line 3: unexpected end of data"),
         ("p.csv", b"caption\na\ncaf\xe9\n", "line 3: 'utf-8' codec can't decode"),
         ("p.jsonl", b'"a"\n{"caption": " "}\n', "line 2: expected caption or prompt or text"),
         ("p.jsonl", b'"a"\n\n{"caption": "b"\n', "line 3: Expecting ',' delimiter"),
-        ("p.jsonl", b'"\\ud83d"\n', "line 1: 'utf-8' codec can't encode"),
         ("p.json", b'["a"]', "suffix is .json); expected UTF-8 as .txt, .csv, .tsv or .jsonl"),
     ],
 )
@@ -392,28 +372,23 @@ def test_pictures_go_to_the_nearest_size_with_their_captions(tmp_path, wan_folde
     with pytest.raises(UserError, match="expected a list of 3 texts"):  # there are 2
         encoders.open_first_frames(tmp_path / "x", [(2, 4, 6)])
     assert encode_images(tmp_path, wan_folder)[0] == 2  # exists
+    assert encode_images(tmp_path, wan_folder, "--overwrite", "--frames", "4")[0] == 2
     assert encode_images(tmp_path, wan_folder, "--overwrite")[0] == 0
 
 
-def test_a_picture_is_turned_as_its_exif_says(tmp_path):
+def test_pictures_are_read_upright_on_white_and_in_8_bits(tmp_path):
+    """As EXIF turns them; whatever colour invisible pixels have. Control: a visible one."""
     image = Image.new("RGB", (60, 40))
     exif = image.getexif()
     exif[0x0112] = 6  # a quarter turn
     image.save(tmp_path / "a.jpg", exif=exif)
     assert encoders.read_rgb(tmp_path / "a.jpg").size == (40, 60)
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "P"])
-def test_a_transparent_picture_lies_on_white(tmp_path, mode):
-    """Whatever colour its invisible pixels have. Negative control: a visible pixel keeps its."""
     image = Image.new("RGBA", (2, 1), (200, 200, 200, 255))
     image.putpixel((0, 0), (0, 0, 0, 0))
-    image.convert(mode).save(tmp_path / "a.png")
-    rgb = encoders.read_rgb(tmp_path / "a.png")
-    assert [rgb.getpixel((x, 0)) for x in (0, 1)] == [(255,) * 3, (200,) * 3]
-
-
-def test_pictures_of_more_than_8_bits_are_refused(tmp_path):
+    for mode in ("RGBA", "P"):
+        image.convert(mode).save(tmp_path / "a.png")
+        rgb = encoders.read_rgb(tmp_path / "a.png")
+        assert [rgb.getpixel((x, 0)) for x in (0, 1)] == [(255,) * 3, (200,) * 3]
     Image.new("I;16", (4, 4), 1000).save(tmp_path / "a.tif")
     with pytest.raises(UserError, match="expected 8 bits per channel"):
         encoders.read_rgb(tmp_path / "a.tif")
@@ -424,7 +399,6 @@ def test_pictures_of_more_than_8_bits_are_refused(tmp_path):
     [
         ("captions.csv", None, "captions.csv (No such file"),
         ("captions.csv", "name,text\na.png,one\n", "expected file and caption or prompt or text"),
-        ("captions.csv", "file,caption\na.png,A fox, running\n", "line 2: expected 2 cells"),
         ("captions.csv", "file,caption\na.png,one\nb.png,\n", "line 3: expected file and caption"),
         ("a.png", "not a picture", "cannot read"),
     ],
@@ -438,15 +412,6 @@ def test_damaged_pictures_are_one_line(tmp_path, wan_folder, capsys, name, conte
     line = capsys.readouterr().err.splitlines()
     assert status == 2 and error in line[-1] and str(tmp_path / "p") in line[-1]
     assert not out.exists()
-
-
-@pytest.mark.parametrize(
-    "flags",
-    [["--size", "33x48"], ["--size", "9" * 5000 + "x16"], ["--frames", "4"]],
-)
-def test_sizes_that_make_no_latents_are_refused(tmp_path, wan_folder, flags):
-    write_pictures(tmp_path / "p")
-    assert encode_images(tmp_path, wan_folder, *flags)[0] == 2
 
 
 # -- in the programs -----------------------------------------------------------------------------
