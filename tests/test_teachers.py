@@ -1,7 +1,6 @@
 """Claims about large teachers: roles share one base, and Wan2.2 follows the paper's rules."""
 
 import gc
-import json
 import math
 import weakref
 from pathlib import Path
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from students import QUICK, train_student, write_embeddings
+from students import train_student, write_embeddings
 
 import sample
 import train
@@ -27,10 +26,8 @@ def begin(teacher="wan22-tiny", k=1, stir=True, **settings) -> train.Run:
     cfg = train.make_config(teacher, **usual | settings)
     train.validate(cfg)
     bases = {}
+    keep = lambda load: lambda branch: bases.get(branch) or bases.setdefault(branch, load(branch))
     with pytest.MonkeyPatch.context() as patch:
-        keep = lambda load: (
-            lambda branch: bases.get(branch) or bases.setdefault(branch, load(branch))
-        )
         patch.setattr(teachers, "cache", keep)
         run = train.make_run(cfg, CPU, Path("nowhere"))
     run.bases = bases
@@ -70,24 +67,6 @@ def report(run) -> tuple[dict, bytes]:
     return teachers.report(run.cfg, run.phases, run.roles, run.k, CPU, run.out, run.finished)
 
 
-def gradients_of(run) -> dict:
-    """(update, role, parameter) -> gradient, of one iteration that takes no optimizer step."""
-    gradients = {}
-
-    def collect(run, name, values):
-        for role in trained_roles(run):
-            for key, p in role.parameters.items():
-                if p.grad is not None:
-                    gradients[name, role.name, key] = p.grad.clone()
-                p.grad = None
-        return {}
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "step_optimizers", collect)
-        train.run_iteration(run)
-    return gradients
-
-
 # -- roles ---------------------------------------------------------------------------------------
 
 
@@ -113,30 +92,27 @@ def test_a_phase_starts_from_the_teacher():
 
 def test_nothing_is_in_memory_twice():
     """The parameters are two bases, each once, and the bytes that plan.py gives the roles."""
-    generator, fake = "full", "lora"
     gc.collect()
     before = {id(x) for x in gc.get_objects() if type(x) is torch.nn.Parameter}
-    run = begin(k=2, generator=generator, fake=fake, dtype="bf16")
+    run = begin(k=2, generator="full", fake="lora", dtype="bf16")
     train.run_iteration(run)
     gc.collect()
     new = [x for x in gc.get_objects() if type(x) is torch.nn.Parameter and id(x) not in before]
     storages = {x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in new}
-    size = {
-        kind: plan.role_bytes("wan22-tiny", kind == "full", 4, torch.bfloat16, parallel.SINGLE)
-        for kind in ("lora", "full")
-    }
-    roles = 2 * size[generator].role + 2 * size[fake].role  # student1, student2; fake1, fake2
-    assert sum(storages.values()) == 2 * size["lora"].base + roles
+    full, adapter = (
+        plan.role_bytes("wan22-tiny", is_full, 4, torch.bfloat16, parallel.SINGLE)
+        for is_full in (True, False)
+    )
+    roles = 2 * full.role + 2 * adapter.role  # student1, student2; fake1, fake2
+    assert sum(storages.values()) == 2 * adapter.base + roles
     assert len(storages) == len(new)
 
 
 def test_gradients_do_not_depend_on_checkpointing():
     """Of blocks and of a whole step. Networks and the negative control: tests/test_ports.py."""
-    settings = dict(fake_updates=1, batch=2)
-    on, off = (gradients_of(begin(k=2, checkpointing=x, **settings)) for x in ("on", "off"))
-    assert {role[:-1] for _, role, _ in on} == {"student", "fake"} and on.keys() == off.keys()
-    for key, gradient in on.items():
-        torch.testing.assert_close(off[key], gradient, rtol=1e-5, atol=1e-7, msg=str(key))
+    runs = [begin(k=2, checkpointing=x, batch=2) for x in ("on", "off")]
+    on, off = ({row["role"]: row["grad_norm"] for row in train.run_iteration(run)} for run in runs)
+    assert on == pytest.approx(off, rel=1e-5) and "student2" in on
 
 
 # -- Wan2.2 by the paper's rules -----------------------------------------------------------------
@@ -323,42 +299,10 @@ def test_image_to_video_pairs_an_image_with_the_embedding_of_its_caption(tmp_pat
     assert set(rows) == {0, 1} and all(map(torch.equal, c["text"], texts))
 
 
-@pytest.mark.parametrize("teacher", ["mine", None])
-def test_embeddings_of_no_known_teacher_are_refused(tmp_path, teacher):
-    path = write_embeddings(tmp_path / "e.safetensors", teacher)
+def test_embeddings_of_no_known_teacher_are_refused(tmp_path):
+    path = write_embeddings(tmp_path / "e.safetensors", "mine")
     with pytest.raises(UserError, match="found 64 for .*python -m models.encoders"):
         teachers.open_prompts(train.make_config("wan22-tiny"), path)
-
-
-@pytest.mark.slow
-def test_a_small_teacher_is_distilled_sampled_and_resumed(tmp_path, monkeypatch):
-    """Sampling repeats to the bit, and a run that is cut short and resumed ends the same."""
-    out, half = tmp_path / "run", tmp_path / "half"
-    flags = f"--teacher wan22-tiny {QUICK} --size 1x32x32 --iters 2 --save-every 1".split()
-    flags += ["--sample-every", "2", "--out"]
-    assert train.main([*flags, str(out)]) == 0
-    metrics = json.loads((out / "metrics.json").read_text())
-    assert {"latent_distance", "latent_distance_teacher_same_steps", "seconds"} <= set(metrics)
-    latents = []
-    for path in (out, out / "previews" / "phase2-000002.safetensors"):
-        folder = tmp_path / f"samples{len(latents)}"
-        assert sample.main(["--student", str(path), "--n", "2", "--out", str(folder)]) == 0
-        latents.append(load_file(folder / "latents.safetensors")["x"])
-    assert torch.equal(*latents)
-    train_whole = train.train
-
-    def cut_short(run):
-        for i, rows in enumerate(train_whole(run)):
-            if i == 3:  # inside phase 2
-                raise UserError("enough")
-            yield rows
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "train", cut_short)
-        assert train.main([*flags, str(half)]) == 2
-    assert not (half / "student.safetensors").exists()
-    assert train.main(["--resume", "--out", str(half)]) == 0
-    assert len({(x / "student.safetensors").read_bytes() for x in (out, half)}) == 1
 
 
 WRONG = {
