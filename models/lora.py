@@ -36,7 +36,8 @@ class Linear(nn.Linear):
         self.adapters, self.scale = nn.ModuleDict(), None
 
     def forward(self, x: Tensor, adapter: str | None = None) -> Tensor:
-        rows, bias = x.flatten(0, -2), self.bias.to(x.dtype)  # (n, inputs)
+        rows = x.flatten(0, -2)  # (n, inputs)
+        bias = self.bias.to(x.dtype)
         if self.scale is None:
             y = F.linear(rows, self.weight.to(x.dtype), bias)
         else:
@@ -126,7 +127,8 @@ def start_adapter(
     The names are blocks.0.ffn.0.down, blocks.0.ffn.0.up, ...
     """
     add_adapter(net, name, rank, alpha, device)
-    rng, parameters = stream(*key), {}
+    rng = stream(*key)
+    parameters = {}
     for layer_name, layer in adapted_layers(net).items():
         adapter = layer.adapters[name]
         down = torch.randn(rank, layer.in_features, generator=rng) / rank  # on the CPU
@@ -240,31 +242,12 @@ def read_changes(path: Path, strength: float, aliases: dict[str, str]) -> dict[s
     aliases: every name that a file may use for a layer, with _ in place of dots -> ours. Without
     an alpha the scale is 1. .diff, .diff_b, .diff_m change a whole weight, bias, modulation.
     """
-    layers: dict[str, dict[str, Tensor]] = defaultdict(dict)
-    changes, scales, image_branch = {}, set(), 0
+    changes = {}
+    scales = set()
     file = open_safetensors(path, WHOLE_FILE)
     with reading(path, WHOLE_FILE):
         training = read_training(path, file.metadata)
-        for key in file.keys():
-            for kind, pattern in OTHER_KINDS.items():
-                if re.search(pattern, key):
-                    raise UserError(f"{path} is {kind} ({key}): not supported; use a LoRA")
-            layer, part = parse_key(key, aliases)
-            if not layer and re.search(IMAGE_BRANCH, key):
-                image_branch += 1
-                continue
-            if not layer:
-                raise UserError(f"{path}: {key} is not known here; use a LoRA of this model")
-            if part in layers[layer]:
-                raise UserError(f"{path} has a second {key}; give one LoRA per file, of this model")
-            tensor = file.get_tensor(key)
-            is_float = tensor.is_floating_point() or part in ("alpha", "rank")
-            layers[layer][part] = tensor = tensor.float()
-            if not (is_float and tensor.isfinite().all()):
-                problem = "contains NaN or infinity" if is_float else "is quantised"
-                raise UserError(f"{path}: {key} {problem}; use another file")
-        if not layers:
-            raise UserError(f"{path} contains no LoRA of this network; use another file")
+        layers = read_layers(path, file, aliases)
         for layer, parts in layers.items():
             for part in DIFFS.keys() & parts.keys():
                 changes[layer + DIFFS[part]] = strength * parts[part]
@@ -275,17 +258,52 @@ def read_changes(path: Path, strength: float, aliases: dict[str, str]) -> dict[s
     if scales:
         bounds = " to ".join(f"{x:.4g}" for x in sorted({min(scales), max(scales)}))
         note(f"{path}: alpha / rank = {bounds}")
-    if image_branch:
-        note(f"{path}: {image_branch} tensors of Wan2.1's image branch, absent here, are left out")
+    left_out = len(file) - sum(map(len, layers.values()))
+    if left_out:
+        note(f"{path}: {left_out} tensors of Wan2.1's image branch, absent here, are left out")
     return changes
 
 
-def read_training(path: Path, metadata: dict[str, str]) -> tuple[float | None, set, bool]:
-    """alpha, ranks, whether only kohya's names have them: by metadata and an adapter_config.json.
+def read_layers(path: Path, file: TensorFile, aliases: dict[str, str]) -> dict[str, dict]:
+    """The tensors of a LoRA file by layer and part, in float32, without an image branch."""
+    layers: dict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key in file.keys():
+        for kind, pattern in OTHER_KINDS.items():
+            if re.search(pattern, key):
+                raise UserError(f"{path} is {kind} ({key}): not supported; use a LoRA")
+        layer, part = parse_key(key, aliases)
+        if not layer and re.search(IMAGE_BRANCH, key):
+            continue
+        if not layer:
+            raise UserError(f"{path}: {key} is not known here; use a LoRA of this model")
+        if part in layers[layer]:
+            raise UserError(f"{path} has a second {key}; give one LoRA per file, of this model")
+        tensor = file.get_tensor(key)
+        is_float = tensor.is_floating_point() or part in ("alpha", "rank")
+        layers[layer][part] = tensor = tensor.float()
+        if not (is_float and tensor.isfinite().all()):
+            problem = "contains NaN or infinity" if is_float else "is quantised"
+            raise UserError(f"{path}: {key} {problem}; use another file")
+    if not layers:
+        raise UserError(f"{path} contains no LoRA of this network; use another file")
+    return layers
+
+
+class Training(NamedTuple):
+    """What stands beside the tensors of a LoRA about its training."""
+
+    alpha: float | None
+    ranks: set[float]
+    is_kohya: bool  # only kohya's names have the alpha
+
+
+def read_training(path: Path, metadata: dict[str, str]) -> Training:
+    """Read the metadata and an adapter_config.json.
 
     Raises UserError for two alphas, and for other rules than alpha / rank.
     """
-    config, values = path.with_name("adapter_config.json"), defaultdict(set)
+    config = path.with_name("adapter_config.json")
+    values = defaultdict(set)  # by name, small letters only
     settings = list(read_json(config, WHOLE_FILE).items()) if config.is_file() else []
     for key, text in metadata.items():
         with contextlib.suppress(ValueError):  # not JSON
@@ -300,38 +318,44 @@ def read_training(path: Path, metadata: dict[str, str]) -> tuple[float | None, s
             line = f"its metadata or {config.name} has {name} {found[0]}"
             raise UserError(f"{path}: {line}, which is not supported; use another file")
     numbers = lambda names: {float(x) for n in names for x in values[n] if NUMBER.fullmatch(x)}
-    alphas, ranks = numbers(ALPHAS), set() if values["rankpattern"] else numbers(RANKS)
+    alphas = numbers(ALPHAS)
+    ranks = set() if values["rankpattern"] else numbers(RANKS)
     if len(alphas) > 1:
         found = f"the alphas {' and '.join(map(str, sorted(alphas)))}"
         raise UserError(f"{path}: its metadata or {config.name} has {found}; keep one")
-    return max(alphas, default=None), ranks, not numbers(ALPHAS[:-1])
+    return Training(max(alphas, default=None), ranks, not numbers(ALPHAS[:-1]))
 
 
-def read_factors(parts: dict[str, Tensor], training: tuple, name: str) -> Factors:
+def read_factors(parts: dict[str, Tensor], training: Training, name: str) -> Factors:
     """The factors of a layer, scale alpha / rank. Raises UserError for an alpha in doubt."""
-    (beside, ranks, is_kohya), absent = training, torch.empty(0)
-    up, down = parts.get("up", absent), parts.get("down", absent)
+    up, down = (parts.get(part, torch.empty(0)) for part in ("up", "down"))
     if up.ndim != 2 or down.ndim != 2 or up.shape[1] != len(down) or "diff" in parts:
         found = ", ".join(f"{part} {tuple(x.shape)}" for part, x in parts.items())
         raise UserError(f"{name}: expected only up (n, rank) and down (rank, m), found {found}")
-    rank, problem, has_alpha = len(down), "", "alpha" in parts
-    alpha = parts["alpha"].item() if has_alpha else beside
-    if has_alpha or not beside:
+    alpha = parts["alpha"].item() if "alpha" in parts else training.alpha
+    problem = doubt_of_scale(alpha, len(down), parts, training)
+    if problem:
+        raise UserError(f"{name}: expected one alpha / rank, found {problem}; correct the file")
+    return Factors(up, down, 1.0 if alpha is None else alpha / len(down))
+
+
+def doubt_of_scale(alpha: float | None, rank: int, parts: dict, training: Training) -> str:
+    """What speaks against the scale alpha / rank of a layer; "" if nothing does."""
+    beside, ranks = training.alpha, training.ranks
+    if "alpha" in parts or not beside:
         ranks = set()  # they do not matter
     if "rank" in parts:
         ranks = {parts["rank"].item()}
     if beside and not math.isclose(alpha, beside, rel_tol=0.01):  # .alpha may be bf16
-        problem = f"{alpha:g} in its tensor, {beside:g} in metadata or adapter_config.json"
-    elif ranks and rank not in ranks:
-        problem = f"rank {min(ranks):g} named beside factors of rank {rank}"
-    elif is_kohya and not has_alpha and beside not in (None, rank):
+        return f"{alpha:g} in its tensor, {beside:g} in metadata or adapter_config.json"
+    if ranks and rank not in ranks:
+        return f"rank {min(ranks):g} named beside factors of rank {rank}"
+    if training.is_kohya and "alpha" not in parts and beside not in (None, rank):
         # musubi-tuner's convert_lora.py puts alpha / rank into the factors and keeps the metadata
-        problem = f"no .alpha, but ss_network_alpha {beside:g}, which may be in the factors already"
-    elif alpha and not abs(alpha) < 1e30:  # of a damaged file
-        problem = f"an alpha of {alpha:g}"
-    if problem:
-        raise UserError(f"{name}: expected one alpha / rank, found {problem}; correct the file")
-    return Factors(up, down, 1.0 if alpha is None else alpha / rank)
+        return f"no .alpha, but ss_network_alpha {beside:g}, which may be in the factors already"
+    if alpha and not abs(alpha) < 1e30:  # of a damaged file
+        return f"an alpha of {alpha:g}"
+    return ""
 
 
 def parse_key(key: str, aliases: dict[str, str]) -> tuple[str, str]:
@@ -409,7 +433,8 @@ def files_of_branches(files: Iterable[LoraFile], branches: int) -> list[list[Lor
     file whose name says high or low is for that branch, and any other for both.
     """
     files = list(files)
-    noises, paths = [noise_of(file.path) for file in files], [file.path for file in files]
+    paths = [file.path for file in files]
+    noises = [noise_of(path) for path in paths]
     is_same = len(set(paths)) < len(paths)
     if branches == 2 == len(files) and (len(set(noises)) == 2 or not any(noises) or is_same):
         return [[file] for file in sorted(files, key=lambda file: noise_order(file.path))]
