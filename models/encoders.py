@@ -151,9 +151,10 @@ def tokenize(encoder: Encoder, prompts: list[str], cut: list[str]) -> list[list[
     texts = [encoder.spec.to_text(prompt) for prompt in prompts]
     length = encoder.spec.drop + MAX_TOKENS
     rows = encoder.tokenizer(texts, verbose=False)["input_ids"]
-    for i in [i for i, row in enumerate(rows) if len(row) > length]:
-        rows[i] = encoder.tokenizer(texts[i], truncation=True, max_length=length)["input_ids"]
-        cut.append(prompts[i])
+    for i, row in enumerate(rows):
+        if len(row) > length:
+            rows[i] = encoder.tokenizer(texts[i], truncation=True, max_length=length)["input_ids"]
+            cut.append(prompts[i])
     return rows
 
 
@@ -169,12 +170,12 @@ def embed_tokens(encoder: Encoder, rows: list[list[int]]) -> list[Tensor]:
     return [state[encoder.spec.drop : len(row)] for state, row in zip(states, rows)]
 
 
-def embed_shard(encoder: Encoder, tokens: list, size: int, bar: tqdm) -> dict[str, Tensor]:
-    """Embed prompts, as token ids, in batches of `size`: text (sum of L_i, D), offsets (n + 1)."""
+def embed_shard(encoder: Encoder, tokens: list, batch_size: int, bar: tqdm) -> dict[str, Tensor]:
+    """Embed prompts, as token ids, in batches: text (sum of L_i, D), offsets (n + 1)."""
     rows = {}
     order = sorted(range(len(tokens)), key=lambda i: -len(tokens[i]))  # batches of equal lengths
-    for start in range(0, len(order), size):
-        batch = order[start : start + size]
+    for start in range(0, len(order), batch_size):
+        batch = order[start : start + batch_size]
         rows |= zip(batch, embed_tokens(encoder, [tokens[i] for i in batch]))
         bar.update(len(batch))
     lengths = torch.tensor([0] + [len(rows[i]) for i in range(len(tokens))])
@@ -202,7 +203,25 @@ def embed_prompts(
     name = "/".join(path.parts[-2:])  # the weights may move
     metadata = {"kind": "embeddings", "teacher": teacher, "encoder": name}
     metadata |= {"negative": negative, "total": len(prompts)}
-    shards = {
+    missing, others = compare_shards(out, prompts, metadata)
+    if others and not overwrite:
+        raise UserError(f"{others[0]} has other prompts or another encoder; {OVERWRITE}")
+    if not missing:
+        return
+    encoder = load_encoder(teacher, folder, device)
+    for file in others:
+        file.unlink()
+    with reading(path, DOWNLOAD):  # tokenizer and encoder may not fit each other
+        cut = write_shards(encoder, missing, negative, batch_size)
+    if cut:
+        print(f"longer than {MAX_TOKENS} tokens and cut: {len(cut)}, the first: {shorten(cut[0])}")
+
+
+def compare_shards(
+    out: Path, prompts: list[str], metadata: dict
+) -> tuple[dict[Path, dict], list[Path]]:
+    """Missing shards with their metadata, and files in the folder that have something else."""
+    missing = {
         out / f"shard-{i // SHARD:05}.safetensors": metadata | {"prompts": prompts[i : i + SHARD]}
         for i in range(0, len(prompts), SHARD)
     }
@@ -211,27 +230,26 @@ def embed_prompts(
         stored = {}
         with contextlib.suppress(UserError):  # a broken file is replaced as well
             stored = open_tensors(file, "embeddings", OVERWRITE)[1]
-        if stored == shards.get(file):
-            del shards[file]
+        if stored == missing.get(file):
+            del missing[file]
         else:
             others.append(file)
-    if others and not overwrite:
-        raise UserError(f"{others[0]} has other prompts or another encoder; {OVERWRITE}")
-    if not shards:
-        return
-    encoder, cut = load_encoder(teacher, folder, device), []
-    for file in others:
-        file.unlink()
+    return missing, others
+
+
+def write_shards(
+    encoder: Encoder, shards: dict[Path, dict], negative: str, batch_size: int
+) -> list[str]:
+    """Embed the prompts in the metadata of shards. Returns those that were too long."""
+    cut = []
     count = sum(len(metadata["prompts"]) for metadata in shards.values())
-    bar = tqdm(total=count, unit=" prompts", disable=None)
-    with bar, reading(path, DOWNLOAD):  # tokenizer and encoder may not fit each other
-        [negative_row] = embed_tokens(encoder, tokenize(encoder, [negative], cut))
+    [negative_row] = embed_tokens(encoder, tokenize(encoder, [negative], cut))
+    with tqdm(total=count, unit=" prompts", disable=None) as bar:
         for file, metadata in shards.items():
             tokens = tokenize(encoder, metadata["prompts"], cut)
             tensors = embed_shard(encoder, tokens, batch_size, bar)
             write_tensors(file, tensors | {"negative": negative_row}, metadata)
-    if cut:
-        print(f"longer than {MAX_TOKENS} tokens and cut: {len(cut)}, the first: {shorten(cut[0])}")
+    return cut
 
 
 def shards_in(folder: Path) -> list[Path]:
@@ -261,27 +279,37 @@ class Embeddings(NamedTuple):
 def open_embeddings(path: Path) -> Embeddings:
     """Open a folder of embed_prompts, or a single file of that format. Raises UserError."""
     files = shards_in(path) if path.is_dir() else [path]
-    spans, prompts, metadata, negative, channels = [], [], {}, None, 0
+    spans = []
+    prompts = []
+    metadata = {}
+    negative = None
+    channels = 0
     for name in files:
         file, metadata = open_tensors(name, "embeddings", MAKE_TEXT)
         with reading(name, MAKE_TEXT):
             for key in ("text", "negative"):
-                dtype, shape = file[key].dtype, file[key].shape
-                channels = channels or shape[-1]
-                if dtype not in FLOATS or shape != (shape[0], channels):
-                    raise ValueError(f"{key} is {dtype} {shape}, not float (L, {channels})")
-            text, negative = file["text"], file.get_tensor("negative")
-            offsets = file.get_tensor("offsets")
-            rows = offsets.tolist()
-            if offsets.dtype != torch.int64 or rows != sorted({0, text.shape[0], *rows}):
-                raise ValueError("expected int64 offsets that increase from 0 to the rows of text")
-            check_texts(metadata["prompts"], len(rows) - 1)
-            spans += [(text, start, end) for start, end in pairwise(rows)]
+                x = file[key]
+                channels = channels or x.shape[-1]
+                if x.dtype not in FLOATS or x.shape != (x.shape[0], channels):
+                    raise ValueError(f"{key} is {x.dtype} {x.shape}, not float (L, {channels})")
+            negative = file.get_tensor("negative")
+            offsets = read_offsets(file)
+            check_texts(metadata["prompts"], len(offsets) - 1)
+            spans += [(file["text"], start, end) for start, end in pairwise(offsets)]
             prompts += metadata["prompts"]
     total = metadata.get("total", len(prompts))
     if not prompts or total != len(prompts):
         raise UserError(f"{path} has {len(prompts)} of {total} prompts; {MAKE_TEXT}")
     return Embeddings(spans, negative, prompts, metadata)
+
+
+def read_offsets(file) -> list[int]:
+    """First rows of the prompts in the text of a shard, and its number of rows. ValueError."""
+    offsets = file.get_tensor("offsets")
+    rows = offsets.tolist()
+    if offsets.dtype != torch.int64 or rows != sorted({0, file["text"].shape[0], *rows}):
+        raise ValueError("expected int64 offsets that increase from 0 to the rows of text")
+    return rows
 
 
 def check_texts(texts, count: int) -> None:
@@ -317,25 +345,32 @@ def read_prompts(path: Path) -> list[str]:
 
 def read_rows(path: Path, *columns: tuple[str, ...]) -> list[tuple[str, ...]]:
     """Read columns of a file, each under the first of its names that is there. UserError."""
-    expected = " and ".join(" or ".join(names) for names in columns)
-    suffix, found, line = path.suffix.lower(), [], 0  # what the name links to may have none
+    suffix = path.suffix.lower()  # what the name links to may have none
+    rows = []
+    line = 0
     with reading(path, FORMATS), open(path, "rb") as file:
         if suffix not in PARSERS:
             raise ValueError(f"its suffix is {suffix}")
         try:
             for last_line, row in PARSERS[suffix](x.decode("utf-8-sig") for x in file):
                 if row is not None:
-                    texts = [next((row[x] for x in names if x in row), "") for names in columns]
-                    if not all(isinstance(x, str) and x.strip() for x in texts):
-                        raise ValueError(f"expected {expected}, found {row}"[:200])
-                    "".join(texts).encode()  # fails if one has half of a surrogate pair
-                    found.append(tuple(text.strip() for text in texts))
+                    rows.append(read_cells(row, columns))
                 line = last_line
         except (csv.Error, ValueError) as error:
             raise ValueError(f"line {line + 1}: {getattr(error, 'msg', error)}") from error
-    if not found:
+    if not rows:
         raise UserError(f"{path} {NO_PROMPT}")
-    return found
+    return rows
+
+
+def read_cells(row: dict, columns: tuple[tuple[str, ...], ...]) -> tuple[str, ...]:
+    """The texts of a row in these columns. Raises ValueError if one is absent or blank."""
+    texts = [next((row[x] for x in names if x in row), "") for names in columns]
+    if not all(isinstance(x, str) and x.strip() for x in texts):
+        expected = " and ".join(" or ".join(names) for names in columns)
+        raise ValueError(f"expected {expected}, found {row}"[:200])
+    "".join(texts).encode()  # fails if one has half of a surrogate pair
+    return tuple(text.strip() for text in texts)
 
 
 def parse_lines(lines: Iterable[str], load: Callable = str) -> Iterator[tuple[int, dict]]:
@@ -525,7 +560,8 @@ def encode_images(vae, folder: Path, sizes: list, frames: int) -> tuple[dict, di
     conditions, captions = defaultdict(list), defaultdict(list)
     bar = tqdm(rows, unit=" pictures", disable=None)
     for (height, width), (file, caption) in zip(nearest, bar):
-        image, key = read_image(folder / file, height, width), f"image.{height}x{width}"
+        image = read_image(folder / file, height, width)
+        key = f"image.{height}x{width}"
         conditions[key].append(encode_first_frames(vae, image[None], frames).bfloat16().cpu())
         captions[key].append(caption)
     return {key: torch.cat(xs) for key, xs in conditions.items()}, captions
@@ -599,7 +635,8 @@ def run_text(args) -> None:
     """Embed the prompts of a file. Raises UserError."""
     if not args.prompts or args.batch < 1:
         raise UserError("text: expected --prompts FILE and --batch of at least 1")
-    prompts, device = read_prompts(args.prompts), cli.pick_device(args.device, "auto")
+    prompts = read_prompts(args.prompts)
+    device = cli.pick_device(args.device, "auto")
     options = args.negative, args.batch, args.overwrite
     with runs.own_folder(args.out):
         embed_prompts(args.teacher, args.weights, prompts, args.out, device, *options)
