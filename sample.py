@@ -105,8 +105,9 @@ def teacher_job(args) -> Job:
     if args.lora:
         own_steps = given_flags(args, "steps", "shift", "times")
         times = given_times(args) or times
-        plan = export.assign_loras(cfg, args.lora, bool(own_steps), times, boundary_t)
-        return Job(cfg, *plan, args.out or Path("out") / f"{args.teacher}-lora")
+        plan, weights_of = export.assign_loras(cfg, args.lora, bool(own_steps), times, boundary_t)
+        run_dir = args.out or Path("out") / f"{args.teacher}-lora"
+        return Job(cfg, plan.roles, plan.times, plan.base_of, weights_of, run_dir)
     if args.teacher in TEACHERS:
         times = teachers.teacher_times(cfg, args.shift)
     roles = [f"teacher{branch_at(t, boundary_t)}" for t in times[:-1]]

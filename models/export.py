@@ -81,8 +81,10 @@ def expert_tensors(student: Student, phase) -> dict[str, Tensor]:
 
     These are bf16, but float32 where the port is, as in norms of Wan.
     """
-    cfg, role = student.cfg, f"student{phase.k}"
-    branch, own = student.base_of[role], weights.student_weights(cfg, student.file, role)
+    cfg = student.cfg
+    role = f"student{phase.k}"
+    branch = student.base_of[role]
+    own = weights.student_weights(cfg, student.file, role)
     if not student.is_full:
         return lora_tensors(own.factors, cfg.alpha)
     if own.full:
@@ -113,14 +115,11 @@ def whole_folder(out: Path, names: set[str]) -> Iterator[Path]:
     out may be a mount, a link, the current folder. names: those of our files. Raises UserError
     unless out is new, empty, or what a killed export left.
     """
-    part, is_new = out / "unfinished-export", not out.exists()
+    part = out / "unfinished-export"
+    is_new = not out.exists()
     with writing(out, "--export"):
-        found = set() if is_new else {path.name for path in out.iterdir() if path.name[0] != "."}
-        leftovers = names if part.name in found else set()  # of an export that was killed
-        others = found - {"lost+found", part.name} - leftovers
-        if others:
-            line = f"expected a new or empty folder, {out} is not empty: {min(others)}"
-            raise UserError(f"--export: {line}; choose another folder")
+        if not is_new:
+            check_empty(out, part.name, names)
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         handlers = set_handlers({signal.SIGTERM: signal.default_int_handler})  # like Ctrl-C
@@ -140,12 +139,23 @@ def whole_folder(out: Path, names: set[str]) -> Iterator[Path]:
                     out.rmdir()
 
 
+def check_empty(out: Path, part: str, names: set[str]) -> None:
+    """Raise UserError unless a folder is empty, or has what a killed export left: part, names."""
+    found = {path.name for path in out.iterdir() if path.name[0] != "."}
+    leftovers = names if part in found else set()
+    others = found - {"lost+found", part} - leftovers
+    if others:
+        line = f"expected a new or empty folder, {out} is not empty: {min(others)}"
+        raise UserError(f"--export: {line}; choose another folder")
+
+
 # -- header ----------------------------------------------------------------------------------------
 
 
 def file_metadata(student: Student, phase) -> dict[str, str]:
     """The header's strings: what sample.py --lora needs to know, and what a reader wants to."""
-    cfg, branch = student.cfg, student.base_of[f"student{phase.k}"]
+    cfg = student.cfg
+    branch = student.base_of[f"student{phase.k}"]
     metadata = dict(format="pt", teacher=cfg.teacher, base=base_name(cfg), branch=str(branch))
     metadata |= dict(phase=str(phase.k), shift=str(cfg.shift), times=json.dumps(student.times))
     metadata["steps"] = json.dumps(list(range(phase.first, phase.end)))
@@ -164,22 +174,25 @@ def base_name(cfg) -> str:
 # -- LoRA files as roles -------------------------------------------------------------------------
 
 
+class Assignment(NamedTuple):
+    """Which role takes which step, and the LoRA files of each role."""
+
+    roles: list[str]  # the role of each step
+    times: tuple[float, ...]
+    base_of: dict[str, int]  # role -> branch of the teacher
+    files_of: dict[str, list[lora.LoraFile]]
+
+
 def assign_loras(
     cfg, names: list[str], steps_given: bool, times: tuple[float, ...], boundary_t: float | None
-) -> tuple[list[str], tuple, dict[str, int], Callable[[str], RoleWeights]]:
-    """Roles of the steps, times, branches by role, and weights_of(role), of LoRA files.
+) -> tuple[Assignment, Callable[[str], RoleWeights]]:
+    """The assignment of LoRA files, and weights_of(role).
 
     A file that we exported takes the steps in its metadata, and those without, such as a style
     LoRA, join it; else t decides. names: FILE, FILE:STRENGTH or a folder. steps_given: the user
     asked for other steps than such metadata have.
     """
-    files = []
-    for name in names:
-        path, strength = lora.parse_file(name)
-        if not path.exists():
-            raise UserError(f"--lora: {path} does not exist; name LoRA files or their folder")
-        paths = weights.safetensors_in(path) if path.is_dir() else [path]
-        files += [lora.LoraFile(path, strength) for path in paths]
+    files = find_loras(names)
     metadata = {file: lora.read_metadata(file.path) for file in files}
     for file, entry in metadata.items():
         if entry.get("teacher", cfg.teacher) != cfg.teacher:
@@ -187,37 +200,61 @@ def assign_loras(
     exported = {file: entry for file, entry in metadata.items() if "times" in entry}
     if exported and not steps_given:
         with reading(next(iter(exported)).path, "export the student again"):
-            roles, times, base_of, files_of = assign_by_metadata(exported)
-        for file in [file for file in files if file not in exported]:
-            noise = lora.noise_of(file.path) if boundary_t else ""
-            joined = [role for role, branch in base_of.items() if noise in ("", NOISE[branch])]
-            print(f"{file}: {', '.join(joined)}, in addition")
-            for role in joined:
-                files_of[role].append(file)
+            assignment = assign_by_metadata(exported)
+        join_others(assignment, [file for file in files if file not in exported], boundary_t)
     else:
-        roles, base_of, files_of = assign_by_time(files, times, boundary_t)
-        if any(sum(file in exported for file in part) > 1 for part in files_of.values()):
+        assignment = assign_by_time(files, times, boundary_t)
+        if any(sum(file in exported for file in part) > 1 for part in assignment.files_of.values()):
             files = ", ".join(map(str, exported))
             raise UserError(f"{files} have steps of their own; drop --steps, --shift, --times")
 
     def weights_of(role: str) -> RoleWeights:
-        net = meta_network(cfg, base_of[role])
-        factors, rest = lora.split_changes(weights.read_loras(net, files_of[role]), net)
+        net = meta_network(cfg, assignment.base_of[role])
+        changes = weights.read_loras(net, assignment.files_of[role])
+        factors, rest = lora.split_changes(changes, net)
         if rest and weights.is_random(cfg):
             raise UserError(f"--lora: {min(rest)} of random weights cannot change; give --weights")
         return RoleWeights(factors, rest)
 
-    for role in files_of:
+    for role in assignment.files_of:
         weights_of(role)  # an error in any file shows before a base is loaded
-    return roles, times, base_of, weights_of
+    return assignment, weights_of
 
 
-def assign_by_metadata(metadata: dict[lora.LoraFile, dict]) -> tuple[list, tuple, dict, dict]:
-    """Roles of the steps, times, branches and files by role, of a student that we exported."""
-    steps, base_of, files_of = {}, {}, {}
+def find_loras(names: list[str]) -> list[lora.LoraFile]:
+    """The files that FILE, FILE:STRENGTH and folders name. Raises UserError."""
+    files = []
+    for name in names:
+        path, strength = lora.parse_file(name)
+        if not path.exists():
+            raise UserError(f"--lora: {path} does not exist; name LoRA files or their folder")
+        paths = weights.safetensors_in(path) if path.is_dir() else [path]
+        files += [lora.LoraFile(path, strength) for path in paths]
+    return files
+
+
+def join_others(
+    assignment: Assignment, files: list[lora.LoraFile], boundary_t: float | None
+) -> None:
+    """Add files that a student has beside its own to the roles that their names allow."""
+    for file in files:
+        noise = lora.noise_of(file.path) if boundary_t else ""
+        branches = assignment.base_of.items()
+        joined = [role for role, branch in branches if noise in ("", NOISE[branch])]
+        print(f"{file}: {', '.join(joined)}, in addition")
+        for role in joined:
+            assignment.files_of[role].append(file)
+
+
+def assign_by_metadata(metadata: dict[lora.LoraFile, dict]) -> Assignment:
+    """Assign the files of a student that we exported, by their metadata."""
+    steps = {}  # step -> role
+    base_of = {}
+    files_of = {}
     for file, entry in metadata.items():
         role = f"student{entry['phase']}"
-        base_of[role], files_of[role] = int(entry["branch"]), [file]
+        base_of[role] = int(entry["branch"])
+        files_of[role] = [file]
         steps |= dict.fromkeys(json.loads(entry["steps"]), role)
         print(f"{file}: {role}, by its metadata")
     students = {(entry["times"], entry["base"]) for entry in metadata.values()}
@@ -228,13 +265,13 @@ def assign_by_metadata(metadata: dict[lora.LoraFile, dict]) -> tuple[list, tuple
     if len(students) > 1 or not is_whole:
         names = ", ".join(map(str, metadata))
         raise UserError(f"--lora: expected the files of all phases of one student, got {names}")
-    return [steps[i] for i in range(len(steps))], tuple(times), base_of, files_of
+    return Assignment([steps[i] for i in range(len(steps))], tuple(times), base_of, files_of)
 
 
 def assign_by_time(
     files: list[lora.LoraFile], times: tuple[float, ...], boundary_t: float | None
-) -> tuple[list, dict, dict]:
-    """Roles of the steps, branches and files by role: those of each transformer, chosen by t."""
+) -> Assignment:
+    """Assign the files of each transformer to the steps at which t chooses it."""
     parts = lora.files_of_branches(files, 2 if boundary_t else 1)
     if boundary_t:
         is_named = any(lora.noise_of(file.path) for file in files)
@@ -244,4 +281,4 @@ def assign_by_time(
         print(f"high noise: {high}, low noise: {low}, {reason}")
     files_of = {f"student{i}": part for i, part in enumerate(parts, 1)}
     roles = [f"student{1 if not boundary_t or t >= boundary_t else 2}" for t in times[:-1]]
-    return roles, {role: int(role[-1]) for role in files_of}, files_of
+    return Assignment(roles, times, {role: int(role[-1]) for role in files_of}, files_of)

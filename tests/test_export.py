@@ -196,9 +196,9 @@ def test_exported_files_are_assigned_as_the_student_was_trained(exported, teache
     """In any order, or as a folder; factors to the bit."""
     student, out = exported(teacher)
     for files in ([out], sorted(out.glob("*.safetensors"))[::-1]):
-        roles, times, base_of, weights_of = assign(student.cfg, files)
-        assert roles == ["student1", "student1", "student2", "student2"]
-        assert list(times) == student.times and base_of == student.base_of
+        plan, weights_of = assign(student.cfg, files)
+        assert plan.roles == ["student1", "student1", "student2", "student2"]
+        assert list(plan.times) == student.times and plan.base_of == student.base_of
         for role in student.base_of:
             ours = weights.student_weights(student.cfg, student.file, role).factors
             theirs = weights_of(role).factors
@@ -226,8 +226,8 @@ def test_a_style_lora_joins_an_exported_student(exported, tmp_path, teacher):
     net = weights.random_network(teacher, torch.float32)
     layer, style = next(iter(lora.adapted_layers(net))), tmp_path / "style_low.safetensors"
     write_lora(style, "lightning", net)
-    _, times, _, weights_of = assign(student.cfg, [out, f"{style}:0.5"])
-    assert list(times) == student.times
+    plan, weights_of = assign(student.cfg, [out, f"{style}:0.5"])
+    assert list(plan.times) == student.times
     for role in student.base_of:
         ours = weights_of(role).factors[layer].up.shape[1]
         assert ours == student.cfg.rank + 2 * (role == "student2" or "qwen" in teacher)
