@@ -41,6 +41,7 @@ from models.common import UserError, open_tensors, read_json, reading, write_ten
 from models.qwen_image import QwenImage
 from models.wan import Wan
 from models.weights import (
+    DOWNLOAD,
     FLOATS,
     TEACHERS,
     default_folder,
@@ -72,7 +73,6 @@ FORMATS = "expected UTF-8 as .txt, .csv, .tsv or .jsonl; put cells with commas i
 NO_PROMPT = "contains no prompt; write one per line, or one .txt per prompt"
 MAKE_TEXT = "run python -m models.encoders text"
 MAKE_IMAGES = "run python -m models.encoders images"
-DOWNLOAD = "download it again"
 QUANTISED = re.compile(r"scaled_fp8|scale_(weight|input)|(weight|input)_scale")
 OVERWRITE = "give --overwrite or choose another --out"
 

@@ -112,6 +112,7 @@ def dtype_named(name: str) -> torch.dtype:
 
 # -- where the weights are -----------------------------------------------------------------------
 
+DOWNLOAD = "download it again"
 # folders of the two branches, high noise first: the original layout, that of diffusers
 PAIRS = (("high_noise_model", "low_noise_model"), ("transformer", "transformer_2"))
 
@@ -121,38 +122,48 @@ def branch_paths(teacher: str, *weights: str | Path) -> tuple[list[Path], float 
 
     weights: the published folder, or one folder or file per branch; none for the default folder.
     """
-    spec = teacher_spec(teacher)
-    paths, boundary = [Path(path) for path in weights] or [default_folder(teacher)], spec.boundary
+    paths = [Path(path) for path in weights] or [default_folder(teacher)]
+    boundary = teacher_spec(teacher).boundary
     for path in paths:
         check_exists(path, teacher)
     if len(paths) == 1 and paths[0].is_dir():
         root = paths[0]
         layouts = [[root / name for name in names] for names in (*PAIRS, ("transformer",))]
         paths = next((p for p in layouts if all(path.is_dir() for path in p)), [root])
-        index, advice = root / "model_index.json", "download it again"
-        pipeline = read_json(index, advice) if index.is_file() else {}
-        kind = pipeline.get("_class_name", spec.pipeline)
-        if kind != spec.pipeline:  # such as an editing model of the same classes
-            advice = f"of a fine-tune of {teacher}, name the transformer alone"
-            raise UserError(f"{index}: expected {spec.pipeline}, found {kind}; {advice}")
-        if boundary:  # a fine-tune may have another one
-            with reading(index, advice):
-                boundary = float(pipeline.get("boundary_ratio") or boundary)
-                if not 0 < boundary < 1:
-                    raise ValueError(f"boundary_ratio {boundary}")
+        boundary = read_boundary(root / "model_index.json", teacher)
     if len(paths) != (2 if boundary else 1):
         pairs = " or ".join(" and ".join(pair) for pair in PAIRS)
         expected = f"two transformers ({pairs} in one folder)" if boundary else "one transformer"
         found = ", ".join(map(str, paths))
         raise UserError(f"{teacher}: expected {expected}, got {len(paths)}: {found}")
     noises = [lora.noise_of(path) for path in paths]
-    if noises in (["high"] * 2, ["low"] * 2) or len(set(paths)) < len(paths):
+    if noises in (["high", "high"], ["low", "low"]) or len(set(paths)) < len(paths):
         both = f"{paths[0]} and {paths[1]} are both for {noises[0] or 'any'} noise"
         raise UserError(f"{both}; name one for high and one for low noise")
-    given, paths = paths, sorted(paths, key=lora.noise_order)
-    if paths != given:
-        lora.note(f"{paths[0]} is for high noise and {paths[1]} for low noise: swapped")
-    return paths, boundary
+    ordered = sorted(paths, key=lora.noise_order)
+    if ordered != paths:
+        lora.note(f"{ordered[0]} is for high noise and {ordered[1]} for low noise: swapped")
+    return ordered, boundary
+
+
+def read_boundary(index: Path, teacher: str) -> float | None:
+    """The boundary in a model_index.json, if there is one, else the teacher's own.
+
+    Raises UserError if it is that of another pipeline.
+    """
+    spec = teacher_spec(teacher)
+    pipeline = read_json(index, DOWNLOAD) if index.is_file() else {}
+    kind = pipeline.get("_class_name", spec.pipeline)
+    if kind != spec.pipeline:  # such as an editing model of the same classes
+        advice = f"of a fine-tune of {teacher}, name the transformer alone"
+        raise UserError(f"{index}: expected {spec.pipeline}, found {kind}; {advice}")
+    if not spec.boundary:
+        return None
+    with reading(index, DOWNLOAD):
+        boundary = float(pipeline.get("boundary_ratio") or spec.boundary)  # that of a fine-tune
+        if not 0 < boundary < 1:
+            raise ValueError(f"boundary_ratio {boundary}")
+    return boundary
 
 
 def default_folder(teacher: str) -> Path:
@@ -170,11 +181,12 @@ def find_subfolder(teacher: str, folder: Path | None, part: str) -> Path | None:
 
 def subfolder(teacher: str, folder: Path | None, part: str) -> Path:
     """The same. Raises UserError if there is none."""
-    place, repository = Path(folder or default_folder(teacher)), TEACHERS[teacher].repository
+    place = Path(folder or default_folder(teacher))
     check_exists(place, teacher)
     found = find_subfolder(teacher, folder, part)
     if found is None:
         place = place if place.is_dir() else place.parent
+        repository = TEACHERS[teacher].repository
         command = f'hf download {repository} --include "{part}/*" --local-dir {place}'
         hint = f"; get it: {command}" if repository else ""
         raise UserError(f"{place} has no folder {part} as diffusers has{hint}")
@@ -218,8 +230,6 @@ def teacher_loras(cfg) -> list[list[lora.LoraFile]]:
 # -- what the files contain ----------------------------------------------------------------------
 
 FLOATS = ("F32", "BF16", "F16")
-
-
 FileTensors = dict[str, FileTensor]  # by name
 NamedTensors = Iterable[tuple[str, Tensor]]  # or what has x[a:b] as rows, read when asked for
 
@@ -244,8 +254,8 @@ def shards(path: Path) -> list[Path]:
     if len(indexes) > 1:
         raise UserError(f"{indexes[0]} and {indexes[1].name} are two networks; keep one")
     for index in indexes:
-        with reading(index, "download it again"):
-            names = set(read_json(index, "download it again")["weight_map"].values())
+        with reading(index, DOWNLOAD):
+            names = set(read_json(index, DOWNLOAD)["weight_map"].values())
             files = [path / Path(name).name for name in sorted(names)]
     return files
 
@@ -277,23 +287,29 @@ def architecture(path: Path, tensors: FileTensors, teacher: str) -> tuple[type, 
         if not teacher:
             raise UserError(f"{path} has no config.json beside it; name its --teacher")
         return teacher_spec(teacher)[:2]
-    config = read_json(file, "download it again")
+    config = read_json(file, DOWNLOAD)
     network = NETWORKS.get(str(config.get("_class_name")))
     unported = [key for key in UNPORTED if config.get(key)]
     if not network or unported:
         found = f"{config.get('_class_name')} {' '.join(unported)}"
         raise UserError(f"{file}: expected one of {', '.join(NETWORKS)}, got {found}")
-    with reading(file, "download it again"):  # a wrong type fails here, or in build
+    with reading(file, DOWNLOAD):  # a wrong type fails here, or in build
         if config.get("num_layers", 0) > len(tensors):
             raise ValueError(f"num_layers {config['num_layers']:.6g} for {len(tensors)} tensors")
-        config = network.read_config(config, tensors)
-        known = signature(network).parameters
-        known = {key: known[key].annotation for key in config if key in known.keys() - NOT_SETTINGS}
-        for key, kind in known.items():
-            values, kind = (config[key], int) if kind is tuple else ([config[key]], kind)
-            if not values or not all(type(x) in (int, kind) and 0 < x < 1e9 for x in values):
-                raise ValueError(f"expected a positive {kind.__name__} as {key}, found {values}")
-    return network, {key: config[key] for key in known}
+        return network, known_settings(network, network.read_config(config, tensors))
+
+
+def known_settings(network: type, config: dict) -> dict:
+    """The arguments of a network in a config. Raises ValueError unless they are positive."""
+    arguments = signature(network).parameters
+    known = [key for key in config if key in arguments.keys() - NOT_SETTINGS]
+    for key in known:
+        is_tuple = arguments[key].annotation is tuple
+        kind = int if is_tuple else arguments[key].annotation
+        values = config[key] if is_tuple else [config[key]]
+        if not values or not all(type(x) in (int, kind) and 0 < x < 1e9 for x in values):
+            raise ValueError(f"expected a positive {kind.__name__} as {key}, found {values}")
+    return {key: config[key] for key in known}
 
 
 def inspect(path: Path, dtype: torch.dtype, teacher: str = "") -> tuple[nn.Module, FileTensors]:
@@ -317,18 +333,24 @@ def inspect(path: Path, dtype: torch.dtype, teacher: str = "") -> tuple[nn.Modul
     return net, match_tensors(net, tensors, path)
 
 
+def both_names(net: nn.Module, names: Iterable[str]) -> dict[str, str]:
+    """Names in diffusers, and ours -> ours."""
+    return {net.diffusers_name(name): name for name in names} | {name: name for name in names}
+
+
 def match_tensors(net: nn.Module, tensors: FileTensors, path: Path) -> FileTensors:
     """Our name of each parameter -> its tensor, of files in either layout."""
     expected = {name: tuple(p.shape) for name, p in net.named_parameters()}
-    ours = {net.diffusers_name(name): name for name in expected} | {name: name for name in expected}
+    ours = both_names(net, expected)
     found = {ours.get(name, name): info for name, info in tensors.items()}
     for name, info in found.items():
-        tensor, shape = f"{info.file}: {info.key}", expected.get(name)
+        place = f"{info.file}: {info.key}"
+        shape = expected.get(name)
         if not shape:
-            raise UserError(f"{tensor} does not belong to a {type(net).__name__}")
+            raise UserError(f"{place} does not belong to a {type(net).__name__}")
         if info.shape != shape or info.dtype not in FLOATS:  # another size, or quantized
-            dtypes, found_shape = " or ".join(FLOATS), f"{info.dtype} {info.shape}"
-            raise UserError(f"{tensor}: expected {dtypes} {shape}, got {found_shape}")
+            dtypes = " or ".join(FLOATS)
+            raise UserError(f"{place}: expected {dtypes} {shape}, got {info.dtype} {info.shape}")
     absent = [name for name in expected if name not in found]
     if absent:
         first = f"{absent[0]} {expected[absent[0]]}"
@@ -351,7 +373,8 @@ def build(network: type, settings: dict, dtype: torch.dtype) -> nn.Module:
 
 def meta_network(cfg, branch: int, dtype: torch.dtype | None = None) -> nn.Module:
     """The network of the teacher's branch on the meta device; dtype: that of the run by default."""
-    dtype, spec = dtype or dtype_named(cfg.dtype), teacher_spec(cfg.teacher)
+    dtype = dtype or dtype_named(cfg.dtype)
+    spec = teacher_spec(cfg.teacher)
     if is_random(cfg):
         return build(spec.network, spec.settings, dtype)
     path = branch_paths(cfg.teacher, *cfg.weights)[0][branch - 1]
@@ -406,14 +429,16 @@ def load(
     network, one tensor and the LoRA: each is cast as it is read. A rank reads the rows it keeps.
     """
     net, tensors = inspect(Path(path), dtype, teacher)
-    first, second = read_loras(net, loras), changes or {}
+    merged = read_loras(net, loras)
+    for name, extra in (changes or {}).items():
+        merged[name] = [*merged.get(name, []), *extra]
 
     def read_tensors() -> NamedTensors:
         total = sum(math.prod(x.shape) for x in tensors.values())
         options = dict(unit=" weights", unit_scale=True, disable=None)
         with tqdm(total=total, desc=str(path), **options) as bar:
             for name, x in sorted(tensors.items(), key=lambda item: (item[1].file, item[1].start)):
-                yield name, MergedTensor(x, [*first.get(name, []), *second.get(name, [])])
+                yield name, MergedTensor(x, merged.get(name, []))
                 bar.update(math.prod(x.shape))
 
     net.requires_grad_(False)
@@ -434,13 +459,9 @@ class MergedTensor(NamedTuple):
 
 def read_loras(net: nn.Module, files: Iterable[lora.LoraFile]) -> dict[str, list[lora.Change]]:
     """The changes of the network that LoRA files make together, by parameter. Raises UserError."""
-    shapes, total = {name: p.shape for name, p in net.named_parameters()}, {}
-    layers = {name.rpartition(".")[0] for name in shapes}
-    names = {net.diffusers_name(name): name for name in layers} | {name: name for name in layers}
-    aliases = {name.replace(".", "_"): ours for name, ours in names.items()}
-    # diffusers' old names of the last layer of an attention lack its index
-    last = {name: ours for name, ours in aliases.items() if name.endswith("_to_out_0")}
-    aliases |= {name.removesuffix("_0"): ours for name, ours in last.items()}
+    shapes = {name: p.shape for name, p in net.named_parameters()}
+    aliases = layer_aliases(net)
+    total = {}
     for path, strength in files:
         for name, x in lora.read_changes(path, strength, aliases).items():
             is_low_rank = isinstance(x, lora.Factors)
@@ -450,6 +471,16 @@ def read_loras(net: nn.Module, files: Iterable[lora.LoraFile]) -> dict[str, list
                 raise UserError(f"{path}: {line}; is it a LoRA of another model?")
             total[name] = lora.add_change(total.get(name, []), x)
     return total
+
+
+def layer_aliases(net: nn.Module) -> dict[str, str]:
+    """Every name that a LoRA file may use for a layer, with _ in place of dots -> ours."""
+    layers = {name.rpartition(".")[0] for name, _ in net.named_parameters()}
+    names = both_names(net, layers)
+    aliases = {name.replace(".", "_"): ours for name, ours in names.items()}
+    # diffusers' old names of the last layer of an attention lack its index
+    last = {name: ours for name, ours in aliases.items() if name.endswith("_to_out_0")}
+    return aliases | {name.removesuffix("_0"): ours for name, ours in last.items()}
 
 
 def random_network(
@@ -497,8 +528,10 @@ def student_weights(cfg, file, role: str) -> RoleWeights:
     read = lambda name: file.get_tensor(f"{role}/{name}")
     if cfg.generator == "full":
         return RoleWeights(full=lambda: ((name, read(name)) for name in names))
-    layers, scale = [name[:-3] for name in names if name.endswith(".up")], cfg.alpha / cfg.rank
-    return RoleWeights({n: lora.Factors(read(f"{n}.up"), read(f"{n}.down"), scale) for n in layers})
+    scale = cfg.alpha / cfg.rank
+    factors_of = lambda layer: lora.Factors(read(f"{layer}.up"), read(f"{layer}.down"), scale)
+    layers = [name.removesuffix(".up") for name in names if name.endswith(".up")]
+    return RoleWeights({layer: factors_of(layer) for layer in layers})
 
 
 # -- the command ---------------------------------------------------------------------------------
