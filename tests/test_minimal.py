@@ -29,10 +29,10 @@ def largest_difference(new_run, start):
 
 
 def test_the_file_that_shows_it_all_trains_as_train_py_does(largest_difference):
-    """The rate is 1e-3. Controls: another weight, or a fake of truncated rollouts."""
+    """The rate is 1e-3. Controls: another weight, another target, truncated rollouts."""
     assert largest_difference() < 2e-5
-    assert largest_difference(weight="none") > 1e-3
-    assert largest_difference(fake_rollout="truncated") > 1e-3
+    for wrong in (dict(weight="none"), dict(target="biased"), dict(fake_rollout="truncated")):
+        assert largest_difference(**wrong) > 1e-3
 
 
 def test_the_start_network_is_that_of_the_preset():

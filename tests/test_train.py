@@ -15,7 +15,6 @@ from models.common import UserError, normal, stream, uniform
 from phases import rollout, trajectory
 from sde import diffuse, step
 from toy import toy2d
-from toy.mixtures import energy
 
 SMALL = dict(iters=3, warmup=2, batch=16, fake_updates=2)
 
@@ -174,7 +173,6 @@ def test_a_teacher_of_two_branches_has_a_fake_beside_each(new_run):
     [
         {},
         dict(fake_rollout="per-depth"),
-        dict(phases=4),
         dict(truncate="off", phases=1),
         dict(reuse_rollouts=True, micro_batch=8),
         dict(classes="on", guidance=(2.0,)),
@@ -253,23 +251,3 @@ def test_what_is_not_finite_never_reaches_an_optimizer(new_run, monkeypatch):
         train_all(run)
     assert same(before, weights(run, "student1"))
     assert not any(moment.any() for moment in run.optimizers["student1"].second.values())
-
-
-def end_of_phase_1(new_run, **settings):
-    run = new_run(**settings)
-    for row, *_ in train.train(run):
-        if row["phase"] == 1 and run.i == run.cfg.iters:
-            break
-    *_, x = trajectory(run.nets[:2], run.times[:3], normal((4000, 2), "z"))
-    exact = toy2d.load_mixture(run.cfg).sample_at(0.5, 4000, stream("exact"))
-    return energy(x.detach(), exact)
-
-
-@pytest.mark.slow
-def test_the_naive_target_harms_the_end_of_phase_1(new_run):
-    """Energy of x_{t_1} to exact x_{t_1}: at least 3 times worse. The last phase would hide it."""
-    good, bad = (
-        end_of_phase_1(new_run, iters=120, warmup=60, target=target)
-        for target in ("unbiased", "biased")
-    )
-    assert good < 0.01 and bad > 3 * good
