@@ -29,12 +29,6 @@ def error(a, b):
 
 
 @pytest.fixture(scope="module")
-def student(tmp_path_factory):
-    """A student of wan22-tiny, made once."""
-    return make_student(tmp_path_factory.mktemp("student"), "wan22-tiny")
-
-
-@pytest.fixture(scope="module")
 def exported(tmp_path_factory):
     """exported(teacher): a student, made once, and the folder of its export."""
 
@@ -46,6 +40,12 @@ def exported(tmp_path_factory):
         return student, folder / "out"
 
     return make
+
+
+@pytest.fixture
+def student(exported):
+    """A student of wan22-tiny, which others do not change."""
+    return exported("wan22-tiny")[0]
 
 
 # -- the files -----------------------------------------------------------------------------------
@@ -103,8 +103,7 @@ def test_the_card_has_the_settings_of_the_other_tools(student, tmp_path):
     assert "1000 is not a multiple of 6" in make_card(student, ["high", "low"], "base")
 
 
-@pytest.mark.parametrize("kind", ["link", "here"])
-def test_an_export_goes_to_any_empty_folder(student, tmp_path, monkeypatch, kind):
+def test_an_export_goes_to_any_empty_folder(student, tmp_path):
     """What a killed export left there is removed; hidden files and lost+found are no matter."""
     out, folder = tmp_path / "link", tmp_path / "out"
     for name in ("unfinished-export", "lost+found"):
@@ -112,32 +111,23 @@ def test_an_export_goes_to_any_empty_folder(student, tmp_path, monkeypatch, kind
     for name in ("unfinished-export/low_noise_model.safetensors", "README.md", ".DS_Store"):
         (folder / name).write_bytes(b"half")
     out.symlink_to(folder)
-    if kind == "here":
-        monkeypatch.chdir(folder)
-        out = Path()
     files = export.export_student(student, out)
     names = {"README.md", "high_noise_model.safetensors", "low_noise_model.safetensors"}
     assert {file.name for file in files} == names and all(file.stat().st_size > 9 for file in files)
     assert {x.name for x in folder.iterdir()} - {"lost+found", ".DS_Store"} == names
 
 
-@pytest.mark.parametrize("kind", ["file", "broken", "full", "below a file"])
-def test_another_target_is_refused_before_a_tensor_is_read(student, tmp_path, kind):
-    """In a line that names --export. What is there stays."""
-    student, out = student._replace(file=None), tmp_path / "out"
-    if kind == "file":
-        out.write_bytes(b"mine")
-    if kind == "broken":
-        out.symlink_to(tmp_path / "nowhere")
-    if kind == "full":
-        out.mkdir()
-        (out / "README.md").write_bytes(b"mine")
-    if kind == "below a file":
-        (tmp_path / "file").write_bytes(b"mine")
-        out = tmp_path / "file" / "out"
+def test_another_target_is_refused_before_a_tensor_is_read(student, tmp_path):
+    """A file, a link to nowhere, a folder with other files, in a line that names --export."""
+    student = student._replace(file=None)
+    (tmp_path / "file").write_bytes(b"mine")
+    (tmp_path / "broken").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "README.md").write_bytes(b"mine")
     before = sorted(tmp_path.rglob("*"))
-    with pytest.raises(UserError, match="--export"):
-        export.export_student(student, out)
+    for name in ("file", "file/below", "broken", "full"):
+        with pytest.raises(UserError, match="--export"):
+            export.export_student(student, tmp_path / name)
     assert sorted(tmp_path.rglob("*")) == before
 
 

@@ -145,7 +145,6 @@ def test_a_moved_or_changed_base_is_noticed(tmp_path, capsys):
 @pytest.mark.parametrize(
     "line,nfe,solver",
     [
-        ("wan22-tiny --n 1 --size 1x32x32", 80, "UniPC"),
         ("wan22-tiny --n 1 --steps 8 --guidance 1 3", NUM_HIGH + 2 * (8 - NUM_HIGH), "UniPC"),
         ("qwen-image-tiny --n 1 --steps 3", 6, ""),
         ("toy2d --n 500", 40, "precision"),  # the exact teacher
@@ -172,39 +171,34 @@ def test_the_times_of_qwen_image_are_those_of_its_published_scheduler():
 # -- LoRA files ----------------------------------------------------------------------------------
 
 
-def test_high_and_low_noise_files_take_their_steps(tmp_path, capsys):
-    """By name, or in the order given. Negative control: swapped, the latents differ."""
+def test_files_of_other_trainers_take_steps_by_their_names_or_order(tmp_path):
+    """At times of their own, too: the transformer follows from t."""
     net = weights.build(*weights.TEACHERS["wan22-tiny"][:2], torch.float32)
-    samples = {}
-    for kind, names in (("named", ("my_high", "my_low")), ("plain", ("a", "b"))):
-        files = [tmp_path / f"{name}.safetensors" for name in names]
-        for seed, file in enumerate(files):
-            write_lora(file, "lightning", net, seed)
-        for order in (files, files[::-1]) if kind == "plain" else (files[::-1],):
-            line = (
-                "--teacher wan22-tiny --n 1 --dtype float32 --size 1x32x32 --lora".split() + order
-            )
-            out = tmp_path / f"{kind}-{order[0].stem}"
-            text = run_sample(capsys, *line, "--out", out)
-            assert ("by metadata or name" if kind == "named" else "order given") in text
-            assert "4 network evaluations" in text
-            samples[kind, order == files] = latents(out)["x"]
-    assert torch.equal(samples["named", False], samples["plain", True])
-    assert not torch.allclose(samples["plain", True], samples["plain", False], atol=1e-3)
+    layer = "blocks.0.self_attn.q"
+    for seed, name in enumerate(("a", "b", "my_high", "my_low")):
+        write_lora(tmp_path / name, "lightning", net, seed)
+    for names, seeds in (("a b", (0, 1)), ("b a", (1, 0)), ("my_low my_high", (2, 3))):
+        files = [str(tmp_path / name) for name in names.split()]
+        line = ["--teacher", "wan22-tiny", "--times", "1000", "752", "522", "--lora", *files]
+        job = sample.teacher_job(sample.make_parser().parse_args(line))
+        assert job.times == (1.0, 0.752, 0.522, 0.0)
+        assert job.roles == ["student1", "student2", "student2"]
+        for role, seed in zip(("student1", "student2"), seeds):
+            up = job.weights_of(role).factors[layer].up
+            assert torch.equal(up, normal(up.shape, seed, layer, "up") / 3)
 
 
-def test_students_of_other_trainers_may_have_their_own_times(tmp_path, capsys):
-    """The transformer follows from t. Times that do not fall, or not from 1000, are refused."""
-    net, file = weights.build(*weights.TEACHERS["wan22-tiny"][:2], torch.float32), tmp_path / "x"
-    write_lora(file, "lightning", net)
-    line = ["--teacher", "wan22-tiny", "--lora", file, "--times", 1000, 752, 522]
-    job = sample.teacher_job(sample.make_parser().parse_args([*map(str, line)]))
-    assert job.times == (1.0, 0.752, 0.522, 0.0)
-    assert job.roles == ["student1", "student2", "student2"]
-    assert "fall from 1000, got 1000 752 522 522" in error_of(capsys, *line, 522)
-    assert "fall from 1000, got 1000 752 522 nan" in error_of(capsys, *line, "nan")
-    assert "in place of --steps" in error_of(capsys, *line, "--steps", 3)
-    assert "--times is for --lora" in error_of(capsys, *line[:2], *line[4:])
+@pytest.mark.parametrize(
+    "flags,expected",
+    [
+        ("--lora x --times 1000 752 752", "fall from 1000, got 1000 752 752"),
+        ("--lora x --times 1000 nan", "fall from 1000, got 1000 nan"),
+        ("--lora x --times 1000 752 --steps 3", "in place of --steps"),
+        ("--times 1000 752", "--times is for --lora"),
+    ],
+)
+def test_wrong_times_are_refused(capsys, flags, expected):
+    assert expected in error_of(capsys, "--teacher", "wan22-tiny", *flags.split())
 
 
 # -- wrong commands and folders ------------------------------------------------------------------
