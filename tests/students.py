@@ -1,9 +1,10 @@
 """Helpers of the tests: students of tiny teachers, LoRA files and embeddings."""
 
 import json
+from dataclasses import replace
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import moe
 import train
@@ -40,6 +41,19 @@ def make_student(folder, teacher, **settings) -> Student:
     write_tensors(folder / "student.safetensors", tensors, {"kind": "student"})
     file, _ = open_tensors(folder / "student.safetensors", "student", "")
     return Student(cfg, phases, boundary_t, base_of, file)
+
+
+def load_run(folder) -> train.Run:
+    """Load a finished run with all of its roles, as training has them, at its first size."""
+    settings = json.loads((folder / "config.json").read_text())["settings"]
+    cfg = train.make_config(**train.cli.from_json(settings))
+    run = train.make_run(replace(cfg, size=cfg.size[:1]), torch.device("cpu"), folder)
+    run.k, tensors = len(run.phases), load_file(folder / "student.safetensors")
+    for role in run.roles.student.values():
+        role.start()
+        for name, p in role.parameters.items():
+            p.data.copy_(tensors[f"{role.name}/{name}"])
+    return run
 
 
 def move(name, x):

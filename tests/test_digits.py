@@ -5,16 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from students import load_run
 
 import sample
 import train
 from models import encoders
-from models.cli import from_json
 from models.common import file_digest, normal, stream
 from models.metrics import frechet
-from moe import student_nets
-from phases import step_times
 from toy import digits, make_digits
 
 COMMAND = (
@@ -37,19 +34,6 @@ def random_pixels(n: int) -> torch.Tensor:
 
 def read_shipped(name: str) -> dict:
     return json.loads((digits.FOLDER / name).read_text())
-
-
-def load_run(out):
-    """Settings, phases, and roles with the student of a finished run."""
-    settings = json.loads((out / "config.json").read_text())["settings"]
-    cfg = train.Config(**from_json(settings))
-    phases, tensors = train.phases_of(cfg), load_file(out / "student.safetensors")
-    roles = digits.PRESET.make_roles(cfg, phases, CPU, out)
-    for role in roles.student.values():
-        role.start()
-        for name, p in role.parameters.items():
-            p.data.copy_(tensors[f"{role.name}/{name}"])
-    return cfg, phases, roles
 
 
 # -- pixels, conditions, data --------------------------------------------------------------------
@@ -161,17 +145,17 @@ def test_coverage_does_not_rise_with_broken_samples():
 def test_a_run_reports_its_own_samples(finished, monkeypatch):
     """metrics.json belongs to the student's samples; each row of the png is what its name says."""
     metrics = json.loads((finished / "metrics.json").read_text())
-    cfg, phases, roles = load_run(finished)
-    rows, times = {}, step_times(4, cfg.shift)
+    run, rows = load_run(finished), {}
+    cfg, teacher = run.cfg, run.roles.teacher[1]
     monkeypatch.setattr(digits, "draw_sheet", lambda drawn: rows.update(drawn) or b"")
-    digits.report(cfg, phases, roles, 2, CPU, finished, finished=True)
+    digits.report(cfg, run.phases, run.roles, 2, CPU, finished, finished=True)
     z = normal((100, *digits.SHAPE), cfg.seed, "report", "z")
-    xs = digits.sample_from(student_nets(roles, phases), times, z, CPU)
+    xs = digits.sample_from(run.nets, run.times, z, CPU)
     samples = digits.classify(digits.load_classifier(), digits.to_pixels(xs[-1]))
     measured = digits.measure(*samples, digits.cycle_labels(100), digits.load_reference())
     assert {name: metrics[name] for name in measured} == pytest.approx(measured, rel=1e-4)
     assert metrics["samples"] == 100 and "frechet_floor" not in metrics  # it needs 10,000
-    few_steps = digits.sample_teacher(roles.teacher[1], 4, z[:30], CPU, shift=cfg.shift)
+    few_steps = digits.sample_teacher(teacher, 4, z[:30], CPU, shift=cfg.shift)
     expected = {"teacher, 4 steps": few_steps, "student, 4 steps": xs[-1][:30]}
     expected |= {"t = 1": xs[0][:10], "t = 0.75": xs[2][:10], "t = 0": xs[4][:10]}
     assert all(torch.allclose(rows[name], x, atol=1e-4) for name, x in expected.items())
