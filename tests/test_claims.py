@@ -136,18 +136,13 @@ def test_existing_runs_are_not_repeated_and_lost_ones_are_to_the_bit(tmp_path):
     assert kept.stat().st_mtime_ns == time
 
 
-@pytest.mark.parametrize("flag, seeds, scale", [("", 5, 1), ("--quick", 3, 5), ("--digits", 5, 2)])
-def test_each_table_has_its_seeds_and_each_run_a_file(flag, seeds, scale, monkeypatch, tmp_path):
+@pytest.mark.parametrize("flags", [[], ["--quick"], ["--digits"]])
+def test_each_run_has_a_file_of_its_own(flags, monkeypatch, tmp_path):
     jobs = []
     monkeypatch.setattr(claims, "report", lambda asked, args: jobs.extend(asked))
-    monkeypatch.setattr(sys, "argv", ["claims.py", "--out", str(tmp_path), *flag.split()])
+    monkeypatch.setattr(sys, "argv", ["claims.py", "--out", str(tmp_path), *flags])
     claims.main()
-    assert len({job.file(tmp_path) for job in jobs}) == len(jobs)
-    assert {job.scale for job in jobs} == {scale}
-    for table, (_, methods, most) in claims.TABLES.items():
-        of_table = [job for job in jobs if job.table == table]
-        if of_table or (table == "digits") == (flag == "--digits"):
-            assert len(of_table) == min(seeds, most) * len(methods)
+    assert jobs and len({job.file(tmp_path) for job in jobs}) == len(jobs)
 
 
 @pytest.mark.slow  # draws 150,000 digits

@@ -1,10 +1,7 @@
 """Claims about what train.py says before a run, during a slow one, and when memory is short."""
 
-import io
-import itertools
 import re
 import shlex
-import sys
 
 import pytest
 import torch
@@ -157,29 +154,6 @@ def test_example_prompts_are_warned_of_in_the_first_line_and_the_last(monkeypatc
 
 
 # -- a slow iteration ----------------------------------------------------------------------------
-
-
-class Terminal(io.StringIO):
-    """A stderr on which tqdm draws."""
-
-    def isatty(self):
-        return True
-
-
-def test_an_iteration_has_a_bar_by_micro_batch_with_the_time_left(monkeypatch):
-    """From the start, before the first micro-batch is done, on a clock of ten seconds a call."""
-    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    items = runs.watch_update(list("abcd"), 0, 6)
-    assert next(items) == "a" and "update 1 of 6:   0%" in terminal.getvalue()
-    assert list(items) == list("bcd")
-    clock = itertools.count(0, 10)
-    monkeypatch.setattr("tqdm.std.time", lambda: float(next(clock)))
-    assert list(runs.watch_update(list("abcd"), 1, 6)) == list("abcd")
-    assert re.search(r"update 2 of 6: +21%.* 5/24 \[00:[1-4]0<0[1-9]:", terminal.getvalue())
-    monkeypatch.undo()
-    monkeypatch.setattr(sys, "stderr", terminal := Terminal())
-    assert list(runs.watch_update(list("ab"), 0, 6)) == list("ab")
-    assert terminal.getvalue() == ""  # toys: it shows only if it is slow
 
 
 def test_a_slow_update_prints_a_line_where_no_bar_is_drawn(monkeypatch, capsys):
