@@ -29,9 +29,8 @@ def posterior(mixture, x_t, s, t, p):
 @pytest.mark.parametrize("s,t", PAIRS)
 def test_eq_11_and_eq_12_are_unbiased_and_the_naive_target_is_not(p, s, t):
     """Both targets are linear in (x_s, eps), so their mean given x_t is the target of the means."""
-    mixture = replace(
-        ring(p).double(), means=ring().means.double() + 1
-    )  # off centre: bias shows at high t
+    means = ring().means.double() + 1  # off centre: bias shows at high t
+    mixture = replace(ring(p).double(), means=means)
     x_t = mixture.sample_at(t, 64, torch.Generator().manual_seed(0))
     x_s, eps = posterior(mixture, x_t, s, t, p)
     v, x_0 = mixture.velocity(x_t, t), mixture.denoise(x_t, t)[0]
@@ -57,12 +56,10 @@ def test_at_s_0_eq_13_is_eq_4_with_weight_min_1_10_sigma_squared(p):
     x_0, eps, v = normal(1, 2), normal(1, 2, seed=1), normal(1, 2, seed=2)
     torch.testing.assert_close(losses.v_target(x_0, 0.0, 0.3, eps, p), eps - x_0)
     for t in (0.05, 0.2, 0.4, 1.0):
-        sigma_t = float(p.sigma(torch.tensor(t, dtype=torch.float64)))
-        expected = min(1, 10 * sigma_t**2) * losses.flow_matching(v, x_0, eps)
+        t = torch.tensor([t], dtype=torch.float64)
+        expected = min(1, 10 * p.sigma(t).item() ** 2) * losses.flow_matching(v, x_0, eps)
         for loss in (losses.subinterval_matching, losses.naive_matching):
-            torch.testing.assert_close(
-                loss(v, x_0, 0.0, torch.tensor([t]).double(), eps, p), expected
-            )
+            torch.testing.assert_close(loss(v, x_0, 0.0, t, eps, p), expected)
 
 
 @both
@@ -93,11 +90,8 @@ def test_the_surrogate_has_the_gradient_it_is_given_and_no_other():
 def test_eq_10_is_the_difference_of_scores_times_dx_t_dx_s(p, s):
     """Fake minus real: with the sign turned, or without alpha_ts inside a phase, it is another."""
     x_s, t = normal(16, 2), torch.linspace(s + 0.05, 0.99, 16, dtype=torch.float64)
-    x_t, real, fake = (
-        diffuse(x_s, s, t, normal(16, 2, seed=1), p),
-        ring(p).double(),
-        normal(16, 2, seed=2),
-    )
+    x_t = diffuse(x_s, s, t, normal(16, 2, seed=1), p)
+    real, fake = ring(p).double(), normal(16, 2, seed=2)
     alpha_ts, _ = transition(s, t, x_t, p)
     v_real, v_fake = real.velocity(x_t, t), score_to_v(x_t, t, fake, p)
     expected = alpha_ts * (fake - real.score(x_t, t))
@@ -111,15 +105,9 @@ def test_eq_10_is_the_difference_of_scores_times_dx_t_dx_s(p, s):
 def test_the_other_weights_are_differences_of_estimates(p, s):
     """xs is the difference of E[x_s | x_t] (Tweedie with each score); normalised divides it."""
     x_s, t = normal(16, 2), torch.linspace(s + 0.05, 0.99, 16, dtype=torch.float64)
-    x_t, v_real, v_fake = (
-        diffuse(x_s, s, t, normal(16, 2, seed=1), p),
-        normal(16, 2, seed=3),
-        normal(16, 2, seed=4),
-    )
-    (alpha_ts, _), (alpha_t, sigma_t) = (
-        transition(s, t, x_t, p),
-        coefficients(t, x_t, p),
-    )
+    x_t = diffuse(x_s, s, t, normal(16, 2, seed=1), p)
+    v_real, v_fake = normal(16, 2, seed=3), normal(16, 2, seed=4)
+    (alpha_ts, _), (alpha_t, sigma_t) = transition(s, t, x_t, p), coefficients(t, x_t, p)
 
     def estimate(v):  # the formula of E[x_s | x_t] that goes through x_0
         x_0, (alpha_s, sigma_s) = v_to_x0(x_t, t, v, p), coefficients(s, x_t, p)
@@ -153,10 +141,8 @@ def student_gradient(a, b, s, t, real, p, sign=1.0):
 
 def kl(a, b, s, t, real, p):
     """KL between the student's and the data's Gaussians at time t, in closed form."""
-    (alpha_ts, sigma_ts), (alpha_t, sigma_t) = (
-        transition(s, t, torch.zeros(1), p),
-        coefficients(t, real.means, p),
-    )
+    alpha_ts, sigma_ts = transition(s, t, torch.zeros(1), p)
+    alpha_t, sigma_t = coefficients(t, real.means, p)
     m, var = alpha_ts * a, alpha_ts**2 * b**2 + sigma_ts**2
     m_real, var_real = alpha_t * real.means[0, 0], alpha_t**2 * real.sd**2 + sigma_t**2
     return 0.5 * ((var_real / var).log() + (var + (m - m_real) ** 2) / var_real - 1)
@@ -211,11 +197,8 @@ def test_what_each_fake_makes_stationary():
         for name, pair in fakes.items():
             rms = []
             for rows, fake in zip((deep, shallow), pair, strict=True):
-                x_s, eps = (
-                    modes(rows).sample(2000, torch.Generator().manual_seed(0)),
-                    normal(2000, 2),
-                )
-                x_t = diffuse(x_s, 0.0, 0.5, eps)
+                x_s = modes(rows).sample(2000, torch.Generator().manual_seed(0))
+                x_t = diffuse(x_s, 0.0, 0.5, normal(2000, 2))
                 v_real, v_fake = data.velocity(x_t, 0.5), fake.velocity(x_t, 0.5)
                 gradient = losses.dmd_gradient(x_s, x_t, 0.0, 0.5, v_real, v_fake, "xs")
                 rms.append(gradient.square().mean().sqrt().item())

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 
-import sde
 from sde import (
     coefficients,
     diffuse,
     flow,
+    score_to_v,
     shift_time,
     step,
     transition,
@@ -37,9 +37,8 @@ def test_velocity_is_the_difference_of_noise_and_data_and_gives_both_back(p):
     v = eps - x_0
     torch.testing.assert_close(v_to_x0(x_t, T, v, p), x_0, rtol=0, atol=1e-12)
     torch.testing.assert_close(v_to_eps(x_t, T, v, p), eps, rtol=0, atol=1e-12)
-    torch.testing.assert_close(
-        sde.score_to_v(x_t, T, v_to_score(x_t, T, v, p), p), v, rtol=0, atol=1e-9
-    )
+    score = v_to_score(x_t, T, v, p)
+    torch.testing.assert_close(score_to_v(x_t, T, score, p), v, rtol=0, atol=1e-9)
     assert (v_to_x0(x_t, T, v, flow) - x_0).abs().max() > (0.1 if p is vp else -1)
 
 
@@ -52,9 +51,8 @@ def test_both_ends_are_finite(p):
     for made in (v_to_x0(x, ends, v, p), v_to_eps(x, ends, v, p), step(x, 1.0, 0.0, v, p)):
         assert made.isfinite().all()
     for s in (0.0, 0.5, 0.98):
-        alpha_ts, sigma_ts = transition(
-            s, torch.tensor([s, 1.0], dtype=torch.float64), torch.zeros(2), p
-        )
+        t = torch.tensor([s, 1.0], dtype=torch.float64)
+        alpha_ts, sigma_ts = transition(s, t, torch.zeros(2), p)
         assert alpha_ts.tolist() == [1, 0] and sigma_ts.tolist() == pytest.approx([0, 1])
 
 
@@ -74,9 +72,8 @@ def test_going_by_way_of_s_changes_no_distribution(p):
 @both
 def test_one_step_with_the_exact_velocity_is_exact_for_a_point(p):
     """Data in one point: x moves along alpha_t x_0 + sigma_t eps itself, whatever the step."""
-    point = Mixture(
-        torch.tensor([[2.0, -1.0]], dtype=torch.float64), 0.0, torch.zeros(1, dtype=torch.long), p
-    )
+    mean = torch.tensor([[2.0, -1.0]], dtype=torch.float64)
+    point = Mixture(mean, 0.0, torch.zeros(1, dtype=torch.long), p)
     eps = normal(5, 2)
     x_t = diffuse(point.means.expand(5, 2), 0.0, 0.9, eps, p)
     expected = diffuse(point.means.expand(5, 2), 0.0, 0.2, eps, p)
@@ -110,13 +107,9 @@ def test_the_solver_converges_to_the_exact_flow(p):
 
 def test_the_shift_is_the_papers_and_has_an_inverse():
     """Shift 5 sends .75, .5, .25 to .9375, .8333, .625; twice is a shift of 25."""
-    assert [shift_time(u, 5) for u in (1, 0.75, 0.5, 0.25, 0)] == pytest.approx(
-        [1, 0.9375, 5 / 6, 0.625, 0]
-    )
+    times = [shift_time(u, 5) for u in (1, 0.75, 0.5, 0.25, 0)]
+    assert times == pytest.approx([1, 0.9375, 5 / 6, 0.625, 0])
     assert [unshift_time(shift_time(u, 5), 5) for u in (1, 0.3, 0)] == pytest.approx([1, 0.3, 0])
-    assert (
-        shift_time(shift_time(0.3, 5), 5)
-        == pytest.approx(shift_time(0.3, 25))
-        != shift_time(0.3, 5)
-    )
+    twice = shift_time(shift_time(0.3, 5), 5)
+    assert twice == pytest.approx(shift_time(0.3, 25)) != shift_time(0.3, 5)
     assert math.isclose(shift_time(0.3, 1), 0.3)
