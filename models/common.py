@@ -200,7 +200,7 @@ def open_tensors(path: Path, kind: str, advice: str) -> tuple[TensorFile, dict]:
     with reading(path, advice):
         file = TensorFile(path)  # fails if the file is truncated
         header = file.metadata
-        metadata = json.loads(header.get("metadata") or header.get("about") or "{}")  # old: about
+        metadata = json.loads(header.get("metadata") or "{}")
         metadata.keys()  # fails unless it is a JSON object
     if metadata.get("kind") != kind:
         raise UserError(f"{path} is not a file of the kind {kind!r}; {advice}")

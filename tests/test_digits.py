@@ -68,7 +68,7 @@ def test_the_prompts_are_the_conditions_of_the_ten_classes():
 def test_the_shipped_files_are_small_good_and_those_that_were_measured():
     files = [path for path in digits.FOLDER.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 5e6
-    reference, classifier = read_shipped("reference.json"), read_shipped("judge.json")
+    reference, classifier = read_shipped("reference.json"), read_shipped("classifier.json")
     measured, cfg = reference["sha256"], train.make_config("mnist")
     assert measured == {name: file_digest(digits.FOLDER / name) for name in make_digits.WEIGHTS}
     assert (reference["guidance"], reference["shift"]) == (cfg.guidance[0], cfg.shift)

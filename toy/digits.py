@@ -95,7 +95,7 @@ def classify(classifier: Classifier, pixels: Tensor) -> tuple[Tensor, Tensor]:
 def load_classifier() -> Classifier:
     """Load the classifier of the repository."""
     classifier = Classifier()
-    classifier.load_state_dict(load_file(FOLDER / "judge.safetensors"))
+    classifier.load_state_dict(load_file(FOLDER / "classifier.safetensors"))
     return classifier.eval()
 
 
@@ -207,7 +207,7 @@ def check_config(cfg, topology: Topology) -> None:
 
 def input_files(cfg) -> list[Path]:
     """The files that a run reads. Raises UserError."""
-    own = ("judge.safetensors", "reference.safetensors", "reference.json")
+    own = ("classifier.safetensors", "reference.safetensors", "reference.json")
     return teachers.input_files(cfg) + [FOLDER / name for name in own]
 
 

@@ -29,7 +29,7 @@ from toy import digits
 from toy.digits import CLASSES, FOLDER, SHIFT, Classifier
 
 GUIDANCE, SAMPLES = 2.0, 10_000  # of the reference; those of the preset
-WEIGHTS = ("transformer/model.safetensors", "judge.safetensors", "reference.safetensors")
+WEIGHTS = ("transformer/model.safetensors", "classifier.safetensors", "reference.safetensors")
 
 
 # -- data ----------------------------------------------------------------------------------------
@@ -176,12 +176,12 @@ def make_classifier(args: Namespace) -> None:
     test, train = order.tensor_split([len(order) * 15 // 100])
     classifier = fit_classifier(pixels[train], labels[train], args.epochs, args.seed)
     origin = provenance(seed=args.seed, epochs=args.epochs)
-    write_tensors(FOLDER / "judge.safetensors", classifier.state_dict(), origin)
+    write_tensors(FOLDER / "classifier.safetensors", classifier.state_dict(), origin)
     is_right = digits.classify(classifier, pixels[test])[1] == labels[test]
     accuracy = is_right.double().mean().item()
     metrics = {"learnt": len(train), "held_out": len(test), "accuracy": accuracy}
     print(json.dumps(metrics))
-    write_json(FOLDER / "judge.json", origin | metrics)
+    write_json(FOLDER / "classifier.json", origin | metrics)
 
 
 def make_reference(args: Namespace) -> None:
