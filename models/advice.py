@@ -168,7 +168,8 @@ def changes(cfg, gpus: int, now: Topology) -> Iterator[tuple[dict, Topology]]:
     """
     differing = lambda **new: {name: x for name, x in new.items() if getattr(cfg, name) != x}
     on_ranks = lambda ranks, context: Topology(now.nodes * ranks, now.nodes, context)
-    saving, no_int8 = differing(micro_batch=1, checkpointing="on"), differing(base="float")
+    saving = differing(micro_batch=1, checkpointing="on")
+    no_int8 = differing(base="float")
     adapters = differing(generator="lora", fake="lora")
     for settings in ({}, saving, saving | adapters):
         ranks = min(now.shard_group, gpus)
@@ -185,10 +186,13 @@ def changes(cfg, gpus: int, now: Topology) -> Iterator[tuple[dict, Topology]]:
 def command_line(argv: list[str], settings: dict, topology: Topology) -> str:
     """The command `train.py argv` with these settings on these ranks, on the GPU."""
     flags = {"--device", "--context-parallel", *map(cli.flag_name, settings)}
-    words, keep = [], True
+    words = []
+    keep = True
     for word in argv:
-        keep = word.partition("=")[0] not in flags if word.startswith("--") else keep
-        words += [word] if keep else []
+        if word.startswith("--"):
+            keep = word.partition("=")[0] not in flags
+        if keep:
+            words.append(word)
     for name, value in settings.items():
         words += [cli.flag_name(name), *cli.format_value(value).split()]
     return f"{parallel.launch_command(topology, 'train.py')} {shlex.join(words)}".strip()

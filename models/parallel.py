@@ -152,12 +152,13 @@ def join(device: str) -> None:
 
 def make_groups(device: str) -> None:
     """Make the groups of ranks that share a tensor, a batch, or the tokens of a sample."""
-    nodes, ranks = topology.nodes, topology.shard_group
-    sizes, names = ((nodes, ranks), ("node", "shard")) if nodes > 1 else ((ranks,), ("shard",))
-    groups["shards"] = init_device_mesh(device, sizes, mesh_dim_names=names)
+    sizes = {"node": topology.nodes} if topology.nodes > 1 else {}
+    sizes["shard"] = topology.shard_group
+    groups["shards"] = init_device_mesh(device, (*sizes.values(),), mesh_dim_names=(*sizes,))
     sizes = topology.data_parallel, topology.context_parallel
     mesh = init_device_mesh(device, sizes, mesh_dim_names=("data", "tokens"))
-    groups["data"], groups["tokens"] = mesh["data"].get_group(), mesh["tokens"]
+    groups["data"] = mesh["data"].get_group()
+    groups["tokens"] = mesh["tokens"]
     for group in (*groups["shards"].get_all_groups(), *mesh.get_all_groups()):
         dist.distributed_c10d._set_pg_timeout(TIMEOUT, group)  # new groups have 10 or 30 minutes
 
@@ -247,7 +248,8 @@ def shard_and_allocate(net: nn.Module, device: torch.device) -> None:
         return
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    blocks, replicated = blocks_of(net), set(replicated_parameters(net))
+    blocks = blocks_of(net)
+    replicated = set(replicated_parameters(net))
     options = dict(mesh=groups["shards"], reshard_after_forward=True, ignored_params=replicated)
     precision = MixedPrecisionPolicy(net.dtype, torch.float32, cast_forward_inputs=False)
     for block in blocks:
@@ -297,9 +299,9 @@ def local_rows(x: Tensor) -> tuple[int, int]:
     """First row that this rank has of a tensor, and the row after its last, as FSDP2 chunks it."""
     if not is_sharded(x):
         return 0, len(x)
-    size = -(-len(x) // topology.shard_group)
-    first = min(len(x), size * x.device_mesh.get_local_rank(mesh_dim=-1))
-    return first, min(len(x), first + size)
+    rows_per_rank = -(-len(x) // topology.shard_group)
+    first = min(len(x), rows_per_rank * x.device_mesh.get_local_rank(mesh_dim=-1))
+    return first, min(len(x), first + rows_per_rank)
 
 
 def full_tensor(x: Tensor) -> Tensor:
@@ -372,7 +374,8 @@ def redistribute(x: Tensor, before: int | None, after: int | None, shape: tuple)
     from torch.distributed.tensor import DTensor, Replicate, Shard
 
     before, after = (Replicate() if dim is None else Shard(dim) for dim in (before, after))
-    mesh, stride = groups["tokens"], torch.empty(shape, device="meta").stride()
+    mesh = groups["tokens"]
+    stride = torch.empty(shape, device="meta").stride()
     options = dict(run_check=False, shape=torch.Size(shape), stride=stride)
     whole = DTensor.from_local(x.contiguous(), mesh, [before], **options)
     return whole.redistribute(mesh, [after]).to_local()
@@ -380,8 +383,8 @@ def redistribute(x: Tensor, before: int | None, after: int | None, shape: tuple)
 
 def local_length(count: int) -> int:
     """How many of `count` tokens this rank has, as torch.chunk divides them."""
-    size = -(-count // topology.context_parallel)
-    return max(0, min(size, count - size * (topology.rank % topology.context_parallel)))
+    per_rank = -(-count // topology.context_parallel)
+    return max(0, min(per_rank, count - per_rank * (topology.rank % topology.context_parallel)))
 
 
 # -- checkpoints ---------------------------------------------------------------------------------
@@ -393,7 +396,8 @@ def write_state(folder: Path, name: str, tensors: dict[str, Tensor], metadata: d
     state.json is replaced in one step, and older files are removed after it. So there is a whole
     checkpoint at any time, this one or the one before.
     """
-    rank, file = topology.rank, None
+    rank = topology.rank
+    file = None
     if rank < topology.shard_group:  # the ranks of one node have all rows
         file = f"{name}.{rank + 1}of{topology.shard_group}.safetensors"
         shards = {key: x for key, x in tensors.items() if rank == 0 or is_sharded(x)}
@@ -421,14 +425,16 @@ class StoredTensor:
         pieces = [torch.empty(0, *self.shape[1:])]
         for first, rows in sorted(self.slices.items()):
             a, b = max(wanted.start, first), min(wanted.stop, first + rows.shape[0])
-            pieces += [rows[a - first : b - first]] if a < b else []
+            if a < b:
+                pieces.append(rows[a - first : b - first])
         return torch.cat(pieces)
 
 
 def read_state(folder: Path, settings: dict, advice: str) -> tuple[dict[str, StoredTensor], dict]:
     """Open the checkpoint of any number of ranks. Returns {name: StoredTensor} and its metadata."""
     metadata = common.read_json(folder / "state.json", advice)
-    counts, slices = {}, defaultdict(dict)
+    counts = {}
+    slices = defaultdict(dict)
     with common.reading(folder / "state.json", advice):
         if metadata["kind"] != "state" or not runs.is_same_run(metadata["settings"], settings):
             raise UserError(f"{folder} belongs to another run or version; {advice}")

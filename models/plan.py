@@ -63,7 +63,8 @@ def cost(
     measure: count_flops or count_bytes; each takes seconds.
     sharded: FSDP gathers full parameters in dtype, so no layer casts them from float32.
     """
-    layers, costs = teacher_spec(teacher).settings["num_layers"], []
+    layers = teacher_spec(teacher).settings["num_layers"]
+    costs = []
     for n in (2, 3):
         net = teacher_network(teacher, dtype, int8, layers=n)
         net.checkpointing = checkpointing
@@ -183,21 +184,24 @@ def role_bytes(
         net.float().requires_grad_(True)
     else:
         lora.add_adapter(net, "role", rank, device="meta")
-    several, ranks = topology.processes > 1, topology.shard_group
+    ranks = topology.shard_group
     replicated = set(parallel.replicated_parameters(net))
     block_of = {p: i for i, block in enumerate(blocks_of(net)) for p in block.parameters()}
-    base, role, gathered, gradients = 0, 0, Counter(), Counter()  # by block; None: outside
+    stored = Counter()  # by requires_grad
+    gathered = Counter()  # by block; None: outside
+    gradients = Counter()
     for p in net.parameters():
-        sharded, block = several and p not in replicated, block_of.get(p)
-        count = -(-len(p) // ranks) * p[0].numel() if sharded else p.numel()  # in this process
-        base += 0 if p.requires_grad else count * p.element_size()
-        role += count * p.element_size() if p.requires_grad else 0
-        if sharded:
-            size = p.element_size() if block is None else dtype.itemsize  # as it is gathered
-            gathered[block] += ranks * count * size
-            gradients[block] += ranks * count * (size + 4) if p.requires_grad else 0
-    outside, largest = gathered.pop(None, 0), max(gathered.values(), default=0)
-    return RoleBytes(base, role, outside + IN_FLIGHT * largest + max(gradients.values(), default=0))
+        is_sharded = topology.processes > 1 and p not in replicated
+        count = -(-len(p) // ranks) * p[0].numel() if is_sharded else p.numel()  # in this process
+        stored[p.requires_grad] += count * p.element_size()
+        if is_sharded:
+            block = block_of.get(p)
+            itemsize = p.element_size() if block is None else dtype.itemsize  # as it is gathered
+            gathered[block] += ranks * count * itemsize
+            gradients[block] += ranks * count * (itemsize + 4) if p.requires_grad else 0
+    outside = gathered.pop(None, 0)
+    peak = outside + IN_FLIGHT * max(gathered.values(), default=0)
+    return RoleBytes(stored[False], stored[True], peak + max(gradients.values(), default=0))
 
 
 # -- a run ---------------------------------------------------------------------------------------
@@ -210,7 +214,8 @@ def role_kind(cfg, name: str) -> str:
 
 def role_cost(measure: Callable, cfg, name: str, shape: tuple, sharded: bool = False):
     """Flops or Activations of a sample of this shape through a trained role."""
-    full, checkpointing = role_kind(cfg, name) == "full", cfg.checkpointing == "on"
+    full = role_kind(cfg, name) == "full"
+    checkpointing = cfg.checkpointing == "on"
     options = cfg.rank, dtype_named(cfg.dtype), checkpointing, full and sharded
     return cost(measure, cfg.teacher, shape, full, *options, cfg.base == "int8")
 
@@ -253,8 +258,8 @@ def phase_memory(cfg, active, shape: tuple | None, topology: Topology) -> Memory
     peaks = update_activations(cfg, active.trained, shape, topology.processes > 1)
     memories = []  # while each of the roles is updated
     for name, activations in peaks.items():
-        size = size_of(name)
-        memories.append(Memory(bases, roles, size.role, samples * activations, size.gathered))
+        role = size_of(name)
+        memories.append(Memory(bases, roles, role.role, samples * activations, role.gathered))
     return max(memories, key=lambda memory: memory.peak)
 
 
@@ -267,13 +272,12 @@ def update_activations(
     costs = {name: role_cost(count_bytes, cfg, name, shape, sharded) for name in trained}
     forward_peak = max(x.forward_peak for x in costs.values())  # rollouts, v_real, v_fake
     peaks = {name: max(forward_peak, x.backward_peak) for name, x in costs.items()}
-    student, steps = costs[trained[0]], cfg.steps // cfg.phases
-    if cfg.truncate == "off":  # the graphs of all steps of the phase
-        waiting, others = steps * student.saved, (steps - 1) * student.saved
-    elif cfg.checkpointing == "off":
-        waiting, others = student.saved, 0
-    else:  # rollout keeps only the input of the step while teacher and fake are called
-        waiting, others = 0, 0
+    student = costs[trained[0]]
+    graphs = cfg.steps // cfg.phases if cfg.truncate == "off" else 1  # of steps of the phase
+    # with checkpointing, rollout keeps only the input of one step while the others are called
+    is_short = cfg.truncate != "off" and cfg.checkpointing != "off"
+    waiting = 0 if is_short else graphs * student.saved
+    others = (graphs - 1) * student.saved
     peaks[trained[0]] = max(waiting + forward_peak, others + student.backward_peak)
     return peaks
 
@@ -306,12 +310,11 @@ def step_flops(cfg, phase, buckets: dict[tuple, float]) -> tuple[float, float]:
 
 def find_gpus(device: torch.device) -> tuple[int, float]:
     """How many GPUs there are beside this device, and bytes to plan with on this one."""
-    gpus, free = 0, 0
     if device.type == "cuda":
-        gpus, free = torch.cuda.device_count(), torch.cuda.mem_get_info(device)[0]
-    elif device.type == "mps":
-        gpus, free = 1, torch.mps.recommended_max_memory()
-    return gpus, room_of(free)
+        return torch.cuda.device_count(), room_of(torch.cuda.mem_get_info(device)[0])
+    if device.type == "mps":
+        return 1, room_of(torch.mps.recommended_max_memory())
+    return 0, room_of(0)
 
 
 def room_of(free: float) -> float:
@@ -330,7 +333,8 @@ def peak_flops(dtype: torch.dtype, device: str) -> float:
     print("counting FLOPs")
     if torch.device(device).type != "cuda":
         return ASSUMED_FLOPS
-    n, count = 8192, 10
+    n = 8192
+    count = 10
     a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.mm(a, b)  # a warm-up
@@ -352,20 +356,19 @@ def report(
     rate = peak_flops(dtype_named(cfg.dtype), device)
     shape = max(buckets, key=math.prod)  # the largest decides on the memory
     parts = Memory._fields if topology.processes > 1 else Memory._fields[:-1]
-    rows = [["phase", *parts, "peak", "PFLOP", "recomputed", "s/iteration", "days"]]
+    header = ["phase", *parts, "peak", "PFLOP", "recomputed", "s/iteration", "days"]
     memories = [phase_memory(cfg, roles, shape, topology) for roles in active]
-    total = 0.0
+    rows = []
     for phase, memory in zip(phases, memories):
         flops = step_flops(cfg, phase, buckets)
         seconds = sum(flops) / rate / topology.processes
-        total += seconds * cfg.iters / 86400
-        numbers = [getattr(memory, name) / 1e9 for name in (*parts, "peak")]
-        numbers += [*(x / 1e15 for x in flops), seconds, seconds * cfg.iters / 86400]
-        rows.append([str(phase.k), *(f"{x:,.1f}" if x >= 10 else f"{x:.3g}" for x in numbers)])
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    lines = ["  ".join(text.rjust(n) for text, n in zip(row, widths)) for row in rows]
+        gigabytes = [getattr(memory, name) / 1e9 for name in (*parts, "peak")]
+        petaflops = [x / 1e15 for x in flops]
+        rows.append([phase.k, *gigabytes, *petaflops, seconds, seconds * cfg.iters / 86400])
     latents = f"{cfg.micro_batch or cfg.batch} x ({' x '.join(map(str, shape))}) latents"
-    lines.insert(0, f"GB per process, of {topology.processes}, with micro-batches of {latents}")
+    lines = [f"GB per process, of {topology.processes}, with micro-batches of {latents}"]
+    lines += format_table(header, rows)
+    total = sum(row[-1] for row in rows)
     days = f"{total:,.3g} days at {rate / 1e12:,.4g} TFLOP/s per process"
     bound = "a lower bound: only matrix products are counted"
     lines.append(f"{len(phases)} x {cfg.iters} iterations: {days}, {bound}")
@@ -375,3 +378,11 @@ def report(
         verb = "fits" if peak < room else "does not fit"
         lines.append(f"{peak / 1e9:.1f} GB {verb} into the {room / 1e9:.1f} GB free on this GPU")
     return "\n".join(lines)
+
+
+def format_table(header: list[str], rows: list[list[float]]) -> list[str]:
+    """Lines of a table with aligned columns, of which the first is a phase."""
+    number = lambda x: f"{x:,.1f}" if x >= 10 else f"{x:.3g}"
+    cells = [header, *([str(k), *map(number, numbers)] for k, *numbers in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells)]
+    return ["  ".join(text.rjust(n) for text, n in zip(row, widths)) for row in cells]
