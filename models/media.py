@@ -102,8 +102,9 @@ def read_video(path: Path) -> tuple[numpy.ndarray, float]:
     reader = imageio_ffmpeg.read_frames(name)
     metadata = next(reader)
     reader.close()
-    (width, height), fps = metadata["size"], metadata["fps"]
-    return numpy.frombuffer(done.stdout, "uint8").reshape(-1, height, width, 3), fps or 8
+    width, height = metadata["size"]
+    frames = numpy.frombuffer(done.stdout, "uint8").reshape(-1, height, width, 3)
+    return frames, metadata["fps"] or 8
 
 
 def shrink(pictures: numpy.ndarray) -> Tensor:
@@ -111,10 +112,10 @@ def shrink(pictures: numpy.ndarray) -> Tensor:
     return F.adaptive_avg_pool2d(torch.tensor(pictures).movedim(3, 1).float(), 64).round().byte()
 
 
-def flow_lengths(frames: numpy.ndarray, side: int = 240) -> Iterator[numpy.ndarray]:
+def flow_lengths(frames: numpy.ndarray) -> Iterator[numpy.ndarray]:
     """Yield the lengths of the optical flow between neighbouring frames, sorted.
 
-    By DIS (Kroeger et al., 2016), on frames whose shorter side is reduced to `side`. The unit is
+    By DIS (Kroeger et al., 2016), on frames whose shorter side is reduced to 240. The unit is
     the shorter side. A length is 0 where moving the pixels removes less than a quarter of the
     difference between the frames: DIS also finds flow in grain.
     """
@@ -124,7 +125,7 @@ def flow_lengths(frames: numpy.ndarray, side: int = 240) -> Iterator[numpy.ndarr
     cv2.setNumThreads(1)  # files are measured in parallel
     grays = []
     for frame in frames:
-        scale = min(1, side / min(frame.shape[:2]))
+        scale = min(1, 240 / min(frame.shape[:2]))
         small = cv2.resize(frame, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA)
         grays.append(cv2.cvtColor(small, cv2.COLOR_RGB2GRAY))
     dis = cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
@@ -154,10 +155,11 @@ def plain(text: str) -> str:
 
 def contact_sheet(rows: dict[str, numpy.ndarray | Tensor], title: str) -> bytes:
     """Draw pictures (n, h, w, 3) by name, one row per name. Returns a png."""
-    columns, (h, w) = max(map(len, rows.values())), next(iter(rows.values())).shape[1:3]
+    columns = max(map(len, rows.values()))
+    h, w = next(iter(rows.values())).shape[1:3]
     width, height = (2 * side / max(h, w) for side in (w, h))  # inches of a picture
-    size = width * columns + 0.6, height * len(rows) + 0.6
-    figure = Figure(size, layout="constrained")
+    inches = width * columns + 0.6, height * len(rows) + 0.6
+    figure = Figure(inches, layout="constrained")
     options = dict(squeeze=False, subplot_kw=dict(xticks=[], yticks=[]))
     axes = figure.subplots(len(rows), columns, **options)
     for line, (name, pictures) in zip(axes, rows.items()):
@@ -186,7 +188,10 @@ def draw_samples(folders: dict[str, dict], pictures: dict[str, list]) -> bytes:
             low, middle, high = numpy.nanpercentile(rows, (25, 50, 75), axis=0)
             top.plot(middle, lw=1, label=plain(title))
             top.fill_between(range(len(middle)), low, high, alpha=0.2, lw=0)
-    top.legend(fontsize=7) if top.lines else top.set_axis_off()
+    if top.lines:
+        top.legend(fontsize=7)
+    else:
+        top.set_axis_off()
     for line, (title, row) in enumerate(pictures.items(), 1):
         for column, picture in enumerate(row[:5]):
             ax = figure.add_subplot(grid[line, column], xticks=[], yticks=[])
@@ -223,10 +228,11 @@ def sheet(rows: dict[str, Tensor], decode: Callable | None, title: str = "") -> 
     latents = [x.float().cpu() for x in rows.values()]
     is_video = latents[0].ndim == 5
     if decode:
-        pictures, note = [decode(x) for x in latents], "decoded, first frame"
+        note = "decoded, first frame"
+        pictures = [decode(x) for x in latents]
     else:
-        frames = [x[:, :, x.shape[2] // 2] if is_video else x for x in latents]
-        pictures, note = latent_preview(frames), "linear preview of latents, middle frame"
+        note = "linear preview of latents, middle frame"
+        pictures = latent_preview([x[:, :, x.shape[2] // 2] if is_video else x for x in latents])
     if not is_video:
         note = note.partition(",")[0]
     return contact_sheet(dict(zip(rows, pictures)), f"{title}, {note}" if title else note)
@@ -245,18 +251,25 @@ CURVES = {  # key of a log row -> title of its panel; a preset has at most six o
 }
 
 
-def curves(log: Path) -> bytes:
-    """Draw each key of CURVES over iterations, one line per phase and role. Returns a png."""
-    lines = {key: defaultdict(list) for key in CURVES}  # key -> label -> points
+def read_curves(log: Path) -> dict[str, dict[str, list[tuple]]]:
+    """Key of CURVES -> label -> points (iteration, value). Raises UserError."""
+    lines = {key: defaultdict(list) for key in CURVES}
     with reading(log, "start over with --overwrite"):
         for row in map(json.loads, log.read_bytes().splitlines()):
             for key in CURVES:
                 if row.get(key) is not None:
                     label = f"phase {row['phase']}, {row['role']}"
                     lines[key][label].append((int(row["iteration"]), float(row[key])))
+    return lines
+
+
+def curves(log: Path) -> bytes:
+    """Draw each key of CURVES over iterations, one line per phase and role. Returns a png."""
+    lines = read_curves(log)
     figure = Figure((11, 5.5), layout="constrained")
     axes = figure.subplots(2, 3)
-    panels, colors = [key for key in CURVES if lines[key]], {}
+    panels = [key for key in CURVES if lines[key]]
+    colors = {}  # label -> colour, the same in all panels
     for ax in axes.flat[len(panels) :]:
         ax.set_axis_off()
     for ax, key in zip(axes.flat, panels):

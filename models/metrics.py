@@ -36,7 +36,8 @@ from models import cli, common, encoders, media, runs
 from models.common import UserError
 
 PATTERN = r"(?i)(\d+)(-\d+)?\.(mp4|m4v|mkv|webm|avi|mov|gif|webp|png|jpg|jpeg)"
-CACHE, KIND = ".metrics.safetensors", "metrics of samples, version 1"
+CACHE = ".metrics.safetensors"
+KIND = "metrics of samples, version 1"
 TITLES = {"flow": "flow px/frame", "moves": "dynamic degree", "cosine": "cosine", "lpips": "LPIPS"}
 TITLES |= {"spread": "pixel spread", "distance": "pixel distance", "frechet": "Frechet"}
 
@@ -61,37 +62,53 @@ def measure_folder(folder: Path, pattern: re.Pattern, dino: tuple | None) -> dic
     if not prompts:
         found = next(iter(matches), f"no file in {folder}")
         raise UserError(f"expected samples such as 003-01.mp4, found {found}; see --pattern")
-    cache, new, groups = defaultdict(dict), {}, defaultdict(dict)
-    with contextlib.suppress(UserError):  # there is no cache, or it is broken
-        file, _ = common.open_tensors(folder / CACHE, KIND, "")
-        for digest, name in (key.split("/") for key in file.keys()):
-            cache[digest][name] = file.get_tensor(f"{digest}/{name}")
     digests = {path: common.file_digest(path) for path in prompts}
+    cache = read_cache(folder)
+    measured = {}  # digest -> tensors
+    groups = defaultdict(dict)
     measure = lambda path: cache.get(digests[path]) or measure_file(path)
+    dino_name, features_of = dino or (None, None)
     try:
         with ThreadPool(4) as pool:  # each has the frames of a video in memory
             bar = tqdm(pool.imap(measure, prompts), str(folder), len(prompts), disable=None)
             for (path, prompt), x in zip(prompts.items(), bar):
-                new[digests[path]] = x
-                if dino and dino[0] not in x:
-                    x[dino[0]] = dino[1](media.pick_frames(media.read_video(path)[0]))
-                groups[prompt][path.name] = x | {"path": path, "features": x.get(dino and dino[0])}
+                measured[digests[path]] = x
+                if dino and dino_name not in x:
+                    x[dino_name] = features_of(read_frames(path))
+                groups[prompt][path.name] = x | {"path": path, "features": x.get(dino_name)}
     finally:  # after Ctrl-C and errors, too
-        tensors = {f"{digest}/{name}": x for digest, xs in new.items() for name, x in xs.items()}
-        with contextlib.suppress(UserError):  # the folder cannot be written
-            common.write_tensors(folder / CACHE, tensors, {"kind": KIND})
+        write_cache(folder, measured)
     return groups
 
 
-def read_frames(sample: dict) -> numpy.ndarray:
+def read_cache(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """Digest -> tensors that were measured before; {} if there are none, or the file is broken."""
+    cache = defaultdict(dict)
+    with contextlib.suppress(UserError):
+        file, _ = common.open_tensors(folder / CACHE, KIND, "")
+        for digest, name in (key.split("/") for key in file.keys()):
+            cache[digest][name] = file.get_tensor(f"{digest}/{name}")
+    return cache
+
+
+def write_cache(folder: Path, measured: dict[str, dict[str, Tensor]]) -> None:
+    """Keep what was measured, unless the folder cannot be written."""
+    items = measured.items()
+    tensors = {f"{digest}/{name}": x for digest, named in items for name, x in named.items()}
+    with contextlib.suppress(UserError):
+        common.write_tensors(folder / CACHE, tensors, {"kind": KIND})
+
+
+def read_frames(path: Path) -> numpy.ndarray:
     """The frames (5 or 1, h, w, 3) that are compared. Raises UserError."""
-    return media.pick_frames(media.read_video(sample["path"])[0])
+    return media.pick_frames(media.read_video(path)[0])
 
 
 def prompt_metrics(group: dict, first: dict, lpips: Callable | None = None) -> dict[str, float]:
     """Metrics of the samples of a prompt, by file name. first: those of the first folder."""
     stack = lambda k, xs: torch.stack([x[k].expand(5, *x[k].shape[1:]) for x in xs]).double()
-    samples, pairs = [*group.values()], sorted(group.keys() & first.keys())
+    samples = [*group.values()]
+    pairs = sorted(group.keys() & first.keys())
     values = {k: torch.stack([x[k].mean() for x in samples]).nanmean() for k in ("flow", "moves")}
     x = stack("pictures", samples).flatten(1) / 255
     values["spread"] = torch.pdist(x).mean() / x.shape[1] ** 0.5
@@ -103,7 +120,7 @@ def prompt_metrics(group: dict, first: dict, lpips: Callable | None = None) -> d
         z = (z / z.norm(dim=-1, keepdim=True)).flatten(1)  # |z|^2 = 5
         values["cosine"] = 1 - torch.pdist(z).square().mean() / 10
     if lpips and len(samples) > 1:
-        values["lpips"] = lpips([read_frames(x) for x in samples])
+        values["lpips"] = lpips([read_frames(x["path"]) for x in samples])
     return {key: x.item() for key, x in values.items() if not x.isnan()}
 
 
@@ -125,7 +142,8 @@ def frechet(a: tuple, b: tuple) -> float:
 
 def compare_to_first(values: dict, first: dict) -> dict[str, dict]:
     """Metric -> mean over prompts, difference to the first folder and its interval."""
-    summary, rng = {}, numpy.random.default_rng(0)
+    summary = {}
+    rng = numpy.random.default_rng(0)
     for key in TITLES:
         a, b = ({p: x[key] for p, x in row.items() if key in x} for row in (values, first))
         if a:
@@ -140,7 +158,8 @@ def compare_to_first(values: dict, first: dict) -> dict[str, dict]:
 
 def make_rows(folders: dict[str, dict], lpips: Callable | None) -> list[dict]:
     """Numbers of each folder; folder -> what measure_folder returns. Raises UserError."""
-    rows, first = [], next(iter(folders.values()))
+    rows = []
+    first = next(iter(folders.values()))
     for folder, groups in folders.items():
         both = sorted(groups.keys() & first.keys())
         if not both:
@@ -173,11 +192,12 @@ def print_table(rows: list[dict]) -> None:
 
 def extremes(folder: str, groups: dict, values: dict) -> dict[str, list]:
     """Title -> five frames of the prompts with least and most flow; of pictures, pixel spread."""
-    key, pictures = "flow" if any("flow" in x for x in values.values()) else "spread", {}
+    key = "flow" if any("flow" in x for x in values.values()) else "spread"
     scores = {prompt: x.get(key, 0) for prompt, x in values.items()}
+    pictures = {}
     for prompt in sorted({min(scores, key=scores.get), max(scores, key=scores.get)}):
         title = f"{folder}, prompt {prompt}: {TITLES[key]} {scores[prompt]:.3g}"
-        pictures[title] = [x for sample in groups[prompt].values() for x in read_frames(sample)]
+        pictures[title] = [x for y in groups[prompt].values() for x in read_frames(y["path"])]
     return pictures
 
 
@@ -189,11 +209,13 @@ def run_command(args) -> None:
     if others:
         raise UserError(f"--out: expected a new folder, {args.out} contains {min(others)}")
     device = cli.pick_device(args.device, "auto")
-    dino, lpips = args.dino and encoders.load_dino(args.dino, device), encoders.load_lpips(device)
+    dino = args.dino and encoders.load_dino(args.dino, device)
+    lpips = encoders.load_lpips(device)
     with runs.own_folder(args.out):
         folders = {str(folder): measure_folder(folder, pattern, dino) for folder in args.folders}
-        rows, pictures = make_rows(folders, lpips), {}
+        rows = make_rows(folders, lpips)
         print_table(rows)
+        pictures = {}
         for row, (name, groups) in zip(rows, folders.items()):
             pictures |= extremes(name, groups, row["values"])
         common.write_json(args.out / "metrics.json", common.finite({"folders": rows}))
