@@ -105,7 +105,8 @@ def teacher_job(args) -> Job:
     if args.lora:
         own_steps = given_flags(args, "steps", "shift", "times")
         times = given_times(args) or times
-        plan, weights_of = export.assign_loras(cfg, args.lora, bool(own_steps), times, boundary_t)
+        plan = export.assign_loras(cfg, args.lora, bool(own_steps), times, boundary_t)
+        weights_of = partial(export.lora_weights, cfg, plan)
         run_dir = args.out or Path("out") / f"{args.teacher}-lora"
         return Job(cfg, plan.roles, plan.times, plan.base_of, weights_of, run_dir)
     if args.teacher in TEACHERS:

@@ -9,7 +9,7 @@ LoRA merged in. That is a bf16 file per expert under the original names, as Comf
 import json
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -185,8 +185,8 @@ class Assignment(NamedTuple):
 
 def assign_loras(
     cfg, names: list[str], steps_given: bool, times: tuple[float, ...], boundary_t: float | None
-) -> tuple[Assignment, Callable[[str], RoleWeights]]:
-    """The assignment of LoRA files, and weights_of(role).
+) -> Assignment:
+    """Assign LoRA files to the steps.
 
     A file that we exported takes the steps in its metadata, and those without, such as a style
     LoRA, join it; else t decides. names: FILE, FILE:STRENGTH or a folder. steps_given: the user
@@ -207,18 +207,19 @@ def assign_loras(
         if any(sum(file in exported for file in part) > 1 for part in assignment.files_of.values()):
             files = ", ".join(map(str, exported))
             raise UserError(f"{files} have steps of their own; drop --steps, --shift, --times")
-
-    def weights_of(role: str) -> RoleWeights:
-        net = meta_network(cfg, assignment.base_of[role])
-        changes = weights.read_loras(net, assignment.files_of[role])
-        factors, rest = lora.split_changes(changes, net)
-        if rest and weights.is_random(cfg):
-            raise UserError(f"--lora: {min(rest)} of random weights cannot change; give --weights")
-        return RoleWeights(factors, rest)
-
     for role in assignment.files_of:
-        weights_of(role)  # an error in any file shows before a base is loaded
-    return assignment, weights_of
+        lora_weights(cfg, assignment, role)  # an error in any file shows before a base is loaded
+    return assignment
+
+
+def lora_weights(cfg, assignment: Assignment, role: str) -> RoleWeights:
+    """The weights of a role, read from its LoRA files. Raises UserError."""
+    net = meta_network(cfg, assignment.base_of[role])
+    changes = weights.read_loras(net, assignment.files_of[role])
+    factors, rest = lora.split_changes(changes, net)
+    if rest and weights.is_random(cfg):
+        raise UserError(f"--lora: {min(rest)} of random weights cannot change; give --weights")
+    return RoleWeights(factors, rest)
 
 
 def find_loras(names: list[str]) -> list[lora.LoraFile]:

@@ -178,7 +178,8 @@ def test_a_student_on_a_base_with_a_lora_leaves_as_merged_bf16_weights(tmp_path)
 def assign(cfg, files):
     """Assign LoRA files to the steps of a sampler with 8 steps at shift 5."""
     boundary_t = weights.teacher_spec(cfg.teacher).boundary
-    return export.assign_loras(cfg, files, False, step_times(8, 5.0), boundary_t)
+    plan = export.assign_loras(cfg, files, False, step_times(8, 5.0), boundary_t)
+    return plan, partial(export.lora_weights, cfg, plan)
 
 
 @pytest.mark.parametrize("teacher", ["wan22-tiny", "qwen-image-tiny"])
