@@ -56,7 +56,7 @@ def diffusers_section(student, stems: list[str], base: str) -> str:
         settings += f", num_frames={frames[0] if frames else cfg.frames}"
     if not student.boundary_t:
         settings += ", callback_on_step_end=switch"
-    load = load_full(student, spec) if student.is_full else load_loras(student, spec)
+    load = full_pipeline(student, spec) if student.is_full else lora_pipeline(student, spec)
     experts = [stem for phase, stem in zip(student.phases, stems) for _ in phase.t[:-1]]
     return f"""
 ## diffusers 0.42.1
@@ -68,18 +68,18 @@ import torch
 base, here = "{base}", "."  # here: the folder of this card
 experts = {json.dumps(experts)}  # of each step
 dtypes = dict(default=torch.bfloat16, vae=torch.float32)
-{load}{switch_experts(student)}scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)
+{load}{switch_lines(student)}scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0)
 scheduler.sigma_min = 1 / {cfg.steps}
 scheduler.set_shift({cfg.shift})  # shift={cfg.shift} in the first line would be applied twice
 pipe.scheduler = scheduler
 pipe.to("cuda")  # or pipe.enable_model_cpu_offload(): one network at a time
 settings = dict({settings})
-{draw_sample(spec, height, width)}
+{draw_lines(spec, height, width)}
 ```
 """
 
 
-def load_full(student, spec) -> str:
+def full_pipeline(student, spec) -> str:
     """Lines that make a pipeline of full experts."""
     second = ", transformer_2=nets[experts[-1]]" if student.boundary_t else ""
     return f"""options = dict(config=base, subfolder="transformer", torch_dtype=torch.bfloat16)
@@ -92,7 +92,7 @@ pipe = diffusers.{spec.pipeline}.from_pretrained(base, torch_dtype=dtypes, **opt
 """
 
 
-def load_loras(student, spec) -> str:
+def lora_pipeline(student, spec) -> str:
     """Lines that make a pipeline of the base with LoRAs."""
     second = ", load_into_transformer_2=name == experts[-1]" if student.boundary_t else ""
     return f"""pipe = diffusers.{spec.pipeline}.from_pretrained(base, torch_dtype=dtypes)
@@ -102,7 +102,7 @@ for name in sorted(set(experts)):
 """
 
 
-def switch_experts(student) -> str:
+def switch_lines(student) -> str:
     """Lines that choose the expert of each step."""
     if student.boundary_t:  # the pipeline does it
         if boundary_between(student) == student.boundary_t:
@@ -129,7 +129,7 @@ use(experts[0])
 """
 
 
-def draw_sample(spec, height: str, width: str) -> str:
+def draw_lines(spec, height: str, width: str) -> str:
     """Lines that call the pipeline and save what it returns."""
     if not spec.network.makes_video:
         return 'pipe(prompt="A fox runs through snow.", **settings).images[0].save("image.png")'

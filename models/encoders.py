@@ -35,22 +35,11 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from models import cli, common, lora, parallel, runs
+from models import cli, common, lora, parallel, runs, weights
 from models.cli import Parser
 from models.common import UserError, open_tensors, read_json, reading, write_tensors
 from models.qwen_image import QwenImage
 from models.wan import Wan
-from models.weights import (
-    DOWNLOAD,
-    FLOATS,
-    TEACHERS,
-    default_folder,
-    download_hint,
-    needs_extras,
-    shards,
-    subfolder,
-    teacher_spec,
-)
 
 # as published with the models
 WAN_NEGATIVE = (
@@ -79,17 +68,18 @@ OVERWRITE = "give --overwrite or choose another --out"
 
 def from_pretrained(path: Path, cls, **options):
     """A frozen network in eval mode: cls.from_pretrained of local files. Raises UserError."""
-    for file in shards(path):
+    for file in weights.shards(path):
         for key, x in lora.open_safetensors(file).items():
-            if x.dtype not in FLOATS or QUANTISED.search(key):  # the libraries would ignore scales
-                expected = f"expected {', '.join(FLOATS)} without scales"
-                raise UserError(f"{file}: {expected}, found {key} {x.dtype}; {DOWNLOAD}")
+            is_float = x.dtype in weights.FLOATS
+            if not is_float or QUANTISED.search(key):  # the libraries would ignore scales
+                expected = f"expected {', '.join(weights.FLOATS)} without scales"
+                raise UserError(f"{file}: {expected}, found {key} {x.dtype}; {weights.DOWNLOAD}")
     options |= dict(local_files_only=True, use_safetensors=True, output_loading_info=True)
-    with reading(path, DOWNLOAD):
+    with reading(path, weights.DOWNLOAD):
         net, report = cls.from_pretrained(path, **options)
     missing = sorted(map(str, {*report["missing_keys"], *report["mismatched_keys"]}))
     if missing:  # the libraries would continue with random numbers
-        raise UserError(f"{path} lacks {missing[0]}, or it has another shape; {DOWNLOAD}")
+        raise UserError(f"{path} lacks {missing[0]}, or it has another shape; {weights.DOWNLOAD}")
     return net.requires_grad_(False).eval()
 
 
@@ -98,7 +88,7 @@ def from_pretrained(path: Path, cls, **options):
 
 def clean_prompt(prompt: str) -> str:
     """Clean a prompt as Wan does: repair mojibake, resolve HTML entities, single spaces."""
-    with needs_extras("ftfy"):
+    with weights.needs_extras("ftfy"):
         import ftfy
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())
 
@@ -130,18 +120,21 @@ class Encoder(NamedTuple):
 
 def load_encoder(teacher: str, folder: Path | None, device: str) -> Encoder:
     """Load the text encoder of a teacher in bf16. Raises UserError."""
-    spec = ENCODERS[teacher_spec(teacher).network]
-    paths = [subfolder(teacher, folder, part) for part in ("text_encoder", "tokenizer")]
-    with needs_extras("transformers"):
+    spec = ENCODERS[weights.teacher_spec(teacher).network]
+    path = weights.subfolder(teacher, folder, "text_encoder")
+    tokenizer_path = weights.subfolder(teacher, folder, "tokenizer")
+    with weights.needs_extras("transformers"):
         import transformers
-    model_type = read_json(paths[0] / "config.json", download_hint(teacher)).get("model_type")
+    config = read_json(path / "config.json", weights.download_hint(teacher))
+    model_type = config.get("model_type")
     model_class = getattr(transformers, spec.model_class)
     expected = model_class.config_class.model_type
     if model_type != expected:  # transformers would make a network of its default size
-        raise UserError(f"{paths[0]}: {teacher} needs a {expected}, this is a {model_type}")
-    model = from_pretrained(paths[0], model_class, dtype=torch.bfloat16)
-    with reading(paths[1], DOWNLOAD):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(paths[1], local_files_only=True)
+        raise UserError(f"{path}: {teacher} needs a {expected}, this is a {model_type}")
+    model = from_pretrained(path, model_class, dtype=torch.bfloat16)
+    with reading(tokenizer_path, weights.DOWNLOAD):
+        load_tokenizer = transformers.AutoTokenizer.from_pretrained
+        tokenizer = load_tokenizer(tokenizer_path, local_files_only=True)
     tokenizer.padding_side = "right"  # then padding changes nothing before it
     return Encoder(model.to(device), tokenizer, spec)
 
@@ -198,8 +191,8 @@ def embed_prompts(
     overwrite: replace shards of other prompts. negative None: the published one. UserError.
     """
     if negative is None:
-        negative = ENCODERS[teacher_spec(teacher).network].negative
-    path = Path(folder or default_folder(teacher)).resolve() / "text_encoder"
+        negative = ENCODERS[weights.teacher_spec(teacher).network].negative
+    path = Path(folder or weights.default_folder(teacher)).resolve() / "text_encoder"
     name = "/".join(path.parts[-2:])  # the weights may move
     metadata = {"kind": "embeddings", "teacher": teacher, "encoder": name}
     metadata |= {"negative": negative, "total": len(prompts)}
@@ -211,7 +204,7 @@ def embed_prompts(
     encoder = load_encoder(teacher, folder, device)
     for file in others:
         file.unlink()
-    with reading(path, DOWNLOAD):  # tokenizer and encoder may not fit each other
+    with reading(path, weights.DOWNLOAD):  # tokenizer and encoder may not fit each other
         cut = write_shards(encoder, missing, negative, batch_size)
     if cut:
         print(f"longer than {MAX_TOKENS} tokens and cut: {len(cut)}, the first: {shorten(cut[0])}")
@@ -290,7 +283,7 @@ def open_embeddings(path: Path) -> Embeddings:
             for key in ("text", "negative"):
                 x = file[key]
                 channels = channels or x.shape[-1]
-                if x.dtype not in FLOATS or x.shape != (x.shape[0], channels):
+                if x.dtype not in weights.FLOATS or x.shape != (x.shape[0], channels):
                     raise ValueError(f"{key} is {x.dtype} {x.shape}, not float (L, {channels})")
             negative = file.get_tensor("negative")
             offsets = read_offsets(file)
@@ -407,12 +400,12 @@ def shorten(text: str) -> str:
 
 def load_vae(teacher: str, folder: Path | None, device: str):
     """Load the VAE of a teacher in float32. Raises UserError."""
-    path = subfolder(teacher, folder, "vae")
-    with needs_extras("diffusers"):
+    path = weights.subfolder(teacher, folder, "vae")
+    with weights.needs_extras("diffusers"):
         import diffusers
-    spec = teacher_spec(teacher)
+    spec = weights.teacher_spec(teacher)
     vae = from_pretrained(path, getattr(diffusers, spec.network.vae_class)).to(device)
-    with reading(path, DOWNLOAD):
+    with reading(path, weights.DOWNLOAD):
         found = [vae.config.z_dim, *(x.shape[1] for x in latent_statistics(vae))]
         if found != [spec.channels] * 3:
             expected = f"{spec.channels} latent channels"
@@ -483,10 +476,10 @@ def load_dino(folder: Path, device: str) -> tuple[str, Callable]:
     kind = read_json(folder / "config.json", expected).get("model_type")
     if not str(kind).startswith("dino"):
         raise UserError(f"{expected}, {folder} is a {kind}")
-    with needs_extras("transformers"):
+    with weights.needs_extras("transformers"):
         from transformers import AutoImageProcessor, AutoModel
     net = from_pretrained(folder, AutoModel, dtype=torch.float32).to(device)
-    with reading(folder, DOWNLOAD):
+    with reading(folder, weights.DOWNLOAD):
         processor = AutoImageProcessor.from_pretrained(folder, local_files_only=True)
 
     @torch.no_grad()
@@ -583,7 +576,7 @@ def open_first_frames(path: Path, sizes: Iterable[tuple[int, int, int]]) -> Firs
         captions = metadata["captions"]
         for key, shape in shapes.items():
             dtype = file[key].dtype
-            if dtype not in FLOATS or len(shape) != 5 or shape[1] != 20 or not shape[0]:
+            if dtype not in weights.FLOATS or len(shape) != 5 or shape[1] != 20 or not shape[0]:
                 raise ValueError(f"{key}: expected float (n, 20, F, h, w), found {dtype} {shape}")
             check_texts(captions[key], shape[0])
     key_of = {shape[2:]: key for key, shape in shapes.items()}
@@ -604,7 +597,7 @@ def format_size(size: tuple[int, int, int]) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command. Returns the exit status."""
-    published = [name for name, spec in TEACHERS.items() if spec.repository]
+    published = [name for name, spec in weights.TEACHERS.items() if spec.repository]
     parser = Parser(__doc__)
     add = parser.add_argument
     add("task", choices=TASKS)
@@ -645,7 +638,7 @@ def run_text(args) -> None:
 
 def run_images(args) -> None:
     """Encode the pictures of a folder. Raises UserError."""
-    if not args.images or not TEACHERS[args.teacher].is_i2v:
+    if not args.images or not weights.TEACHERS[args.teacher].is_i2v:
         raise UserError("images: expected --images FOLDER and a --teacher such as wan22-i2v")
     if args.frames < 1 or args.frames % 4 != 1:
         raise UserError(f"--frames: expected 4n + 1 such as 81, got {args.frames}")

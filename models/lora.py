@@ -227,7 +227,8 @@ def split_changes(
     changes: dict[str, list[Change]], net: nn.Module
 ) -> tuple[dict[str, Factors], dict[str, list[Change]]]:
     """Changes as (factors by adapted layer, the rest, which must be merged)."""
-    factors, rest = {}, dict(changes)
+    factors = {}
+    rest = dict(changes)
     for layer in adapted_layers(net):
         change = changes.get(f"{layer}.weight", [])
         if len(change) == 1 and isinstance(change[0], Factors):
@@ -341,9 +342,8 @@ def read_factors(parts: dict[str, Tensor], training: Training, name: str) -> Fac
 
 def doubt_of_scale(alpha: float | None, rank: int, parts: dict, training: Training) -> str:
     """What speaks against the scale alpha / rank of a layer; "" if nothing does."""
-    beside, ranks = training.alpha, training.ranks
-    if "alpha" in parts or not beside:
-        ranks = set()  # they do not matter
+    beside = training.alpha
+    ranks = set() if "alpha" in parts or not beside else training.ranks
     if "rank" in parts:
         ranks = {parts["rank"].item()}
     if beside and not math.isclose(alpha, beside, rel_tol=0.01):  # .alpha may be bf16
