@@ -63,6 +63,15 @@ def move(name, x):
     return x.bfloat16().float()
 
 
+def write_base(folder, teacher, seed=1):
+    """Write random weights of a Wan like published ones, in the original layout."""
+    net = weights.random_network(teacher, torch.float32, seed=seed)
+    folder.mkdir(exist_ok=True)
+    save_file(dict(net.named_parameters()), folder / "diffusion_pytorch_model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"_class_name": "WanModel"} | net.settings))
+    return folder
+
+
 def write_embeddings(path, teacher, prompts=("a", "b"), dim=64):
     """Write a file of embeddings of these prompts, 9 tokens each."""
     metadata = {"kind": "embeddings", "teacher": teacher, "prompts": list(prompts), "negative": ""}

@@ -16,7 +16,7 @@ diffusers = pytest.importorskip("diffusers", reason="needs models/requirements.t
 
 from PIL import Image  # noqa: E402
 from published import save_qwen_vl, save_umt5, small_vae  # noqa: E402
-from students import QUICK  # noqa: E402
+from students import QUICK, write_base  # noqa: E402
 
 import sample  # noqa: E402
 import train  # noqa: E402
@@ -417,17 +417,12 @@ def test_damaged_pictures_are_one_line(tmp_path, wan_folder, capsys, name, conte
 # -- in the programs -----------------------------------------------------------------------------
 
 
-def write_teacher(folder, wan_folder, name, *parts):
-    """Write a published folder of small networks that fit the small encoders."""
-    spec = weights.TEACHERS[name]
+def write_teacher(folder, wan_folder):
+    """Write a published folder of a small network that fits the small encoders."""
+    spec = weights.TEACHERS["wan21-tiny"]
     spec = spec._replace(settings=spec.settings | dict(text_dim=32, text_len=512))
     shutil.copytree(wan_folder, folder)
-    for seed, part in enumerate(parts, 1):
-        net = weights.random_network(spec, torch.float32, seed=seed)
-        (folder / part).mkdir()
-        save_file(dict(net.named_parameters()), folder / part / "model.safetensors")
-        config = {"_class_name": "WanModel"} | spec.settings
-        (folder / part / "config.json").write_text(json.dumps(config))
+    write_base(folder / "transformer", spec)
     return spec
 
 
@@ -436,7 +431,7 @@ def test_a_run_embeds_its_prompts_and_decodes_its_previews(
 ):
     """Encoder, transformers, VAE, in that order. A resumed run does not need the encoder again."""
     folder, out = tmp_path / "weights", tmp_path / "run"
-    spec = write_teacher(folder, wan_folder, "wan21-tiny", "transformer")
+    spec = write_teacher(folder, wan_folder)
     monkeypatch.setitem(weights.TEACHERS, "wan21-tiny", spec._replace(repository="example/small"))
     (tmp_path / "p.txt").write_text("A fox\nA sign\nSnow\n")
     decoded, decode = [], encoders.decode
@@ -458,7 +453,7 @@ def test_a_run_embeds_its_prompts_and_decodes_its_previews(
 
 def test_a_prompt_becomes_a_video_by_one_command(tmp_path, wan_folder, capsys, monkeypatch):
     """Text encoder, guided teacher, VAE. The same prompt is not embedded twice."""
-    write_teacher(tmp_path / "weights", wan_folder, "wan21-tiny", "transformer")
+    write_teacher(tmp_path / "weights", wan_folder)
     loads, load_encoder = [], encoders.load_encoder
     monkeypatch.setattr(encoders, "load_encoder", lambda *a: loads.append(a) or load_encoder(*a))
     line = "--teacher wan21-tiny --n 1 --steps 2 --guidance 3 --size 5x32x32 --device cpu".split()

@@ -13,13 +13,14 @@ import numpy
 import pytest
 import torch
 from safetensors.torch import load, save
-from students import QUICK, write_embeddings, write_lora
+from students import QUICK, write_base, write_embeddings, write_lora
 
 import sample
 import train
 from models import teachers, weights
 from toy import toy2d
 
+BASE = "diffusion_pytorch_model.safetensors"
 TOY = "--iters 1 --warmup 0 --batch 8 --fake-updates 1 --eval-samples 20 --sample-every 1"
 TINY = f"--teacher wan21-tiny {QUICK} --size 1x16x16"
 DRAW = "--teacher wan21-tiny --n 1 --steps 1 --size 1x16x16 --out new --prompts e.safetensors"
@@ -32,7 +33,7 @@ READERS = {  # program and arguments -> the files that it reads
     (sample, "--student run --n 2 --out new"): "run/student.safetensors",
     (sample, "--student big --n 1 --out new"): "big/student.safetensors big/config.json",
     (sample, f"{DRAW} --weights w --lora l.safetensors"): "e.safetensors l.safetensors "
-    "w/config.json w/model.safetensors w/model.safetensors.index.json",
+    f"w/config.json w/{BASE} w/{BASE}.index.json",
 }
 KINDS = {file: reader for reader, files in READERS.items() for file in files.split()}
 
@@ -43,12 +44,9 @@ def make_files() -> None:
     numpy.savetxt("p.csv", points, delimiter=",", header="x,y", comments="")
     numpy.save("p.npy", points)
     net = weights.random_network("wan21-tiny", torch.float32)
-    tensors, folder = dict(net.named_parameters()), Path("w")
-    index = {"weight_map": dict.fromkeys(tensors, "model.safetensors")}
-    folder.mkdir()
-    (folder / "model.safetensors").write_bytes(save(tensors))
-    (folder / "config.json").write_text(json.dumps({"_class_name": "WanModel"} | net.settings))
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    file = write_base(Path("w"), "wan21-tiny") / BASE
+    index = {"weight_map": dict.fromkeys(dict(net.named_parameters()), BASE)}
+    file.with_name(f"{BASE}.index.json").write_text(json.dumps(index))
     write_embeddings(Path("e.safetensors"), "wan21-tiny")
     write_lora(Path("l.safetensors"), "diffusers", net)
     assert 0 == train.main(f"{TOY} --out run".split()) == train.main(f"{TINY} --out big".split())

@@ -61,19 +61,10 @@ def train_and_sample(out, name, size, flags, decoded):
         common = ["--teacher", name, *flags, "--device", "cpu"]
         lines = ["--images", pictures, "--size", f"{height}x{width}", "--frames", frames]
         run(encoders.main, "images", *common, *lines, "--out", out / first)
-        run(
-            encoders.main,
-            "text",
-            *common,
-            "--prompts",
-            pictures / "captions.csv",
-            "--out",
-            out / text,
-        )
-        inputs, image = (
-            ["--prompts", out / text, "--images", out / first],
-            ["--image", pictures / "a.png"],
-        )
+        lines = ["--prompts", pictures / "captions.csv"]
+        run(encoders.main, "text", *common, *lines, "--out", out / text)
+        inputs = ["--prompts", out / text, "--images", out / first]
+        image = ["--image", pictures / "a.png"]
     flags = [*flags, *inputs, "--dtype", "float32", "--size", f"{frames}x{height}x{width}"]
     student = train_student(out / "run", name, *flags, "--sample-every", 1, "--device", "cpu")
     assert {x.shape[1:] for x in decoded} == {(height, width, 3)}
@@ -84,12 +75,9 @@ def train_and_sample(out, name, size, flags, decoded):
 
 def run_pipeline(out, base, z, size):
     """The latents of diffusers' own pipeline with the export, as the card says; and of the base."""
-    code = re.search(
-        r"```python\n(.*?settings = .*?\n)", (out / "export/README.md").read_text(), re.S
-    )
-    code = re.sub(
-        r"base, here = .*", f"base, here = {str(base)!r}, {str(out / 'export')!r}", code[1]
-    )
+    card, places = (out / "export/README.md").read_text(), (str(base), str(out / "export"))
+    code = re.search(r"```python\n(.*?settings = .*?\n)", card, re.S)[1]
+    code = re.sub(r"base, here = .*", f"base, here = {places}", code)
     code = code.replace("torch.bfloat16", "torch.float32").replace('"cuda"', '"cpu"')
     assert "dict(default=" in code  # the text encoder is bf16 here as there
     code = code.replace("dict(default=", "dict(text_encoder=torch.bfloat16, default=")

@@ -1,13 +1,12 @@
 """Claims about sampling: students, teachers, LoRA files, one network in memory at a time."""
 
-import json
 import weakref
 
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from students import load_run, train_student, write_embeddings, write_lora
+from safetensors.torch import load_file
+from students import load_run, train_student, write_base, write_embeddings, write_lora
 
 import sample
 import train
@@ -37,15 +36,6 @@ def error_of(capsys, *line) -> str:
 def latents(folder) -> dict:
     """The latents that were sampled."""
     return load_file(folder / "latents.safetensors")
-
-
-def write_base(folder, teacher, seed=1):
-    """Write random weights like published ones, in the original layout."""
-    net = weights.random_network(teacher, torch.float32, seed=seed)
-    folder.mkdir(exist_ok=True)
-    save_file(dict(net.named_parameters()), folder / "diffusion_pytorch_model.safetensors")
-    (folder / "config.json").write_text(json.dumps({"_class_name": "WanModel"} | net.settings))
-    return folder
 
 
 # -- students ------------------------------------------------------------------------------------
