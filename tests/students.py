@@ -1,6 +1,7 @@
 """Helpers of the tests: students of tiny teachers, LoRA files and embeddings."""
 
 import json
+import time
 from dataclasses import replace
 
 import torch
@@ -13,6 +14,27 @@ from models.common import normal, open_tensors, write_tensors
 from models.export import Student
 
 QUICK = "--iters 1 --batch 1 --micro-batch 1 --fake-updates 1 --sample-every 0 --eval-samples 2"
+
+
+def refusal(capsys, line, main=train.main) -> str:
+    """Run a command, which must end with status 2, and return the one line of its error."""
+    capsys.readouterr()
+    assert main([*map(str, line)]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and error.endswith("\n"), error
+    return error
+
+
+def error_of(a, b) -> float:
+    """Relative error |a - b| / |b|."""
+    return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def wait_for_log(process, out, lines: int) -> None:
+    """Wait until the log of a running command has so many lines."""
+    log = out / "log.jsonl"
+    while process.poll() is None and not (log.exists() and log.read_bytes().count(b"\n") >= lines):
+        time.sleep(0.01)
 
 
 def train_student(out, teacher, *flags):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from students import refusal
 
 import sample
 import train
@@ -39,15 +40,6 @@ def finished(tmp_path):
 
 def tree(folder: Path) -> dict:
     return {str(p.relative_to(folder)): p.is_dir() or p.read_bytes() for p in folder.rglob("*")}
-
-
-def refusal(capsys, argv, main=train.main) -> str:
-    """The one line on standard error; exit status 2, nothing on standard output."""
-    capsys.readouterr()
-    assert main([str(a) for a in argv]) == 2
-    printed = capsys.readouterr()
-    assert printed.err.count("\n") == 1 and printed.err.endswith("\n"), printed
-    return printed.err
 
 
 def test_a_run_leaves_everything_that_is_promised(tmp_path, monkeypatch):

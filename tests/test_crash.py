@@ -10,11 +10,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
+from students import wait_for_log
 
 import train
 from models import common, media
@@ -168,13 +168,6 @@ def copy_start(source: Path, out: Path) -> None:
     out.mkdir()
     for name in {"config.json", "start.safetensors"} & {path.name for path in source.iterdir()}:
         shutil.copy(source / name, out)
-
-
-def wait_for_log(process, out: Path, lines: int) -> None:
-    """Wait until the log has so many lines."""
-    log = out / "log.jsonl"
-    while process.poll() is None and (not log.exists() or log.read_bytes().count(b"\n") < lines):
-        time.sleep(0.01)
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from students import make_student, train_student, write_embeddings, write_lora
+from students import error_of, make_student, refusal, train_student, write_embeddings, write_lora
 
 import sample
 from models import export, lora, teachers, weights
@@ -21,11 +21,6 @@ from models.card import make_card
 from models.common import UserError, normal
 from phases import step_times
 from train import phases_of
-
-
-def error(a, b):
-    """Relative error of a."""
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
 @pytest.fixture(scope="module")
@@ -168,8 +163,8 @@ def test_a_student_on_a_base_with_a_lora_leaves_as_merged_bf16_weights(tmp_path)
     lora.attach(net, "a", factors), lora.attach(merged, "a", factors)
     with torch.no_grad():
         expected = merged(x, t, c, adapter="a")
-        assert error(exported(x, t, c), expected) < 2e-2
-        assert error(net(x, t, c, adapter="a"), expected) > 0.1
+        assert error_of(exported(x, t, c), expected) < 2e-2
+        assert error_of(net(x, t, c, adapter="a"), expected) > 0.1
 
 
 # -- LoRA files on a base ------------------------------------------------------------------------
@@ -251,8 +246,8 @@ def test_an_export_given_as_a_student_says_how_to_sample_it(exported, capsys):
     """A folder, or a file of it."""
     out = exported("qwen-image-tiny")[1]
     for path in (out, out / "phase1.safetensors"):
-        assert sample.main(["--student", str(path)]) == 2
-        assert f"got {path}; sample exported LoRA files with --teacher" in capsys.readouterr().err
+        error = refusal(capsys, ["--student", path], sample.main)
+        assert f"got {path}; sample exported LoRA files with --teacher" in error
 
 
 # -- diffusers -----------------------------------------------------------------------------------
@@ -283,5 +278,7 @@ def test_diffusers_samples_a_student_of_shift_7_as_its_card_says(generator, tmp_
     high, low = sorted((tmp_path / "export").glob("*.safetensors"))
     high.write_bytes(low.read_bytes())
     control, _ = run_pipeline(tmp_path, base, z, (5, 32, 48))
-    print(f"error {error(theirs, x):.1e}, of the low-noise expert alone {error(control, x):.1e}")
-    assert error(theirs, x) < 1e-5 and error(control, x) > 1e-2
+    print(
+        f"error {error_of(theirs, x):.1e}, of the low-noise expert alone {error_of(control, x):.1e}"
+    )
+    assert error_of(theirs, x) < 1e-5 and error_of(control, x) > 1e-2

@@ -5,13 +5,12 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from students import write_lora
+from students import wait_for_log, write_lora
 
 import sample
 import train
@@ -267,13 +266,6 @@ def torchrun(out: Path, *flags: str, program: Path = HELPER) -> subprocess.Popen
 
 
 LONG = "--iters 200 --batch 4 --save-every 2 --sample-every 0 --size 1x48x64".split()
-
-
-def wait_for_log(process: subprocess.Popen, out: Path, lines: int) -> None:
-    log = out / "log.jsonl"
-    while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= lines):
-        time.sleep(0.05)
-    assert process.poll() is None, process.communicate()
 
 
 def our_lines(stderr: str) -> list[str]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
+from students import error_of
 from torch import Tensor, nn
 
 from models import layers, lora, qwen_image, wan, weights
@@ -25,17 +26,12 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2e-2}  # relative L2 that roun
 CPU = torch.device("cpu")
 
 
-def error(a: Tensor, b: Tensor) -> float:
-    """|a - b| / |b|."""
-    return ((a.double() - b.double()).norm() / b.double().norm()).item()
-
-
 def assert_close(a: Tensor, b: Tensor, tolerance: float = TOLERANCE[torch.float32]) -> None:
-    assert error(a, b) < tolerance
+    assert error_of(a, b) < tolerance
 
 
 def assert_far(a: Tensor, b: Tensor, distance: float = 2 * TOLERANCE[torch.float32]) -> None:
-    assert error(a, b) > distance
+    assert error_of(a, b) > distance
 
 
 # -- stored outputs of the official code ---------------------------------------------------------
@@ -71,7 +67,7 @@ def test_wan_computes_what_the_official_code_computes(layout, dtype, tolerance):
     if dtype == torch.bfloat16:
         for block in net.blocks:
             block.register_forward_hook(lambda module, args, z: z.bfloat16().float())
-        assert error(net(*inputs), truth) > 1.1 * error(v, truth)  # 4.1e-3 and 3.5e-3
+        assert error_of(net(*inputs), truth) > 1.1 * error_of(v, truth)  # 4.1e-3 and 3.5e-3
 
 
 @references
@@ -160,9 +156,9 @@ for name, module in (("wan", wan), ("qwen", qwen_image)):
 def largest_error(net: nn.Module, x: Tensor, t: Tensor, c: dict, io: dict) -> float:
     """Largest error of a sample. For Wan: a short text at t = 1, a full one at t = 0.625."""
     if isinstance(net, QwenImage):
-        return error(pack(net(x, t, c)), io["out.fp32"])
+        return error_of(pack(net(x, t, c)), io["out.fp32"])
     return max(
-        error(net(x[i : i + 1], t[i : i + 1], {"text": io[f"in.context.{i}"][None]}), v[None])
+        error_of(net(x[i : i + 1], t[i : i + 1], {"text": io[f"in.context.{i}"][None]}), v[None])
         for i, v in enumerate(io["out.fp32.official"])
     )
 

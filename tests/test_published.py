@@ -15,7 +15,7 @@ pytest.importorskip("transformers", reason="needs models/requirements.txt")
 
 from PIL import Image  # noqa: E402
 from published import save_diffusers, save_original, small_spec  # noqa: E402
-from students import train_student  # noqa: E402
+from students import error_of, train_student  # noqa: E402
 
 import sample  # noqa: E402
 from models import encoders, media, plan, weights  # noqa: E402
@@ -98,11 +98,6 @@ def run_pipeline(out, base, z, size):
     return [x if z.ndim == 5 else unpack(x, z.shape[-2] // 2) for x in results]
 
 
-def error(a, b):
-    """Relative error of a."""
-    return ((a - b).norm() / b.norm()).item()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_goes_from_published_folders_to_diffusers(name, tmp_path, monkeypatch, decoded):
@@ -126,8 +121,8 @@ def test_a_preset_goes_from_published_folders_to_diffusers(name, tmp_path, monke
     x = load_file(results[0] / "samples" / "latents.safetensors")["x"]
     z = normal(x.shape[1:], 0, "sample", 0, "z")[None]
     theirs, control = run_pipeline(results[0], base, z, size)
-    print(f"{name}: error {error(theirs, x):.1e}, of the base alone {error(control, x):.1e}")
-    assert error(theirs, x) < 1e-5 and error(control, x) > 1e-2
+    print(f"{name}: error {error_of(theirs, x):.1e}, of the base alone {error_of(control, x):.1e}")
+    assert error_of(theirs, x) < 1e-5 and error_of(control, x) > 1e-2
     suffix = "png" if size[0] == 1 else "mp4"
     frames, fps = media.read_video(results[0] / "samples" / f"000-00.{suffix}")
     assert numpy.stack(frames).shape == (*size, 3)
