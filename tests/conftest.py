@@ -12,7 +12,7 @@ from toy import toy2d
 
 torch.set_num_threads(1)  # tests of small networks: a second thread only waits
 FIT = toy2d.fit_start  # some tests replace it
-SMALL_TEACHERS = "test_teachers", "test_sample", "test_export", "test_encoders", "test_fuzz"
+SMALL_TEACHERS = "teachers", "sample", "export", "encoders", "fuzz", "published"
 
 
 @pytest.fixture(scope="session")
@@ -47,10 +47,17 @@ def runs(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def no_pictures(request, monkeypatch):
     """Runs of small teachers draw nothing and count no FLOPs: it takes longer than training."""
-    if request.module.__name__ in SMALL_TEACHERS:
+    if request.module.__name__.removeprefix("test_") in SMALL_TEACHERS:
         monkeypatch.setattr(media, "contact_sheet", lambda *_: b"\x89PNG")
         monkeypatch.setattr(media, "curves", lambda log: b"curves")
         monkeypatch.setattr(plan, "step_flops", lambda *_: (1.0, 1.0))
+
+
+@pytest.fixture
+def quick_toys(monkeypatch, start):
+    """Runs of toys take the short fit and draw nothing: commands and files are tested."""
+    monkeypatch.setattr(toy2d, "fit_start", lambda cfg, progress: start(cfg))
+    monkeypatch.setattr(toy2d, "draw_picture", lambda *_: b"a picture")
 
 
 @pytest.fixture

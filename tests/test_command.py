@@ -22,13 +22,7 @@ QUICK = "--iters 2 --warmup 1 --batch 8 --fake-updates 1 --eval-samples 50".spli
 
 
 DRAW_PICTURE, FIT = toy2d.draw_picture, toy2d.fit_start
-
-
-@pytest.fixture(autouse=True)
-def quick(monkeypatch, start):
-    """The short fit of conftest and no picture: commands are what is tested here."""
-    monkeypatch.setattr(toy2d, "fit_start", lambda cfg, progress: start(cfg))
-    monkeypatch.setattr(toy2d, "draw_picture", lambda *_: b"a picture")
+pytestmark = pytest.mark.usefixtures("quick_toys")
 
 
 @pytest.fixture

@@ -18,7 +18,6 @@ from students import wait_for_log
 
 import train
 from models import common, media
-from toy import toy2d
 
 ROOT = Path(__file__).parent.parent
 SHORT = "--iters 2 --warmup 1 --batch 8 --fake-updates 1 --save-every 1 --eval-samples 50".split()
@@ -33,10 +32,8 @@ COMMANDS = {
 
 
 @pytest.fixture(autouse=True)
-def quick(monkeypatch, start):
+def quick(monkeypatch, quick_toys):
     """A start that costs nothing and pictures of nothing: files are what is tested here."""
-    monkeypatch.setattr(toy2d, "fit_start", lambda cfg, progress: start(cfg))
-    monkeypatch.setattr(toy2d, "draw_picture", lambda *_: b"a picture")
     monkeypatch.setattr(media, "sheet", lambda *_: b"a picture")
     monkeypatch.setattr(media, "curves", lambda log: b"curves of " + log.name.encode())
 

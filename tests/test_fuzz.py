@@ -18,7 +18,6 @@ from students import QUICK, write_base, write_embeddings, write_lora
 import sample
 import train
 from models import teachers, weights
-from toy import toy2d
 
 BASE = "diffusion_pytorch_model.safetensors"
 TOY = "--iters 1 --warmup 0 --batch 8 --fake-updates 1 --eval-samples 20 --sample-every 1"
@@ -109,9 +108,6 @@ def fuzz(folder: Path, count: int) -> list[str]:
 
 
 @pytest.mark.parametrize("count", [1, pytest.param(10, marks=pytest.mark.slow)])
-def test_damaged_files_of_each_kind(tmp_path, monkeypatch, count):
+def test_damaged_files_of_each_kind(tmp_path, monkeypatch, quick_toys, count):
     monkeypatch.chdir(tmp_path)  # is restored afterwards
-    fit = lambda cfg, progress: toy2d.make_network(cfg).state_dict()
-    monkeypatch.setattr(toy2d, "fit_start", fit)
-    monkeypatch.setattr(toy2d, "draw_picture", lambda *_: b"a picture")
     assert fuzz(tmp_path, count) == []

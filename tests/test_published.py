@@ -18,7 +18,7 @@ from published import save_diffusers, save_original, small_spec  # noqa: E402
 from students import error_of, train_student  # noqa: E402
 
 import sample  # noqa: E402
-from models import encoders, media, plan, weights  # noqa: E402
+from models import encoders, media, weights  # noqa: E402
 from models.common import normal  # noqa: E402
 from models.qwen_image import pack, unpack  # noqa: E402
 
@@ -34,7 +34,7 @@ def run(command, *line):
 
 @pytest.fixture
 def decoded(monkeypatch):
-    """The pictures of previews, which are not drawn. Nor are FLOPs counted: that takes longer."""
+    """The pictures of previews, which are not drawn."""
     pictures = []
 
     def sheet(rows, decode, title=""):
@@ -42,9 +42,6 @@ def decoded(monkeypatch):
         return b"\x89PNG"
 
     monkeypatch.setattr(media, "sheet", sheet)
-    monkeypatch.setattr(media, "contact_sheet", lambda *_: b"\x89PNG")
-    monkeypatch.setattr(media, "curves", lambda log: b"curves")
-    monkeypatch.setattr(plan, "step_flops", lambda *_: (1.0, 1.0))
     return pictures
 
 
