@@ -142,24 +142,15 @@ def test_coverage_does_not_rise_with_broken_samples():
 
 
 @pytest.mark.slow
-def test_a_run_reports_its_own_samples(finished, monkeypatch):
-    """metrics.json belongs to the student's samples; each row of the png is what its name says."""
-    metrics = json.loads((finished / "metrics.json").read_text())
-    run, rows = load_run(finished), {}
-    cfg, teacher = run.cfg, run.roles.teacher[1]
-    monkeypatch.setattr(digits, "draw_sheet", lambda drawn: rows.update(drawn) or b"")
-    digits.report(cfg, run.phases, run.roles, 2, CPU, finished, finished=True)
-    z = normal((100, *digits.SHAPE), cfg.seed, "report", "z")
-    xs = digits.sample_from(run.nets, run.times, z, CPU)
-    samples = digits.classify(digits.load_classifier(), digits.to_pixels(xs[-1]))
+def test_a_run_reports_its_own_samples(finished):
+    """metrics.json belongs to the samples of the student that was saved."""
+    metrics, run = json.loads((finished / "metrics.json").read_text()), load_run(finished)
+    z = normal((100, *digits.SHAPE), run.cfg.seed, "report", "z")
+    pixels = digits.to_pixels(digits.sample_from(run.nets, run.times, z, CPU)[-1])
+    samples = digits.classify(digits.load_classifier(), pixels)
     measured = digits.measure(*samples, digits.cycle_labels(100), digits.load_reference())
     assert {name: metrics[name] for name in measured} == pytest.approx(measured, rel=1e-4)
     assert metrics["samples"] == 100 and "frechet_floor" not in metrics  # it needs 10,000
-    few_steps = digits.sample_teacher(teacher, 4, z[:30], CPU, shift=cfg.shift)
-    expected = {"teacher, 4 steps": few_steps, "student, 4 steps": xs[-1][:30]}
-    expected |= {"t = 1": xs[0][:10], "t = 0.75": xs[2][:10], "t = 0": xs[4][:10]}
-    assert all(torch.allclose(rows[name], x, atol=1e-4) for name, x in expected.items())
-    assert not torch.allclose(rows["teacher, 40 steps"], few_steps, atol=0.1)
 
 
 def test_after_phase_1_the_teacher_completes_the_samples(tmp_path, monkeypatch):

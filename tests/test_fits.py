@@ -1,4 +1,4 @@
-"""Claims about what train.py says before a run, during a slow one, and when memory is short."""
+"""Claims about what train.py says before a run, and when memory is short."""
 
 import re
 import shlex
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train
-from models import advice, cli, parallel, plan, runs
+from models import advice, cli, parallel, plan
 
 COMMAND = re.compile(r"(?:python|torchrun) [^;\n]*train\.py[^;\n]*")
 MACHINES = [(1, 24), (1, 80), (8, 80), (8, 24), (0, 0)]  # GPUs, GB of each
@@ -151,16 +151,3 @@ def test_example_prompts_are_warned_of_in_the_first_line_and_the_last(monkeypatc
     assert lines[0] == lines[-1] == advice.EXAMPLES and "metrics" in lines
     for flags in ("--prompts mine.txt", "--weights random"):
         assert "warning" not in run(f"{line} {flags}", capsys)[1]
-
-
-# -- a slow iteration ----------------------------------------------------------------------------
-
-
-def test_a_slow_update_prints_a_line_where_no_bar_is_drawn(monkeypatch, capsys):
-    list(runs.watch_update(list("abcd"), 0, 6))
-    assert capsys.readouterr().out == ""
-    monkeypatch.setattr(runs, "SLOW_UPDATE", -1)
-    list(runs.watch_update(list("abcd"), 1, 6))
-    assert re.fullmatch(
-        r"update 2 of 6 took 0 s; about 0 min.*iteration\n", capsys.readouterr().out
-    )

@@ -22,10 +22,8 @@ def test_a_video_has_its_frames_and_nearly_its_pixels(tmp_path):
     imageio = pytest.importorskip("imageio.v3", reason="needs models/requirements.txt")
     pytest.importorskip("imageio_ffmpeg")
     ramp = numpy.arange(64, dtype=numpy.uint8)[None, None, :, None] * 3
-    frames = (
-        numpy.broadcast_to(ramp, (5, 34, 64, 3))
-        + numpy.arange(5, dtype=numpy.uint8)[:, None, None, None] * 10
-    )
+    times = numpy.arange(5, dtype=numpy.uint8)[:, None, None, None]
+    frames = numpy.broadcast_to(ramp, (5, 34, 64, 3)) + times * 10
     (tmp_path / "x.mp4").write_bytes(media.encode_mp4(frames, 16))
     video = imageio.imread(tmp_path / "x.mp4", plugin="FFMPEG")
     assert video.shape == frames.shape

@@ -143,10 +143,8 @@ def test_videos_of_other_tools_have_the_frames_that_a_player_shows(tmp_path):
 WRONG = """\
 w --dino missing: missing/config.json
 w --dino clip: as transformers saves it, clip is a clip
-w --pattern (: --pattern
 w --pattern x: found w/000.png
 w --out w: expected a new folder
-w --device tpu: --device
 w other: other has no prompt of w
 w missing: no file in missing
 bad: cannot read bad/0.mp4 ([

@@ -15,13 +15,11 @@ def no_margin(monkeypatch):
     monkeypatch.setattr(ph, "MARGIN", 0.0)
 
 
-@pytest.mark.parametrize(
-    "S,expected", [(5, [1, 0.9375, 0.8333, 0.625, 0]), (3, [1, 0.9, 0.75, 0.5, 0])]
-)
-def test_the_times_are_the_papers(S, expected):
+def test_the_times_are_the_papers():
     """Control: the twice-shifted times of a wrongly configured diffusers scheduler are not."""
-    assert ph.step_times(4, S) == pytest.approx(expected, abs=5e-5)
-    assert ph.step_times(4, S) != pytest.approx([1, 0.9097, 0.7173, 0.0244, 0], abs=5e-3)
+    assert ph.step_times(4, 5) == pytest.approx([1, 0.9375, 0.8333, 0.625, 0], abs=5e-5)
+    assert ph.step_times(4, 3) == pytest.approx([1, 0.9, 0.75, 0.5, 0], abs=5e-5)
+    assert ph.step_times(4, 5) != pytest.approx([1, 0.9097, 0.7173, 0.0244, 0], abs=5e-3)
 
 
 def test_four_steps_in_two_phases_are_the_papers(no_margin):
@@ -76,9 +74,7 @@ def test_sampling_an_interval_first_leaves_the_distribution_of_t_unchanged(no_ma
     share = sum(part.branch == 1 for part in parts) / len(parts)
     assert share == pytest.approx(0.4167, abs=1e-3)
     shuffled = EVEN[torch.randperm(len(EVEN), generator=torch.Generator().manual_seed(0))]
-    t = torch.cat(
-        [ph.renoise_times(part, r[None], 5) for part, r in zip(parts, shuffled, strict=True)]
-    )
+    t = torch.cat([ph.renoise_times(part, r[None], 5) for part, r in zip(parts, shuffled)])
     whole = ph.renoise_times(ph.make_phases(4, 2, 5)[1].intervals[0], EVEN, 5)
     assert (t.sort().values - whole).abs().max() < 0.02
     middle = {part.branch: ph.renoise_times(part, torch.tensor([0.5]), 5) for part in parts}
@@ -110,12 +106,9 @@ def test_truncation_depths_are_drawn_evenly_or_mixed_evenly():
 
 def test_a_network_is_called_for_its_own_steps_only():
     """Students are routed by step index; of the teacher's branches the boundary belongs to 1."""
-    phases = ph.make_phases(4, 2)
     calls = []
-    roles = moe.Roles(
-        {}, {k: moe.Role(f"student{k}", lambda *_, k=k: calls.append(k)) for k in (1, 2)}, {}
-    )
-    for net in moe.student_nets(roles, phases):
+    student = {k: moe.Role(f"student{k}", lambda *_, k=k: calls.append(k)) for k in (1, 2)}
+    for net in moe.student_nets(moe.Roles({}, student, {}), ph.make_phases(4, 2)):
         net(None, None)
     assert calls == [1, 1, 2, 2]
     assert [ph.branch_at(t, 0.875) for t in (1.0, 0.875, 0.8749, 0.0)] == [1, 1, 2, 2]

@@ -54,9 +54,8 @@ def test_score_and_velocity_are_those_of_the_density(p, toy, by_class):
         x_t = mixture.sample_at(t, 32, generator(1), c).requires_grad_()
         score = torch.autograd.grad(log_density(mixture, x_t, t, c).sum(), x_t)[0]
         torch.testing.assert_close(mixture.score(x_t, t, c), score)
-        torch.testing.assert_close(
-            mixture.velocity(x_t, t, c), score_to_v(x_t, t, score, p), rtol=1e-6, atol=1e-6
-        )
+        v, expected = mixture.velocity(x_t, t, c), score_to_v(x_t, t, score, p)
+        torch.testing.assert_close(v, expected, rtol=1e-6, atol=1e-6)
         if t == 0.5:  # under another condition it is another
             other = None if by_class else {"class": torch.zeros(32, dtype=torch.long)}
             assert not torch.allclose(mixture.score(x_t, t, other), score, atol=1e-3)
@@ -83,9 +82,8 @@ def test_energy_is_the_formula_and_sees_a_lost_mode():
     assert mean_distance(x, y) == pytest.approx(between, rel=1e-5)
     assert [mean_distance(z) for z in (x, y)] == pytest.approx(within, rel=1e-5)
     assert energy(x, y) == pytest.approx(2 * between - sum(within), abs=1e-5)
-    assert energy_distances({"a": (x, y), "b": (y, x)}) == pytest.approx(
-        {"a": energy(x, y), "b": energy(x, y)}, abs=1e-6
-    )
+    expected = {"a": energy(x, y), "b": energy(x, y)}
+    assert energy_distances({"a": (x, y), "b": (y, x)}) == pytest.approx(expected, abs=1e-6)
     a, b = ring().sample(10_000, generator(2)), ring().sample(10_000, generator(3))
     lost = b[torch.cdist(b, ring().means).argmin(1) != 0]
     assert abs(energy(a, b)) < 0.002 < 0.01 < energy(a, lost)
@@ -159,7 +157,6 @@ BAD_POINTS = {  # contents: part of the error
     "1,2\nx,y\n3,4\n": "line 2 is not 2 numbers",
     "1,2\nnan,4\n": "line 2",
     ",2\n3,4\n5,6\n": "line 1",
-    "x,y,z\n1,2\n3,4\n": "line 2 is not 3 numbers",
     '"1,5","2,5"\n3,4\n5,6\n': "line 1",
     "": "n >= 2",
     "0.1,0.7\n" * 3: "two different rows",
@@ -181,7 +178,6 @@ TABLES = {  # what a program writes: the bytes
     "decimal commas under names": b"x;y\r\n1,5;2,5\r\n-3,0;0,25\r\n",
     "Excel's byte order mark": b"\xef\xbb\xbf1.5,2.5\n-3,0.25\n",
     "pandas with its index": b",x,y\n0,1.5,2.5\n1,-3,0.25\n",
-    "an index read and written again": b"Unnamed: 0,x,y\n0,1.5,2.5\n1,-3,0.25\n",
     "R": b'"","x","y"\n"1",1.5,2.5\n"2",-3,0.25\n',
     "tabs": b"\tx\ty\n0\t1.5\t2.5\n1\t-3\t0.25\n",
     "numpy": b"# x y\n1.5e+00 2.5e+00\n-3.0e+00  2.5e-01 \n",
