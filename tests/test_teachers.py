@@ -70,8 +70,11 @@ def report(run) -> tuple[dict, bytes]:
 # -- roles ---------------------------------------------------------------------------------------
 
 
-def test_a_phase_starts_from_the_teacher():
-    """Student and fakes equal it to the bit; the fake is reset in place, student1 is kept."""
+def test_a_phase_starts_from_the_teacher(monkeypatch):
+    """Student and fakes equal it to the bit; the fake is reset in place, student1 is kept.
+
+    Optimizers are new, and the old ones freed before: there is no memory for both.
+    """
     settings = dict(generator="lora", fake="full", dtype="bf16", guidance=(1.0,))
     run = begin(stir=False, **FAST, **settings)
     iterate(run, 1)
@@ -84,7 +87,11 @@ def test_a_phase_starts_from_the_teacher():
         return torch.equal(role(*x), teacher[branch](*x))
 
     assert not is_equal(fake1, 1) and not is_equal(run.roles.student[1], 1)
+    old, freed, adamw = weakref.ref(run.optimizers["fake1"]), [], train.AdamW
+    monkeypatch.setattr(train, "AdamW", lambda *x: freed.append(old() is None) or adamw(*x))
     train.begin_phase(run, 2)
+    assert freed and all(freed)
+    assert not any(moment.any() for moment in run.optimizers["fake1"].second.values())
     assert is_equal(fake1, 1) and is_equal(run.roles.fakes[2, 0], 2)
     assert is_equal(run.roles.student[2], 2) and not is_equal(run.roles.student[1], 1)
     assert memory == {p.data_ptr() for p in fake1.parameters.values()}

@@ -1,7 +1,6 @@
 """Claims about the loop: it is the method, it trains what it should, and it repeats itself."""
 
 import itertools
-import weakref
 
 import pytest
 import torch
@@ -131,41 +130,6 @@ def test_no_gradient_is_too_small_for_the_optimizer(monkeypatch, eps):
         torch.set_flush_denormal(False)
     torch.testing.assert_close(p[:16].detach(), -torch.ones(16), rtol=0.1, atol=0)
     assert p[-1] == 0 and (p.abs().max() <= 1.001) == (eps > 1e-20), p
-
-
-def test_each_phase_starts_its_fake_and_its_expert_from_the_teacher_again(new_run, monkeypatch):
-    """The fake of phase k does not continue that of k - 1; the moments of AdamW are new as well."""
-    run = new_run(**SMALL)
-    start = weights(run, "fake1")
-    for _ in itertools.islice(train.train(run), SMALL["iters"] + SMALL["warmup"]):
-        pass
-    assert run.k == 1 and not same(start, weights(run, "fake1"))
-    old, freed, original = weakref.ref(run.optimizers["fake1"]), [], train.AdamW
-
-    def watch(*args):  # there is no memory for the moments of two phases at once
-        freed.append(old() is None)
-        return original(*args)
-
-    monkeypatch.setattr(train, "AdamW", watch)
-    train.begin_phase(run, 2)
-    assert freed == [True, True]
-    assert same(start, weights(run, "fake1")) and same(start, weights(run, "student2"))
-    assert all(not moment.any() for moment in run.optimizers["fake1"].second.values())
-
-
-def test_a_teacher_of_two_branches_has_a_fake_beside_each(new_run):
-    """Phase 1 asks branch 1 alone; each update of phase 2 trains exactly one of two fakes."""
-    run = new_run(**SMALL | dict(fake_updates=1, iters=12, boundary=0.6))
-    trained = {1: set(), 2: set()}
-    before = {name: weights(run, name) for name in ("fake1", "fake2")}
-    for row, *_ in train.train(run):
-        after = {name: weights(run, name) for name in before}
-        changed = [name for name in before if not same(before[name], after[name])]
-        if row["iteration"] > -run.cfg.warmup:  # where a phase begins, both are reset
-            assert len(changed) == 1
-            trained[row["phase"]].update(changed)
-        before = after
-    assert trained == {1: {"fake1"}, 2: {"fake1", "fake2"}}
 
 
 @pytest.mark.parametrize(
