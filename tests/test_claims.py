@@ -3,7 +3,6 @@
 import random
 import sys
 from functools import partial
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -123,17 +122,6 @@ def test_a_run_has_every_metric_that_the_claims_compare():
     compared = {c[4] for c in claims.COMPARISONS if "conditional" in c[1]} | set(claims.METRICS)
     assert compared <= set(metrics)
     assert metrics["depth 2"] == metrics["energy"] != metrics["depth 1"]  # what users draw
-
-
-@pytest.mark.slow  # starts processes
-def test_existing_runs_are_not_repeated_and_lost_ones_are_to_the_bit(tmp_path):
-    args = SimpleNamespace(out=tmp_path)
-    jobs = [Job("matching ring", "naive", seed, 1e-2) for seed in (0, 1)]
-    results, kept = claims.run_jobs(jobs, args), jobs[1].file(tmp_path)
-    time = kept.stat().st_mtime_ns
-    jobs[0].file(tmp_path).unlink()
-    assert claims.run_jobs(jobs, args) == results and results[0] != results[1]
-    assert kept.stat().st_mtime_ns == time
 
 
 @pytest.mark.parametrize("flags", [[], ["--quick"], ["--digits"]])
