@@ -172,11 +172,7 @@ def test_a_run_goes_on_with_moved_files_and_more_iterations(unfinished, tmp_path
     cfg, finished = resolve(unfinished, resume=True, points=str(new), iters=9)
     assert not finished and cfg == Config(steps=8, points=str(new), iters=9)
     runs.record_run(unfinished, cfg, {"commit": "abc"}, [new], False)
-    printed = capsys.readouterr().out
-    assert (
-        "on to 9 iterations per phase; rates fall in the last 50%" in printed
-        and "commit was None when the run began" in printed
-    )
+    assert "commit was None when the run began" in capsys.readouterr().out
     assert not (unfinished / "metrics.json").exists()
     assert resolve(unfinished, resume=True) == (cfg, False)  # and stays so without flags
     new.write_text("changed")
@@ -230,9 +226,8 @@ def test_a_folder_with_leftovers_is_empty_and_a_link_to_nowhere_is_refused(tmp_p
         resolve(tmp_path)
     (tmp_path / "link").symlink_to(tmp_path / "unmounted")
     for name in ("link", "thesis.txt"):
-        with pytest.raises(
-            UserError, match=f"cannot write .*{name}: File exists; .* another --out"
-        ):
+        expected = f"cannot write .*{name}: File exists; .* another --out"
+        with pytest.raises(UserError, match=expected):
             with runs.own_folder(tmp_path / name):
                 pass
 

@@ -1,16 +1,14 @@
 """toy/minimal.py is the loop of train.py: the same random numbers give the same parameters."""
 
-import pytest
-
 import train
 from toy import minimal, toy2d
 
 
-@pytest.fixture
-def largest_difference(new_run, start):
-    """Largest difference of the two files' parameters, after few iterations of both phases."""
+def test_the_file_that_shows_it_all_trains_as_train_py_does(new_run, start):
+    """The rate is 1e-3. Controls: another weight, another target, truncated rollouts."""
 
-    def compare(**settings):
+    def largest_difference(**settings):
+        """Largest difference of parameters, after few iterations of both phases."""
         run = new_run(iters=4, warmup=3, **settings)
         for _ in train.train(run):
             pass
@@ -18,18 +16,10 @@ def largest_difference(new_run, start):
         network.load_state_dict(start(run.cfg))
         for phase in minimal.phases:
             minimal.train_phase(phase, experts, network, iters=4, warmup=3)
-        pairs = [
-            (a, b)
-            for expert, role in zip(experts, run.roles.student.values(), strict=True)
-            for a, b in zip(expert.parameters(), role.parameters.values(), strict=True)
-        ]
-        return max((a - b).abs().max().item() for a, b in pairs)
+        theirs = [p for role in run.roles.student.values() for p in role.parameters.values()]
+        ours = [p for expert in experts for p in expert.parameters()]
+        return max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
 
-    return compare
-
-
-def test_the_file_that_shows_it_all_trains_as_train_py_does(largest_difference):
-    """The rate is 1e-3. Controls: another weight, another target, truncated rollouts."""
     assert largest_difference() < 2e-5
     for wrong in (dict(weight="none"), dict(target="biased"), dict(fake_rollout="truncated")):
         assert largest_difference(**wrong) > 1e-3
