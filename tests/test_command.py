@@ -85,6 +85,10 @@ WRONG = {
     "--points nowhere.csv": "No such file",
     "--generator lora": "toy2d",
     "--resum": "unrecognized",
+    "--teacher wan22-tiny --guidance 4 3 2": "high noise, low noise, got 3",
+    "--teacher wan22-tiny --size 50x64": "nearest: 48x64",
+    f"--teacher wan22-tiny --size {'9' * 5000}x64": "--size: expected",
+    "--teacher wan22-tiny --base int8 --fake full": "--fake lora",
 }
 
 

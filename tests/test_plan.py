@@ -16,21 +16,13 @@ from models.parallel import SINGLE
 
 ROOT = Path(__file__).parent.parent
 BF16, CPU = torch.bfloat16, torch.device("cpu")
-PICTURE = dict(size=("720x1280",), frames=1)
-
-
-def plan_of(**settings) -> tuple:
-    """Config, phases, active roles of each, and the largest shape of a wan22 run."""
-    cfg = train.make_config("wan22", **settings)
-    phases = train.phases_of(cfg)
-    active = teachers.active_roles(cfg, phases)
-    return cfg, phases, active, max(teachers.buckets(cfg), key=lambda s: torch.Size(s).numel())
 
 
 def peak_of(k: int, **settings) -> float:
-    """Planned peak bytes of phase k."""
-    cfg, _, active, shape = plan_of(**settings)
-    return plan.phase_memory(cfg, active[k - 1], shape, SINGLE).peak
+    """Planned peak bytes of phase k of a wan22 run at 1x720x1280."""
+    cfg = train.make_config("wan22", size=("1x720x1280",), **settings)
+    active = teachers.active_roles(cfg, train.phases_of(cfg))
+    return plan.phase_memory(cfg, active[k - 1], *teachers.buckets(cfg), SINGLE).peak
 
 
 def test_weights_have_their_published_sizes():
@@ -96,17 +88,17 @@ def known_activations(monkeypatch):
 
 
 def test_int8_bases_are_half_as_large_and_a_fake_per_depth_costs_its_weight(known_activations):
-    peak = peak_of(2, **PICTURE)
-    assert peak - peak_of(2, **PICTURE, base="int8") == pytest.approx(28e9, rel=2e-2)
-    two_fakes = peak_of(2, **PICTURE, fake_rollout="per-depth") - peak
+    peak = peak_of(2)
+    assert peak - peak_of(2, base="int8") == pytest.approx(28e9, rel=2e-2)
+    two_fakes = peak_of(2, fake_rollout="per-depth") - peak
     assert two_fakes == pytest.approx(4 * 1.227e9, rel=1e-3)  # each with its second moments
 
 
 def test_without_truncation_every_step_is_kept(known_activations):
     """Three steps more than with truncation."""
-    one = peak_of(1, **PICTURE, phases=1)
+    one = peak_of(1, phases=1)
     expected = pytest.approx(one + 3 * known_activations.saved)
-    assert peak_of(1, **PICTURE, phases=1, truncate="off") == expected
+    assert peak_of(1, phases=1, truncate="off") == expected
 
 
 @pytest.mark.parametrize(
