@@ -1,7 +1,10 @@
 """Claims about what train.py says before a run, and when memory is short."""
 
+import io
+import itertools
 import re
 import shlex
+import sys
 
 import pytest
 import torch
@@ -151,3 +154,30 @@ def test_example_prompts_are_warned_of_in_the_first_line_and_the_last(monkeypatc
     assert lines[0] == lines[-1] == advice.EXAMPLES and "metrics" in lines
     for flags in ("--prompts mine.txt", "--weights random"):
         assert "warning" not in run(f"{line} {flags}", capsys)[1]
+
+
+# -- a slow iteration ----------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    """A stderr on which tqdm draws."""
+
+    def isatty(self):
+        return True
+
+
+def test_an_iteration_has_a_bar_by_micro_batch_with_the_time_left(monkeypatch, capsys):
+    """From the start, on a clock of ten seconds a call. Of toys it shows only if it is slow."""
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    items = runs.watch_update(list("abcd"), 0, 6)
+    assert next(items) == "a" and "update 1 of 6:   0%" in terminal.getvalue()
+    assert list(items) == list("bcd")
+    clock = itertools.count(0, 10)
+    monkeypatch.setattr("tqdm.std.time", lambda: float(next(clock)))
+    list(runs.watch_update(list("abcd"), 1, 6))
+    assert re.search(r"update 2 of 6: +21%.* 5/24 \[00:[1-4]0<0[1-9]:", terminal.getvalue())
+    monkeypatch.undo()
+    monkeypatch.setattr(runs, "SLOW_UPDATE", -1)  # where no bar is drawn, a line
+    list(runs.watch_update(list("ab"), 1, 6))
+    assert "update 2 of 6 took 0 s; about 0 minutes left" in capsys.readouterr().out
