@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import train
-from models import advice, cli, parallel, plan
+from models import advice, cli, parallel, plan, runs
 
 COMMAND = re.compile(r"(?:python|torchrun) [^;\n]*train\.py[^;\n]*")
 MACHINES = [(1, 24), (1, 80), (8, 80), (8, 24), (0, 0)]  # GPUs, GB of each
