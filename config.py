@@ -9,7 +9,7 @@ from functools import partial
 from models import cli, runs, teachers
 from models.common import UserError
 from models.parallel import SINGLE, Topology
-from phases import Phase, make_phases
+from phases import Phase, make_phases, split_batch
 from toy import digits, toy2d
 
 data, method, training, memory, output = (partial(cli.option, group=group) for group in cli.GROUPS)
@@ -48,8 +48,8 @@ class Config:
     truncate: str       = method("on", "gradient through one step (SGTS), or through all", ON_OFF)
     depths: str         = method("drawn", "truncation depth: one drawn per batch, or every one in "
                                  "each batch", ("drawn", "mixed"))
-    fake_rollout: str   = method("complete", "samples of the fake: of complete rollouts, truncated "
-                                 "as the student's, or these with a fake per depth",
+    fake_rollout: str   = method("complete", "rollouts that the fake learns from: complete; "
+                                 "truncated, as the student's; truncated, with a fake per depth",
                                  ("complete", "truncated", "per-depth"))
     target: str         = method("unbiased", "target of the fake: Eq. 11, or Fig. 2(c)",
                                  ("unbiased", "biased"))
@@ -162,8 +162,9 @@ def validate(cfg: Config, topology: Topology = SINGLE) -> None:
     if cfg.truncate == "off" and cfg.fake_per_depth:
         raise UserError("--fake-rollout per-depth needs --truncate on: there are no depths without")
     depths = phases_of(cfg)[0].num_steps
-    count = -(-cfg.batch // cfg.micro_batch) if cfg.micro_batch else min(depths, cfg.batch)
-    if cfg.depths == "mixed" and count % depths:
+    sizes = split_batch(cfg.batch, cfg.micro_batch, depths, cfg.depths == "mixed", 0.0)
+    count = sum(n > 0 for n, _ in sizes)
+    if cfg.depths == "mixed" and cfg.truncate == "on" and count % depths:
         raise UserError(
             f"--depths mixed: expected a multiple of {depths} micro-batches, one per depth, got "
             f"{count}; change --batch or --micro-batch"

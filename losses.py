@@ -118,8 +118,8 @@ def dmd_gradient(
     alpha_t, sigma_t = coefficients(t, x_s, process)
     alpha_ts, sigma_ts = transition(s, t, x_s, process)
     if weight == "none":
-        return v_real - v_fake
-    if weight == "paper":
+        w = 1.0
+    elif weight == "paper":
         w = alpha_t * alpha_ts / (alpha_t * sigma_t + sigma_t**2)
     elif weight in ("xs", "normalised"):
         # w of `paper` times sigma_ts^2 / alpha_ts^2, with alpha_s for alpha_t / alpha_ts (0/0 at 1)

@@ -144,7 +144,7 @@ def split_at_boundary(
 def pick_interval(phase: Phase, r: float) -> Interval:
     """One interval of the phase, with its share of the length, by r ~ U(0, 1).
 
-    So an update asks one branch of the teacher and not two; over all, t has the same distribution.
+    So an update calls one branch of the teacher and not two; over all, t has the same distribution.
     """
     high, low = phase.intervals[0], phase.intervals[-1]  # the same if there is one
     lengths = [interval.u[1] - interval.u[0] for interval in (high, low)]

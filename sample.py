@@ -105,10 +105,11 @@ def teacher_job(args) -> Job:
     if args.lora:
         own_steps = given_flags(args, "steps", "shift", "times")
         times = given_times(args) or times
-        plan = export.assign_loras(cfg, args.lora, bool(own_steps), times, boundary_t)
-        weights_of = partial(export.lora_weights, cfg, plan)
+        assignment = export.assign_loras(cfg, args.lora, bool(own_steps), times, boundary_t)
+        weights_of = partial(export.lora_weights, cfg, assignment)
         run_dir = args.out or Path("out") / f"{args.teacher}-lora"
-        return Job(cfg, plan.roles, plan.times, plan.base_of, weights_of, run_dir)
+        steps = assignment.roles, assignment.times, assignment.base_of
+        return Job(cfg, *steps, weights_of, run_dir)
     if args.teacher in TEACHERS:
         times = teachers.teacher_times(cfg, args.shift)
     roles = [f"teacher{branch_at(t, boundary_t)}" for t in times[:-1]]

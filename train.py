@@ -243,20 +243,20 @@ def step_optimizers(run: Run, name: str, values: dict[str, Tensor]) -> dict:
     finite = torch.stack(list(values.values())).isfinite().all()  # a tensor
     for optimizer in optimizers:
         optimizer.step(lr_factor(run.cfg, run.i), finite)
-    # the gradients are now the updates over the rate
+    # AdamW.step has left the updates over the rate in p.grad
     values["update_rms"] = parallel.grad_norm(grads) / sum(g.numel() for g in grads) ** 0.5
-    *numbers, finite = torch.stack([*values.values(), finite]).tolist()  # the only GPU sync
-    run.skips[name] = 0 if finite else run.skips.get(name, 0) + 1
+    *numbers, is_finite = torch.stack([*values.values(), finite]).tolist()  # the only GPU sync
+    run.skips[name] = 0 if is_finite else run.skips.get(name, 0) + 1
     if run.skips[name] > MAX_SKIPS:
         raise UserError(
             f"phase {run.k}, iteration {run.i}: {run.skips[name]} updates of {name} in a row were "
             "not finite; start over with --overwrite and a lower --lr or --fake-lr"
         )
-    if finite and optimizers[0].steps <= 3:  # later, gradients may have shrunk
+    if is_finite and optimizers[0].steps <= 3:  # later, gradients may have shrunk
         note_if_slow(name, numbers[-1])
     for p in [p for o in optimizers for p in o.parameters.values()]:
         p.grad = None
-    row = {"phase": run.k, "iteration": run.i, "role": name, "skipped": not finite}
+    row = {"phase": run.k, "iteration": run.i, "role": name, "skipped": not is_finite}
     return common.finite(row | dict(zip(values, numbers, strict=True)))
 
 

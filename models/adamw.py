@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from models.lora import note
+from models.common import note
 from models.parallel import local
 
 # eps only prevents 0 / 0. A loss is a mean over the elements of a latent, so gradients shrink with
@@ -34,8 +34,8 @@ class AdamW:
         Afterwards p.grad holds the update divided by the learning rate.
         """
         self.steps += 1
-        correction = math.sqrt(1 - BETA**self.steps)
-        skip = ~finite  # second moments start at zero
+        correction = math.sqrt(1 - BETA**self.steps)  # second moments start at zero
+        skip = ~finite
         for name, p in self.parameters.items():
             if p.grad is None:  # e.g. the last text branch of Qwen-Image, whose output is unused
                 continue

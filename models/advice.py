@@ -124,9 +124,10 @@ def suggest_without_gpu(request: Request) -> str:
     advice = f"{teacher} needs a GPU, found none; here: python train.py --teacher {family}-tiny"
     cards = {}  # command -> the smallest of these machines on which it fits
     for count, gigabytes in ((1, 24), (1, 80), (8, 80)):
-        cheapest = islice(fitting_commands(request, GPUs(count, plan.card(gigabytes))), 1)
-        for command in cheapest:
-            cards.setdefault(command, f"on {count} of {gigabytes} GB: {command}")
+        gpus = GPUs(count, plan.room_of_card(gigabytes))
+        cheapest = next(fitting_commands(request, gpus), None)
+        if cheapest:
+            cards.setdefault(cheapest, f"on {count} of {gigabytes} GB: {cheapest}")
     return "; ".join([advice, *cards.values()])
 
 
@@ -161,10 +162,10 @@ def smaller_sizes(cfg) -> list[tuple[str, ...]]:
     return result
 
 
-def changes(cfg, gpus: int, now: Topology) -> Iterator[tuple[dict, Topology]]:
+def changes(cfg, most: int, now: Topology) -> Iterator[tuple[dict, Topology]]:
     """Settings that differ, and ranks, that save memory at the same sizes, the cheapest first.
 
-    gpus: how many may be used. now: the present ranks, which come first.
+    most: how many GPUs may be used. now: the present ranks, which come first.
     """
     differing = lambda **new: {name: x for name, x in new.items() if getattr(cfg, name) != x}
     on_ranks = lambda ranks, context: Topology(now.nodes * ranks, now.nodes, context)
@@ -172,11 +173,11 @@ def changes(cfg, gpus: int, now: Topology) -> Iterator[tuple[dict, Topology]]:
     no_int8 = differing(base="float")
     adapters = differing(generator="lora", fake="lora")
     for settings in ({}, saving, saving | adapters):
-        ranks = min(now.shard_group, gpus)
+        ranks = min(now.shard_group, most)
         yield settings, on_ranks(ranks, math.gcd(now.context_parallel, ranks))
         count = plan.num_micro_batches(replace(cfg, **settings))
         for context in (1, 2, 4, 8):
-            counts = range(context, gpus + 1, context)
+            counts = range(context, most + 1, context)
             counts = [n for n in counts if count % (n * now.nodes // context) == 0]
             if max(counts, default=1) > 1:  # several processes share no int8
                 yield settings | no_int8, on_ranks(max(counts), context)

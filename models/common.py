@@ -8,12 +8,14 @@ import math
 import os
 import re
 from collections.abc import Callable, Iterable
+from functools import lru_cache
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import _TYPES, save_file
 from torch import Tensor
+from tqdm import tqdm
 
 # as PyTorch, CUDA, cuBLAS and NCCL say it
 OUT_OF_MEMORY = re.compile("out of memory|allocate memory|ALLOC_FAILED|CUDA malloc", re.I)
@@ -38,6 +40,12 @@ def first_line(error: BaseException) -> str:
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that memory is short, on any device."""
     return isinstance(error, MemoryError) or bool(OUT_OF_MEMORY.search(str(error)))
+
+
+@lru_cache
+def note(text: str) -> None:
+    """Print a note once, above a progress bar if there is one."""
+    tqdm.write(f"note: {text}")
 
 
 def torchrun_ranks() -> tuple[int, int, int, int]:

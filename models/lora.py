@@ -10,7 +10,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Iterable
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,10 +18,9 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from models import parallel
-from models.common import TensorFile, UserError, read_json, reading, stream
+from models.common import TensorFile, UserError, note, read_json, reading, stream
 
 
 class Linear(nn.Linear):
@@ -259,7 +258,7 @@ def read_changes(path: Path, strength: float, aliases: dict[str, str]) -> dict[s
     if scales:
         bounds = " to ".join(f"{x:.4g}" for x in sorted({min(scales), max(scales)}))
         note(f"{path}: alpha / rank = {bounds}")
-    left_out = len(file) - sum(map(len, layers.values()))
+    left_out = len(file) - sum(map(len, layers.values()))  # read_layers skips nothing else
     if left_out:
         note(f"{path}: {left_out} tensors of Wan2.1's image branch, absent here, are left out")
     return changes
@@ -447,9 +446,3 @@ def files_of_branches(files: Iterable[LoraFile], branches: int) -> list[list[Lor
         raise UserError(f"got {names}, which may be for high or low noise; say it in their names")
     kinds = [("high", ""), ("low", "")] if branches == 2 else [("high", "low", "")]
     return [[file for file, noise in zip(files, noises) if noise in kind] for kind in kinds]
-
-
-@lru_cache
-def note(text: str) -> None:
-    """Print a note once, above a progress bar if there is one."""
-    tqdm.write(f"note: {text}")

@@ -152,9 +152,9 @@ def join(device: str) -> None:
 
 def make_groups(device: str) -> None:
     """Make the groups of ranks that share a tensor, a batch, or the tokens of a sample."""
-    sizes = {"node": topology.nodes} if topology.nodes > 1 else {}
-    sizes["shard"] = topology.shard_group
-    groups["shards"] = init_device_mesh(device, (*sizes.values(),), mesh_dim_names=(*sizes,))
+    axes = {"node": topology.nodes} if topology.nodes > 1 else {}
+    axes["shard"] = topology.shard_group
+    groups["shards"] = init_device_mesh(device, tuple(axes.values()), mesh_dim_names=tuple(axes))
     sizes = topology.data_parallel, topology.context_parallel
     mesh = init_device_mesh(device, sizes, mesh_dim_names=("data", "tokens"))
     groups["data"] = mesh["data"].get_group()

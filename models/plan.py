@@ -200,8 +200,9 @@ def role_bytes(
             gathered[block] += ranks * count * itemsize
             gradients[block] += ranks * count * (itemsize + 4) if p.requires_grad else 0
     outside = gathered.pop(None, 0)
-    peak = outside + IN_FLIGHT * max(gathered.values(), default=0)
-    return RoleBytes(stored[False], stored[True], peak + max(gradients.values(), default=0))
+    weights_gathered = outside + IN_FLIGHT * max(gathered.values(), default=0)
+    gradients_gathered = max(gradients.values(), default=0)
+    return RoleBytes(stored[False], stored[True], weights_gathered + gradients_gathered)
 
 
 # -- a run ---------------------------------------------------------------------------------------
@@ -258,8 +259,8 @@ def phase_memory(cfg, active, shape: tuple | None, topology: Topology) -> Memory
     peaks = update_activations(cfg, active.trained, shape, topology.processes > 1)
     memories = []  # while each of the roles is updated
     for name, activations in peaks.items():
-        role = size_of(name)
-        memories.append(Memory(bases, roles, role.role, samples * activations, role.gathered))
+        size = size_of(name)
+        memories.append(Memory(bases, roles, size.role, samples * activations, size.gathered))
     return max(memories, key=lambda memory: memory.peak)
 
 
@@ -273,17 +274,24 @@ def update_activations(
     forward_peak = max(x.forward_peak for x in costs.values())  # rollouts, v_real, v_fake
     peaks = {name: max(forward_peak, x.backward_peak) for name, x in costs.items()}
     student = costs[trained[0]]
-    graphs = cfg.steps // cfg.phases if cfg.truncate == "off" else 1  # of steps of the phase
-    # with checkpointing, rollout keeps only the input of one step while the others are called
-    is_short = cfg.truncate != "off" and cfg.checkpointing != "off"
-    waiting = 0 if is_short else graphs * student.saved
-    others = (graphs - 1) * student.saved
+    if cfg.truncate == "off":  # the graphs of all steps of the phase
+        steps = cfg.steps // cfg.phases
+        waiting = steps * student.saved
+        others = (steps - 1) * student.saved
+    elif cfg.checkpointing == "off":
+        waiting = student.saved
+        others = 0
+    else:  # rollout keeps only the input of the step while teacher and fake are called
+        waiting = 0
+        others = 0
     peaks[trained[0]] = max(waiting + forward_peak, others + student.backward_peak)
     return peaks
 
 
 def step_flops(cfg, phase, buckets: dict[tuple, float]) -> tuple[float, float]:
     """Expected FLOPs of an iteration of a phase, all samples: useful, recomputed in backward."""
+    # forwards without gradient: the rollouts of the fake; those of the student's update but for the
+    # steps that it trains; v_real, twice with CFG; v_fake. Then the training of student and fake
     truncated = cfg.truncate == "on"
     trained = 1 if truncated else phase.num_steps
     complete = phase.first + phase.num_steps  # steps of a rollout
@@ -322,7 +330,7 @@ def room_of(free: float) -> float:
     return 0.95 * free - 3e9  # gaps; kernels' workspaces and what is not planned
 
 
-def card(gigabytes: int) -> float:
+def room_of_card(gigabytes: int) -> float:
     """Bytes to plan with on an idle card that is sold with so many GB."""
     return room_of(gigabytes * 2**30 - 5e8)
 
@@ -349,7 +357,7 @@ def peak_flops(dtype: torch.dtype, device: str) -> float:
 # -- the report ----------------------------------------------------------------------------------
 
 
-def report(
+def format_plan(
     cfg, phases: list, active: list, buckets: dict[tuple, float], device: str, topology: Topology
 ) -> str:
     """Memory and time as a table, one row per phase. active: moe.ActiveRoles of each phase."""

@@ -149,7 +149,7 @@ class QwenImage(nn.Module):
     vae_class = "AutoencoderKLQwenImage"
     official_sampler = "Euler"
     comfyui_node = "ModelSamplingAuraFlow"
-    text_len = 512  # tokens of a prompt at most, as in the published pipeline
+    text_len = 512  # tokens of a prompt at most, as in the published pipeline (encoders.MAX_TOKENS)
     image_channels = 0
     diffusers_name = staticmethod(lambda name: name)  # the published one
     read_config = staticmethod(lambda config, tensors: config)  # it has our names

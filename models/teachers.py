@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 import moe
 from models import encoders, export, lora, media, parallel, plan, weights
-from models.common import UserError, is_rank0, normal, reading, stream
+from models.common import UserError, is_rank0, normal, note, reading, stream
 from models.layers import attention_backend
 from models.parallel import SINGLE, Topology
 from models.runs import Preset
@@ -303,7 +303,7 @@ def load_base(
         torch.cuda.empty_cache()  # of an encoder, or of the network before
         q = torch.empty(1, 128, 8, 128, dtype=dtype_named(cfg.dtype), device=device)
         mask = torch.ones(1, 128, dtype=torch.bool, device=device)
-        lora.note(f"attention by {attention_backend(q)}, with a mask {attention_backend(q, mask)}")
+        note(f"attention by {attention_backend(q)}, with a mask {attention_backend(q, mask)}")
     options = dict(dtype=dtype_named(cfg.dtype), allocate=allocate, device=device)
     options["int8"] = cfg.base == "int8"
     noise = f", {export.NOISE[branch]} noise" if teacher_spec(cfg.teacher).boundary else ""
@@ -366,12 +366,15 @@ def make_data(cfg, out: Path) -> Callable:
     probabilities = torch.tensor(list(shapes.values()))
     prompts = open_prompts(cfg, path) if path else None
     images = open_images(cfg) if cfg.images else None
+    if images:  # of equal captions the first row
+        row_of = {caption: i for i, caption in reversed([*enumerate(prompts.prompts)])}
 
     def data(n: int, shared: torch.Generator, rng: torch.Generator) -> tuple[dict, tuple]:
         shape = list(shapes)[torch.multinomial(probabilities, 1, generator=shared).item()]
         c = {}
         if images:
-            c["image"], texts = captioned_frames(images, prompts, n, shape, rng)
+            c["image"], captions = captioned_frames(images, n, shape, rng)
+            texts = [prompts.row(row_of[caption]) for caption in captions]
             return c | text_cond(cfg, texts), shape
         if teacher_spec(cfg.teacher).is_i2v:
             c["image"] = random_first_frames(n, shape, rng)
@@ -386,19 +389,14 @@ def make_data(cfg, out: Path) -> Callable:
 
 
 def captioned_frames(
-    images: encoders.FirstFrames,
-    prompts: encoders.Embeddings,
-    n: int,
-    shape: tuple,
-    rng: torch.Generator,
-) -> tuple[Tensor, list[Tensor]]:
-    """n first frames (n, 20, F, h, w) of this shape, and the embeddings of their captions."""
+    images: encoders.FirstFrames, n: int, shape: tuple, rng: torch.Generator
+) -> tuple[Tensor, list[str]]:
+    """n first frames (n, 20, F, h, w) of this shape, and their captions."""
     key = images.key_of[shape[1:]]
     captions = images.captions[key]
     frames = images.file[key]
     rows = torch.randint(len(captions), (n,), generator=rng).tolist()
-    texts = [prompts.row(prompts.prompts.index(captions[i])) for i in rows]
-    return torch.cat([frames[i : i + 1] for i in rows]), texts
+    return torch.cat([frames[i : i + 1] for i in rows]), [captions[i] for i in rows]
 
 
 def text_cond(cfg, texts: list[Tensor]) -> dict[str, Tensor]:
@@ -448,8 +446,8 @@ def report(cfg, phases, roles, k: int, device, out: Path, finished: bool) -> tup
     t = renoise_times(interval, torch.full((n,), 0.5), cfg.shift).to(device)
     x_t = diffuse(x_s, phase.s, t, eps)
     depth = phase.num_steps if cfg.fake_per_depth else 0  # that of the samples users will see
-    critics = roles.teacher[interval.branch], roles.fakes[interval.branch, depth]
-    for name, role in zip(("teacher", "fake"), critics):
+    networks = roles.teacher[interval.branch], roles.fakes[interval.branch, depth]
+    for name, role in zip(("teacher", "fake"), networks):
         rows[f"{name} x_0 at t = {t[0]:.2f}"] = v_to_x0(x_t, t, in_chunks(role)(x_t, t, c))
     metrics = {"latent_distance": latent_distance(x_s)}
     if finished:
@@ -496,7 +494,7 @@ def has_vae(cfg) -> bool:
 def plan_text(cfg, phases: list[Phase], device: torch.device, topology: Topology) -> str:
     """Memory, FLOPs and days of a run, and whether other tools could run its student."""
     active = active_roles(cfg, phases)
-    text = plan.report(cfg, phases, active, buckets(cfg), str(device), topology)
+    text = plan.format_plan(cfg, phases, active, buckets(cfg), str(device), topology)
     try:
         export.check_exportable(phases, active[0].base_of, boundary_of(cfg))
     except UserError as error:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from models import lora, parallel
 from models.cli import Parser, exit_status
-from models.common import FileTensor, UserError, first_line, read_json, reading
+from models.common import FileTensor, UserError, first_line, note, read_json, reading
 from models.qwen_image import QwenImage
 from models.wan import Wan
 
@@ -53,7 +53,7 @@ class TeacherSpec(NamedTuple):
     @property
     def pipeline(self) -> str:
         """Its pipeline of diffusers, as the model_index.json of its folder names it."""
-        return self.network.pipelines[self.is_i2v]
+        return self.network.pipelines[1 if self.is_i2v else 0]
 
 
 A14B = dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, in_dim=16, out_dim=16)
@@ -89,7 +89,7 @@ PORT = (
 
 
 def teacher_spec(name: str) -> TeacherSpec:
-    """The teacher of this name. Raises UserError, and TypeError for a class that lacks a PORT."""
+    """The teacher of this name. Raises UserError; TypeError if its class declares too little."""
     if name not in TEACHERS:
         raise UserError(f"--teacher: expected one of {', '.join(TEACHERS)}, got {name}")
     network = TEACHERS[name].network
@@ -142,7 +142,7 @@ def branch_paths(teacher: str, *weights: str | Path) -> tuple[list[Path], float 
         raise UserError(f"{both}; name one for high and one for low noise")
     ordered = sorted(paths, key=lora.noise_order)
     if ordered != paths:
-        lora.note(f"{ordered[0]} is for high noise and {ordered[1]} for low noise: swapped")
+        note(f"{ordered[0]} is for high noise and {ordered[1]} for low noise: swapped")
     return ordered, boundary
 
 
@@ -191,7 +191,7 @@ def subfolder(teacher: str, folder: Path | None, part: str) -> Path:
         hint = f"; get it: {command}" if repository else ""
         raise UserError(f"{place} has no folder {part} as diffusers has{hint}")
     if folder and found.parent != Path(folder):
-        lora.note(f"{part} comes from {found}")
+        note(f"{part} comes from {found}")
     return found
 
 

@@ -71,7 +71,7 @@ def train_two_branches(starts, monkeypatch):
         rows = [row for rows in train.train(run) for row in rows]
         assert {row["role"] for row in rows} == {"fake1", "fake2", "student1", "student2"}
         assert not any(row["skipped"] for row in rows)
-        (*_, x), _ = toy2d.draw(cfg, run.nets, run.times, 5000, cpu)
+        (*_, x), _ = toy2d.sample_nets(cfg, run.nets, run.times, 5000, cpu)
         mixture = toy2d.load_mixture(cfg)
         return energy(x, mixture.sample(5000, stream("exact"))), mode_coverage(x, mixture)[0]
 

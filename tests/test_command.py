@@ -15,6 +15,7 @@ from students import refusal
 import sample
 import train
 from models import cli, common
+from models.common import UserError
 from toy import toy2d
 
 ROOT = Path(__file__).parent.parent
@@ -212,3 +213,11 @@ def test_a_checkpoint_is_written_by_time_as_well(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "SAVE_SECONDS", -1)
     assert train.main([*flags, "--out", str(tmp_path / "b")]) == 0
     assert {(1, 1), (1, 2), (2, 1), (2, 2)} <= set(saved)
+
+
+def test_a_batch_without_truncation_has_no_depths_to_share():
+    """Control: with truncation, one micro-batch cannot hold four depths."""
+    settings = dict(phases=1, micro_batch=256)
+    train.validate(train.make_config(truncate="off", **settings))
+    with pytest.raises(UserError, match="--depths mixed"):
+        train.validate(train.make_config(**settings))

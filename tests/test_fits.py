@@ -19,7 +19,7 @@ TEACHERS = ["wan22 --phases 2", "wan21-1.3b", "qwen-image"]
 
 def use_machine(patch, gpus: int, gigabytes: int) -> None:
     """Let train.py believe that it has these GPUs."""
-    patch.setattr(plan, "find_gpus", lambda device: (gpus, plan.card(gigabytes)))
+    patch.setattr(plan, "find_gpus", lambda device: (gpus, plan.room_of_card(gigabytes)))
     patch.setattr(cli, "pick_device", lambda *_: "cuda" if gpus else "cpu")
 
 
@@ -53,7 +53,7 @@ def check(gpus: int, gigabytes: int, teacher: str, capsys) -> tuple[list[str], s
     assert status == 2 and error.count("\n") == 1  # there are no weights, at least
     if "does not exist" in error:  # it fits
         lines = COMMAND.findall(out)
-        assert all(planned(line)[1] < plan.card(gigabytes) for line in lines)
+        assert all(planned(line)[1] < plan.room_of_card(gigabytes) for line in lines)
         return lines, out + error
     assert out == "" and "--ignore-plan" in error
     if not gpus:
@@ -64,16 +64,16 @@ def check(gpus: int, gigabytes: int, teacher: str, capsys) -> tuple[list[str], s
         assert [line for *_, line in cards] == lines and lines
         for count, size, line in cards:
             ranks, peak = planned(line)
-            assert ranks <= int(count) and peak < plan.card(int(size))
+            assert ranks <= int(count) and peak < plan.room_of_card(int(size))
         return lines, error
     found = re.search(r"needs ([\d.]+) GB on each GPU, there is room for ([\d.]+) GB", error)
     need, room = map(float, found.groups())
-    assert need >= room == pytest.approx(plan.card(gigabytes) / 1e9, abs=0.05)
+    assert need >= room == pytest.approx(plan.room_of_card(gigabytes) / 1e9, abs=0.05)
     lines = COMMAND.findall(error)
     assert len(lines) == 2
     for line in lines:
         ranks, peak = planned(line)
-        assert peak < plan.card(gigabytes)
+        assert peak < plan.room_of_card(gigabytes)
         assert ranks <= (8 if "on 8 such GPUs" in error else gpus)
     return lines, error
 
@@ -91,7 +91,7 @@ def test_a_run_that_does_not_fit_is_refused_with_commands_that_do(
     estimate_activations(monkeypatch)
     lines, _ = check(gpus, gigabytes, teacher, capsys)
     assert lines and not list(tmp_path.iterdir())
-    assert planned("python train.py --teacher wan22")[1] > plan.card(80)  # control
+    assert planned("python train.py --teacher wan22")[1] > plan.room_of_card(80)  # control
 
 
 @pytest.mark.slow

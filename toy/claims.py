@@ -271,7 +271,7 @@ def run_toy(job: Job) -> dict:
             early = copy.deepcopy(run.roles.student[run.k].velocity)
     cfg = run.cfg
     mixture = toy2d.load_mixture(run.cfg)
-    xs, c = toy2d.draw(cfg, run.nets, run.times, cfg.eval_samples, CPU)
+    xs, c = toy2d.sample_nets(cfg, run.nets, run.times, cfg.eval_samples, CPU)
     exact = lambda s: mixture.sample_at(s, len(xs[0]), stream("exact", cfg.seed, s or 0), c)
     modes, precision, spread = mode_coverage(xs[-1], mixture)
     coverage = modes / mode_coverage(exact(0.0), mixture)[0]
@@ -315,7 +315,9 @@ def compare_early(run: train.Run, early: torch.nn.Module) -> dict:
     mixture = toy2d.load_mixture(run.cfg)
     n = run.cfg.eval_samples
     nets = [early if net is run.roles.student[run.k] else net for net in run.nets]
-    x, late = (toy2d.draw(run.cfg, each, run.times, n, CPU)[0][-1] for each in (nets, run.nets))
+    x, late = (
+        toy2d.sample_nets(run.cfg, each, run.times, n, CPU)[0][-1] for each in (nets, run.nets)
+    )
     distance, mode = torch.cdist(x, mixture.means).min(1)
     kept = mode == toy2d.nearest_mode(late, mixture)
     moved = (x - late).norm(dim=1)[kept].mean() / mixture.sd
@@ -408,7 +410,7 @@ def format_table(methods: dict, metrics: tuple[str, ...]) -> str:
     return "\n".join(rows)
 
 
-def report(jobs: list[Job], args) -> None:
+def write_report(jobs: list[Job], args) -> None:
     """Run the jobs, then print, draw and write what their results mean."""
     results = defaultdict(lambda: defaultdict(list))
     for job, result in zip(jobs, run_jobs(jobs, args)):
@@ -484,7 +486,7 @@ def main() -> None:
         lr = 3e-4 if table == "digits" else 1e-3
         if seed < seeds:
             jobs += [Job(table, name, seed, rates.get(name, lr), scale) for name in methods]
-    report(jobs, args)
+    write_report(jobs, args)
 
 
 if __name__ == "__main__":

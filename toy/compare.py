@@ -24,13 +24,13 @@ from models.runs import own_folder
 from phases import step_times
 from toy.mixtures import energy, mode_coverage
 from toy.toy2d import (
-    draw,
     exact_teacher,
     fit_start,
     load_mixture,
     nearest_mode,
     plot_points,
     roles_from,
+    sample_nets,
 )
 
 SHOWN = 5000  # samples in a panel
@@ -100,11 +100,13 @@ def main() -> None:
         cfg = train.make_config(seed=args.seed)
         start = fit_start(cfg, lambda steps: tqdm(steps, "fitting", disable=None))
         mixture = load_mixture(cfg)
-        teacher, _ = draw(cfg, [exact_teacher(cfg)] * 40, step_times(40, cfg.shift), SAMPLES, CPU)
+        teacher, _ = sample_nets(
+            cfg, [exact_teacher(cfg)] * 40, step_times(40, cfg.shift), SAMPLES, CPU
+        )
         rows = {"exact teacher\n40 steps": (teacher[::10], set())}
         for name, settings in STUDENTS.items():
             run = train_student(settings, args.seed, start, args.out)
-            xs, _ = draw(run.cfg, run.nets, run.times, SAMPLES, CPU)
+            xs, _ = sample_nets(run.cfg, run.nets, run.times, SAMPLES, CPU)
             rows[name] = xs, {phase.s for phase in run.phases}
         write_file(args.out / "compare.png", figure(rows, mixture, args.seed))
         print(f"picture: {args.out / 'compare.png'}")

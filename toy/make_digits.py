@@ -118,8 +118,8 @@ def fit_classifier(
     optimizer = torch.optim.AdamW(classifier.parameters(), 2e-3, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for i in tqdm(range(steps), "classifier", mininterval=10):
-        rows = integers(batch, len(pixels), "judge", seed, i, "rows")
-        x = augment(digits.to_unit_range(pixels[rows]), "judge", seed, i)
+        rows = integers(batch, len(pixels), "classifier", seed, i, "rows")
+        x = augment(digits.to_unit_range(pixels[rows]), "classifier", seed, i)
         loss = F.cross_entropy(classifier(x)[1], labels[rows], label_smoothing=0.05)
         optimizer.zero_grad()
         loss.backward()
@@ -172,7 +172,7 @@ def make_teacher(args: Namespace) -> None:
 def make_classifier(args: Namespace) -> None:
     """Train the classifier; write it, and its accuracy on the digits that test it."""
     pixels, labels = read_digits(args.data)
-    order = torch.randperm(len(pixels), generator=common.stream("judge", args.seed, "split"))
+    order = torch.randperm(len(pixels), generator=common.stream("classifier", args.seed, "split"))
     test, train = order.tensor_split([len(order) * 15 // 100])
     classifier = fit_classifier(pixels[train], labels[train], args.epochs, args.seed)
     origin = provenance(seed=args.seed, epochs=args.epochs)

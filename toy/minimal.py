@@ -29,9 +29,10 @@ phases = make_phases(N, K)  # phase 1 ends at s = 0.5, phase 2 at s = 0
 
 
 # %% A real teacher is a network, and student and fake start from it. Here: a network fitted to it
-def fit_start(steps: int = 1500, key: tuple = ("start", "ring", "off")) -> MLP:
+def fit_start(steps: int = 1500) -> MLP:
     torch.manual_seed(0)
     net = MLP()
+    key = "start", "ring", "off"  # of random numbers, as train.py has it
     optimizer = torch.optim.Adam(net.parameters(), 1e-2)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for i in tqdm(range(steps), "start network", disable=None):
@@ -71,7 +72,7 @@ def train_phase(phase: Phase, experts: list, start: MLP, iters=400, warmup=200) 
             continue  # the fake warms up
         for depth in range(1, phase.num_steps + 1):  # depth - 1 steps, then the jump to s (SGTS)
             x_s, t, _, x_t = sample(stream(0, phase.k, i, 5, depth - 1), BATCH // (N // K), depth)
-            with torch.no_grad():  # their difference is one of two scores (Eq. 5, A2)
+            with torch.no_grad():  # their difference is proportional to one of scores (Eq. 5, A2)
                 v_real, v_fake = data.velocity(x_t, t), fake(x_t, t)
                 gradient = dmd_gradient(x_s, x_t, s, t, v_real, v_fake, "xs")  # near Eq. 10
             (dmd_loss(x_s, gradient).mean() / phase.num_steps).backward()

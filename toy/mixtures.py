@@ -220,8 +220,8 @@ def mean_distance(x: Tensor, y: Tensor | None = None, block: int = 50) -> float:
 
     A block of rows at a time, so that the distances stay in the cache.
     """
-    columns = (x if y is None else y).T.contiguous()
-    total = 0.0  # (d, m)
+    columns = (x if y is None else y).T.contiguous()  # (d, m)
+    total = 0.0
     for start in range(0, len(x), block):
         rows = x[start : start + block]
         others = columns[:, start:] if y is None else columns  # |x_i - x_j| = |x_j - x_i|

@@ -253,7 +253,7 @@ def save_samples(cfg, c: dict | None, xs: list[Tensor], args, names, device) -> 
 
 
 @torch.no_grad()
-def draw(cfg, nets: list, times: tuple, n: int, device) -> tuple[list[Tensor], dict | None]:
+def sample_nets(cfg, nets: list, times: tuple, n: int, device) -> tuple[list[Tensor], dict | None]:
     """x (n, d) at each of the times of the nets, on the CPU, and the conditions.
 
     The noise is the evaluation's own, and the same for every student of a seed.
@@ -294,11 +294,13 @@ def report(
     phases = phases[:k]
     times = step_times(cfg.steps, cfg.shift)
     nets = student_nets(roles, phases)
-    xs, c = draw(cfg, nets, times, n, device)
+    xs, c = sample_nets(cfg, nets, times, n, device)
     exact = lambda s, i: mixture.sample_at(s, n, stream("exact", cfg.seed, i))
     pairs = {f"phase {p.k}": (xs[p.end], exact(p.s, p.s or 0)) for p in phases}
     if finished:
-        (*_, x_teacher), _ = draw(cfg, [exact_teacher(cfg, device)] * cfg.steps, times, n, device)
+        (*_, x_teacher), _ = sample_nets(
+            cfg, [exact_teacher(cfg, device)] * cfg.steps, times, n, device
+        )
         _, y = pairs[f"phase {k}"]
         y1, y2 = exact(0.0, 1), exact(0.0, 2)
         pairs |= {"teacher": (x_teacher, y), "floor 1": (y, y1), "floor 2": (y, y2)}
@@ -345,8 +347,8 @@ def draw_picture(cfg, nets: list, phases: list[Phase], device, n: int = 3000) ->
     times = step_times(cfg.steps, cfg.shift)
     teacher = [exact_teacher(cfg, device)] * cfg.steps
     rows = {
-        f"student, {cfg.steps} steps": draw(cfg, nets, times, n, device)[0],
-        f"teacher, {cfg.steps} steps": draw(cfg, teacher, times, n, device)[0],
+        f"student, {cfg.steps} steps": sample_nets(cfg, nets, times, n, device)[0],
+        f"teacher, {cfg.steps} steps": sample_nets(cfg, teacher, times, n, device)[0],
         "exact": [mixture.sample_at(t, n, stream("picture", i)) for i, t in enumerate(times)],
     }
     expert = {i: phase.k for phase in phases for i in range(phase.first, phase.end)}
