@@ -22,11 +22,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import moe
-from config import Config, make_config, phases_of, preset_of, validate
+from config import Config
 from models import cli, common, export, parallel, runs, teachers
 from models.common import UserError, normal
 from models.weights import TEACHERS, RoleWeights, student_weights
 from phases import branch_at, step_times, trajectory
+from presets import make_config, phases_of, preset_of, validate
 
 
 class Job(NamedTuple):

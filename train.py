@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import moe
-from config import PRESETS, Config, make_config, phases_of, preset_of, validate
+from config import Config
 from losses import dmd_gradient, dmd_loss, naive_matching, subinterval_matching
 from models import advice, cli, common, media, parallel, runs
 from models.adamw import AdamW, note_if_slow
@@ -39,6 +39,7 @@ from phases import (
     split_batch,
     step_times,
 )
+from presets import PRESETS, make_config, phases_of, preset_of, validate
 from sde import diffuse
 
 MAX_SKIPS = 20  # non-finite updates in a row before a run stops

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from tqdm import tqdm
 
+from config import Config
 from models import cli, parallel, plan, teachers, weights
 from models.common import UserError, is_out_of_memory
 from models.parallel import SINGLE, Topology
@@ -31,7 +32,7 @@ class Request(NamedTuple):
     """The run that the user asks for."""
 
     argv: list[str]  # after train.py
-    cfg: object  # config.Config
+    cfg: Config
     phases: list[Phase]
     is_resumed: bool  # then its settings cannot change
 
@@ -147,7 +148,7 @@ def fitting_commands(request: Request, gpus: GPUs) -> Iterator[str]:
                     break
 
 
-def smaller_sizes(cfg) -> list[tuple[str, ...]]:
+def smaller_sizes(cfg: Config) -> list[tuple[str, ...]]:
     """The sizes of a run, then smaller ones: the smallest of its own, one picture."""
     tokens = lambda text: math.prod(teachers.parse_size(cfg, text)[0])
     smallest = min(map(tokens, cfg.size))
@@ -162,7 +163,7 @@ def smaller_sizes(cfg) -> list[tuple[str, ...]]:
     return result
 
 
-def changes(cfg, most: int, now: Topology) -> Iterator[tuple[dict, Topology]]:
+def changes(cfg: Config, most: int, now: Topology) -> Iterator[tuple[dict, Topology]]:
     """Settings that differ, and ranks, that save memory at the same sizes, the cheapest first.
 
     most: how many GPUs may be used. now: the present ranks, which come first.
@@ -199,7 +200,9 @@ def command_line(argv: list[str], settings: dict, topology: Topology) -> str:
     return f"{parallel.launch_command(topology, 'train.py')} {shlex.join(words)}".strip()
 
 
-def planned_peak(cfg, phases: list[Phase], topology: Topology, room: float = math.inf) -> float:
+def planned_peak(
+    cfg: Config, phases: list[Phase], topology: Topology, room: float = math.inf
+) -> float:
     """Bytes that a process of the run needs at most. Where weights alone exceed the room, theirs.
 
     Raises UserError for settings that cannot make a run on these ranks.

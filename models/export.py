@@ -17,6 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from config import Config
 from models import lora, weights
 from models.card import make_card
 from models.common import UserError, reading, save_tensors, writing
@@ -29,7 +30,7 @@ NOISE = {1: "high", 2: "low"}  # of a branch of the teacher
 class Student(NamedTuple):
     """A finished student, as its run folder has it."""
 
-    cfg: object  # config.Config
+    cfg: Config
     phases: list  # of phases.Phase
     boundary_t: float | None  # of its teacher
     base_of: dict[str, int]  # role -> branch of the teacher that it is on
@@ -164,7 +165,7 @@ def file_metadata(student: Student, phase) -> dict[str, str]:
     return metadata
 
 
-def base_name(cfg) -> str:
+def base_name(cfg: Config) -> str:
     """The base as published, or the name of the user's folder."""
     repository = teacher_spec(cfg.teacher).repository
     name = Path(cfg.weights[0]).name if cfg.weights else repository or cfg.teacher
@@ -184,7 +185,11 @@ class Assignment(NamedTuple):
 
 
 def assign_loras(
-    cfg, names: list[str], steps_given: bool, times: tuple[float, ...], boundary_t: float | None
+    cfg: Config,
+    names: list[str],
+    steps_given: bool,
+    times: tuple[float, ...],
+    boundary_t: float | None,
 ) -> Assignment:
     """Assign LoRA files to the steps.
 
@@ -212,7 +217,7 @@ def assign_loras(
     return assignment
 
 
-def lora_weights(cfg, assignment: Assignment, role: str) -> RoleWeights:
+def lora_weights(cfg: Config, assignment: Assignment, role: str) -> RoleWeights:
     """The weights of a role, read from its LoRA files. Raises UserError."""
     net = meta_network(cfg, assignment.base_of[role])
     changes = weights.read_loras(net, assignment.files_of[role])

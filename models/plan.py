@@ -20,6 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
+from config import Config
 from models import lora, parallel
 from models.parallel import Topology, blocks_of
 from models.weights import build, dtype_named, teacher_spec
@@ -208,12 +209,12 @@ def role_bytes(
 # -- a run ---------------------------------------------------------------------------------------
 
 
-def role_kind(cfg, name: str) -> str:
+def role_kind(cfg: Config, name: str) -> str:
     """What a role trains: "lora" or "full"."""
     return cfg.generator if name.startswith("student") else cfg.fake
 
 
-def role_cost(measure: Callable, cfg, name: str, shape: tuple, sharded: bool = False):
+def role_cost(measure: Callable, cfg: Config, name: str, shape: tuple, sharded: bool = False):
     """Flops or Activations of a sample of this shape through a trained role."""
     full = role_kind(cfg, name) == "full"
     checkpointing = cfg.checkpointing == "on"
@@ -221,7 +222,7 @@ def role_cost(measure: Callable, cfg, name: str, shape: tuple, sharded: bool = F
     return cost(measure, cfg.teacher, shape, full, *options, cfg.base == "int8")
 
 
-def num_micro_batches(cfg) -> int:
+def num_micro_batches(cfg: Config) -> int:
     """Number of micro-batches of a batch."""
     return math.ceil(cfg.batch / (cfg.micro_batch or cfg.batch))
 
@@ -240,7 +241,7 @@ class Memory(NamedTuple):
         return sum(self)
 
 
-def phase_memory(cfg, active, shape: tuple | None, topology: Topology) -> Memory:
+def phase_memory(cfg: Config, active, shape: tuple | None, topology: Topology) -> Memory:
     """Peak of a phase with these moe.ActiveRoles, in micro-batches of samples of this shape.
 
     shape None: without activations, which is quick.
@@ -265,7 +266,7 @@ def phase_memory(cfg, active, shape: tuple | None, topology: Topology) -> Memory
 
 
 def update_activations(
-    cfg, trained: list[str], shape: tuple | None, sharded: bool
+    cfg: Config, trained: list[str], shape: tuple | None, sharded: bool
 ) -> dict[str, float]:
     """Peak bytes of activations of one sample while each of the roles is updated."""
     if shape is None:
@@ -288,7 +289,7 @@ def update_activations(
     return peaks
 
 
-def step_flops(cfg, phase, buckets: dict[tuple, float]) -> tuple[float, float]:
+def step_flops(cfg: Config, phase, buckets: dict[tuple, float]) -> tuple[float, float]:
     """Expected FLOPs of an iteration of a phase, all samples: useful, recomputed in backward."""
     # forwards without gradient: the rollouts of the fake; those of the student's update but for the
     # steps that it trains; v_real, twice with CFG; v_fake. Then the training of student and fake
@@ -358,7 +359,12 @@ def peak_flops(dtype: torch.dtype, device: str) -> float:
 
 
 def format_plan(
-    cfg, phases: list, active: list, buckets: dict[tuple, float], device: str, topology: Topology
+    cfg: Config,
+    phases: list,
+    active: list,
+    buckets: dict[tuple, float],
+    device: str,
+    topology: Topology,
 ) -> str:
     """Memory and time as a table, one row per phase. active: moe.ActiveRoles of each phase."""
     rate = peak_flops(dtype_named(cfg.dtype), device)

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 import moe
+from config import Config
 from models import encoders, export, lora, media, parallel, plan, weights
 from models.common import UserError, is_rank0, normal, note, reading, stream
 from models.layers import attention_backend
@@ -40,7 +41,7 @@ SHEET_ROWS = 16  # samples in the contact sheet of sample.py
 # -- settings -------------------------------------------------------------------------------------
 
 
-def buckets(cfg) -> dict[tuple, float]:
+def buckets(cfg: Config) -> dict[tuple, float]:
     """Shape of a sample -> its probability, for the sizes of --size."""
     shapes: dict[tuple, float] = {}
     for text in cfg.size:
@@ -50,7 +51,7 @@ def buckets(cfg) -> dict[tuple, float]:
     return {shape: probability / total for shape, probability in shapes.items()}
 
 
-def parse_size(cfg, text: str) -> tuple[tuple, float]:
+def parse_size(cfg: Config, text: str) -> tuple[tuple, float]:
     """Convert 81x480x832:0.4 to the shape of a latent and its weight, 1 if none is given."""
     spec = teacher_spec(cfg.teacher)
     match = SIZE.fullmatch(text)
@@ -73,7 +74,7 @@ def parse_size(cfg, text: str) -> tuple[tuple, float]:
     return shape, float(match[4] or 1)
 
 
-def check_config(cfg, topology: Topology = SINGLE) -> None:
+def check_config(cfg: Config, topology: Topology = SINGLE) -> None:
     """Raise UserError for settings that do not fit the teacher. Reads no file."""
     spec = teacher_spec(cfg.teacher)
     branches = 2 if spec.boundary else 1
@@ -96,7 +97,7 @@ def check_config(cfg, topology: Topology = SINGLE) -> None:
         check_parallel(cfg, topology)
 
 
-def check_parallel(cfg, topology: Topology) -> None:
+def check_parallel(cfg: Config, topology: Topology) -> None:
     """Raise UserError for settings that several processes cannot share evenly."""
     settings = teacher_spec(cfg.teacher).settings
     count = plan.num_micro_batches(cfg)
@@ -116,7 +117,7 @@ def check_parallel(cfg, topology: Topology) -> None:
         raise UserError(f"--context-parallel: expected {expected}, got {topology.context_parallel}")
 
 
-def boundary_of(cfg) -> float | None:
+def boundary_of(cfg: Config) -> float | None:
     """The time at which the low-noise branch begins, from the weights if they are on disk."""
     boundary_t = teacher_spec(cfg.teacher).boundary
     folder = weights_folder(cfg) or weights.default_folder(cfg.teacher)
@@ -128,7 +129,7 @@ def boundary_of(cfg) -> float | None:
 # -- input files ----------------------------------------------------------------------------------
 
 
-def base_files(cfg) -> list[Path]:
+def base_files(cfg: Config) -> list[Path]:
     """The files of the teacher's networks, high noise first. Checks their headers."""
     if is_random(cfg):
         return []
@@ -142,7 +143,7 @@ def base_files(cfg) -> list[Path]:
     return files
 
 
-def input_files(cfg) -> list[Path]:
+def input_files(cfg: Config) -> list[Path]:
     """Every file that a run reads, those of its networks first. Checks their headers."""
     files = base_files(cfg)
     path = prompts_path(cfg)
@@ -165,7 +166,7 @@ def input_files(cfg) -> list[Path]:
     return [*files, path]
 
 
-def check_captions(cfg, path: Path | None) -> None:
+def check_captions(cfg: Config, path: Path | None) -> None:
     """Raise UserError unless every caption of the first frames has an embedding in `path`."""
     if not (cfg.images and cfg.prompts and not is_text(path)):
         prompts = "--prompts, the embeddings of their captions"
@@ -177,12 +178,12 @@ def check_captions(cfg, path: Path | None) -> None:
         raise UserError(f"{path} has no embedding of the caption {min(absent)!r}; add it")
 
 
-def weights_folder(cfg) -> Path | None:
+def weights_folder(cfg: Config) -> Path | None:
     """The folder of the published weights, with text encoder and VAE; None for the default."""
     return Path(cfg.weights[0]) if cfg.weights else None
 
 
-def prompts_path(cfg) -> Path | None:
+def prompts_path(cfg: Config) -> Path | None:
     """Prompts or embeddings: the user's, or the default ones; None for random embeddings."""
     folder = teacher_spec(cfg.teacher).folder
     if cfg.prompts or folder:
@@ -195,13 +196,13 @@ def is_text(path: Path) -> bool:
     return path.suffix.lower() != ".safetensors" and not encoders.shards_in(path)
 
 
-def embeddings_path(cfg, out: Path) -> Path | None:
+def embeddings_path(cfg: Config, out: Path) -> Path | None:
     """The embeddings of a run: the user's, or those that it made from a text file."""
     path = prompts_path(cfg)
     return out / "prompts" if path and is_text(path) else path
 
 
-def open_prompts(cfg, path: Path) -> encoders.Embeddings:
+def open_prompts(cfg: Config, path: Path) -> encoders.Embeddings:
     """Open embeddings and check that they fit the teacher's network."""
     prompts = encoders.open_embeddings(path)
     longest, channels = text_shape(cfg)
@@ -216,19 +217,19 @@ def open_prompts(cfg, path: Path) -> encoders.Embeddings:
     return prompts
 
 
-def open_images(cfg) -> encoders.FirstFrames:
+def open_images(cfg: Config) -> encoders.FirstFrames:
     """Open the first frames of --images and check that they have every size of the run."""
     return encoders.open_first_frames(Path(cfg.images), [shape[1:] for shape in buckets(cfg)])
 
 
 @lru_cache(maxsize=8)
-def text_shape(cfg) -> tuple[int, int]:
+def text_shape(cfg: Config) -> tuple[int, int]:
     """Tokens of the longest prompt that the network takes, and channels of an embedding."""
     net = weights.meta_network(cfg, 1)
     return net.text_len, net.text_dim
 
 
-def prepare(cfg, out: Path, device: torch.device, progress: Callable) -> None:
+def prepare(cfg: Config, out: Path, device: torch.device, progress: Callable) -> None:
     """Embed the prompts of a text file into the run's folder, unless that has been done."""
     if has_vae(cfg):  # what is wrong with it shows now, not at the first preview
         encoders.load_vae(cfg.teacher, weights_folder(cfg), "cpu")
@@ -245,7 +246,7 @@ def prepare(cfg, out: Path, device: torch.device, progress: Callable) -> None:
 # -- networks -------------------------------------------------------------------------------------
 
 
-def make_roles(cfg, phases: list[Phase], device: torch.device, out: Path) -> moe.Roles:
+def make_roles(cfg: Config, phases: list[Phase], device: torch.device, out: Path) -> moe.Roles:
     """The roles of a run on the teacher's frozen networks, each of which is in memory once."""
     boundary_t = boundary_of(cfg)
     with_guidance = make_guidance(cfg, out)
@@ -285,7 +286,11 @@ def make_roles(cfg, phases: list[Phase], device: torch.device, out: Path) -> moe
 
 
 def load_base(
-    cfg, branch: int, device: torch.device, adapters: list[str] = (), changes: dict | None = None
+    cfg: Config,
+    branch: int,
+    device: torch.device,
+    adapters: list[str] = (),
+    changes: dict | None = None,
 ) -> nn.Module:
     """The frozen network of a branch of the teacher.
 
@@ -318,7 +323,7 @@ def load_base(
     return configure(cfg, weights.load(path, **options))
 
 
-def configure(cfg, net: nn.Module) -> nn.Module:
+def configure(cfg: Config, net: nn.Module) -> nn.Module:
     """Set activation checkpointing, and compile the blocks."""
     net.checkpointing = cfg.checkpointing == "on"
     if cfg.compile:
@@ -328,7 +333,7 @@ def configure(cfg, net: nn.Module) -> nn.Module:
     return net
 
 
-def make_guidance(cfg, out: Path) -> Callable[..., Tensor]:
+def make_guidance(cfg: Config, out: Path) -> Callable[..., Tensor]:
     """with_guidance(branch, net, x_t, t, c): the velocity with CFG at the branch's scale."""
     guide = teacher_spec(cfg.teacher).network.guide
     null = null_text(cfg, out) if any(scale != 1 for scale in cfg.guidance) else None
@@ -345,7 +350,7 @@ def make_guidance(cfg, out: Path) -> Callable[..., Tensor]:
     return with_guidance
 
 
-def null_text(cfg, out: Path) -> Tensor:
+def null_text(cfg: Config, out: Path) -> Tensor:
     """The negative prompt (1, L, D), which CFG leads away from."""
     path = embeddings_path(cfg, out)
     if path:
@@ -356,7 +361,7 @@ def null_text(cfg, out: Path) -> Tensor:
 # -- data: prompts and first frames --------------------------------------------------------------
 
 
-def make_data(cfg, out: Path) -> Callable:
+def make_data(cfg: Config, out: Path) -> Callable:
     """data(n, shared, rng) -> conditions of n samples, and the shape of one.
 
     The shape is drawn from `shared`, on which all ranks agree, and everything else from `rng`.
@@ -399,13 +404,13 @@ def captioned_frames(
     return torch.cat([frames[i : i + 1] for i in rows]), [captions[i] for i in rows]
 
 
-def text_cond(cfg, texts: list[Tensor]) -> dict[str, Tensor]:
+def text_cond(cfg: Config, texts: list[Tensor]) -> dict[str, Tensor]:
     """Embeddings (L_i, D) as the conditions of a batch."""
     c = encoders.batch(texts)
     return c if teacher_spec(cfg.teacher).network.takes_mask else {"text": c["text"]}
 
 
-def random_texts(cfg, n: int, rng: torch.Generator) -> list[Tensor]:
+def random_texts(cfg: Config, n: int, rng: torch.Generator) -> list[Tensor]:
     """n random prompt embeddings (L, D) of random lengths."""
     longest, channels = text_shape(cfg)
     longest = longest if teacher_spec(cfg.teacher).repository else min(longest, 16)
@@ -422,7 +427,9 @@ def random_first_frames(n: int, shape: tuple, rng: torch.Generator) -> Tensor:
 
 
 @torch.no_grad()
-def report(cfg, phases, roles, k: int, device, out: Path, finished: bool) -> tuple[dict, bytes]:
+def report(
+    cfg: Config, phases, roles, k: int, device, out: Path, finished: bool
+) -> tuple[dict, bytes]:
     """Metrics and a contact sheet of the student of phases[:k]: one prompt, eval_samples noises.
 
     A row each: x at the end of every phase; the x_0 that the student's last step predicts; the x_0
@@ -458,7 +465,7 @@ def report(cfg, phases, roles, k: int, device, out: Path, finished: bool) -> tup
     return metrics, draw_preview(cfg, rows, device)
 
 
-def draw_preview(cfg, rows: dict[str, Tensor], device: torch.device) -> bytes:
+def draw_preview(cfg: Config, rows: dict[str, Tensor], device: torch.device) -> bytes:
     """The contact sheet of latents by name, decoded if there is a VAE and memory for it."""
     try:
         decode = None
@@ -484,14 +491,14 @@ def decode_first_frames(vae, x: Tensor) -> Tensor:
     return ((torch.cat(pixels).float().cpu() + 1) / 2).movedim(1, -1)
 
 
-def has_vae(cfg) -> bool:
+def has_vae(cfg: Config) -> bool:
     """Return whether samples can be decoded: it takes published weights, and diffusers."""
     folder = weights.find_subfolder(cfg.teacher, weights_folder(cfg), "vae")
     has_diffusers = importlib.util.find_spec("diffusers") is not None
     return has_diffusers and folder is not None and not is_random(cfg)
 
 
-def plan_text(cfg, phases: list[Phase], device: torch.device, topology: Topology) -> str:
+def plan_text(cfg: Config, phases: list[Phase], device: torch.device, topology: Topology) -> str:
     """Memory, FLOPs and days of a run, and whether other tools could run its student."""
     active = active_roles(cfg, phases)
     text = plan.format_plan(cfg, phases, active, buckets(cfg), str(device), topology)
@@ -502,13 +509,13 @@ def plan_text(cfg, phases: list[Phase], device: torch.device, topology: Topology
     return text
 
 
-def active_roles(cfg, phases: list[Phase]) -> list[moe.ActiveRoles]:
+def active_roles(cfg: Config, phases: list[Phase]) -> list[moe.ActiveRoles]:
     """The active roles of each phase."""
     options = cfg.fake_per_depth, boundary_of(cfg)
     return [moe.active_roles(phases, phase.k, *options) for phase in phases]
 
 
-def throughput(cfg, phase: Phase, seconds: float, device: torch.device) -> dict:
+def throughput(cfg: Config, phase: Phase, seconds: float, device: torch.device) -> dict:
     """Speed of an iteration (not of a warm-up) from its expected FLOPs.
 
     mfu: model FLOPs utilization. hfu: the same with the FLOPs that checkpointing recomputes.
@@ -525,7 +532,7 @@ def throughput(cfg, phase: Phase, seconds: float, device: torch.device) -> dict:
     return {"tokens_per_second": rate, "mfu": mfu, "hfu": hfu}
 
 
-def phase_summary(cfg, phases: list[Phase], k: int, rows: list[dict]) -> str:
+def phase_summary(cfg: Config, phases: list[Phase], k: int, rows: list[dict]) -> str:
     """Time per micro-batch, peak memory and MFU of phase k, from its log rows."""
     rows = [row for row in rows if row["role"].startswith("student")]
     rows = rows[len(rows) // 2 :]  # the first iterations allocate memory and choose kernels
@@ -541,7 +548,7 @@ def phase_summary(cfg, phases: list[Phase], k: int, rows: list[dict]) -> str:
 # -- sample.py ------------------------------------------------------------------------------------
 
 
-def apply_flags(cfg, args):
+def apply_flags(cfg: Config, args):
     """The settings with --frames and one size: --size, or that nearest to --image, or the first."""
     size = args.size or cfg.size[0].partition(":")[0]
     if args.image and not args.size:
@@ -555,7 +562,7 @@ def apply_flags(cfg, args):
     return cfg
 
 
-def check_inputs(cfg, args) -> None:
+def check_inputs(cfg: Config, args) -> None:
     """Raise UserError now for what would be missing after the transformers have worked."""
     is_i2v = teacher_spec(cfg.teacher).is_i2v
     has_prompt = bool(args.prompt or args.prompts)
@@ -571,7 +578,7 @@ def check_inputs(cfg, args) -> None:
         encoders.load_vae(cfg.teacher, weights_folder(cfg), "cpu")
 
 
-def teacher_times(cfg, shift: float | None) -> tuple[float, ...]:
+def teacher_times(cfg: Config, shift: float | None) -> tuple[float, ...]:
     """The times of the published sampler in cfg.steps steps, or those of this shift."""
     default = teacher_spec(cfg.teacher).sampling_defaults[1]
     [shape] = buckets(cfg)
@@ -585,7 +592,7 @@ def teacher_times(cfg, shift: float | None) -> tuple[float, ...]:
     return (*times, 0.0)
 
 
-def sample_inputs(cfg, args, out: Path, run_dir: Path, device: torch.device) -> tuple:
+def sample_inputs(cfg: Config, args, out: Path, run_dir: Path, device: torch.device) -> tuple:
     """Settings, conditions, shape and names: args.n samples of each prompt, or of the run's own."""
     check_inputs(cfg, args)
     if not (args.prompt or args.prompts):
@@ -612,7 +619,7 @@ def sample_inputs(cfg, args, out: Path, run_dir: Path, device: torch.device) -> 
     return cfg, c, shape, [f"{i:03}-{j:02}" for i in range(count) for j in range(args.n)]
 
 
-def first_frame(cfg, args, shape: tuple, device: torch.device) -> Tensor:
+def first_frame(cfg: Config, args, shape: tuple, device: torch.device) -> Tensor:
     """The condition (1, 20, F, h, w) of the user's picture, or a random one."""
     if not args.image:
         return random_first_frames(1, shape, stream(args.seed, "sample", "image"))
@@ -623,7 +630,7 @@ def first_frame(cfg, args, shape: tuple, device: torch.device) -> Tensor:
 
 
 def make_sampler(
-    cfg, base_of: dict[str, int], weights_of: Callable, device, run_dir: Path
+    cfg: Config, base_of: dict[str, int], weights_of: Callable, device, run_dir: Path
 ) -> Callable[..., Tensor]:
     """velocity(name, x_t, t, c) of roles by name, loaded when first called.
 
@@ -655,7 +662,7 @@ def make_sampler(
     return velocity
 
 
-def load_network(cfg, branch: int, role: weights.RoleWeights, device) -> nn.Module:
+def load_network(cfg: Config, branch: int, role: weights.RoleWeights, device) -> nn.Module:
     """The network of a role: the teacher's with changes merged, or with all weights of the role."""
     if role.full:
         net = weights.meta_network(cfg, branch).requires_grad_(False)
@@ -666,13 +673,15 @@ def load_network(cfg, branch: int, role: weights.RoleWeights, device) -> nn.Modu
     return load_base(cfg, branch, device, changes=role.changes)
 
 
-def save_samples(cfg, c, xs: list[Tensor], args, names: list[str], device) -> tuple[dict, Iterator]:
+def save_samples(
+    cfg: Config, c, xs: list[Tensor], args, names: list[str], device
+) -> tuple[dict, Iterator]:
     """Metrics of the samples xs, one x per time, and an iterator of (file name, bytes)."""
     metrics = {"latent_distance": latent_distance(xs[-1])} if len(xs[-1]) > 1 else {}
     return metrics, encode_samples(cfg, xs, args, names, device)
 
 
-def encode_samples(cfg, xs, args, names: list[str], device) -> Iterator[tuple[str, bytes]]:
+def encode_samples(cfg: Config, xs, args, names: list[str], device) -> Iterator[tuple[str, bytes]]:
     """Yield latents.safetensors, then a png or mp4 per sample and the contact sheet samples.png."""
     latents = {f"x{i}": x for i, x in enumerate(xs)} if args.trajectory else {"x": xs[-1]}
     metadata = {"kind": "latents", "teacher": cfg.teacher, "names": names} | args.metadata

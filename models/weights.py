@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from config import Config
 from models import lora, parallel
 from models.cli import Parser, exit_status
 from models.common import FileTensor, UserError, first_line, note, read_json, reading
@@ -99,7 +100,7 @@ def teacher_spec(name: str) -> TeacherSpec:
     return TEACHERS[name]
 
 
-def is_random(cfg) -> bool:
+def is_random(cfg: Config) -> bool:
     """Return whether the weights are random: asked for (cfg.weights), or none are published."""
     spec = teacher_spec(cfg.teacher)
     return cfg.weights == ("random",) or not (cfg.weights or spec.repository or spec.folder)
@@ -221,7 +222,7 @@ def needs_extras(library: str) -> Iterator[None]:
         raise UserError(f"{line}; pip install -r models/requirements.txt") from error
 
 
-def teacher_loras(cfg) -> list[list[lora.LoraFile]]:
+def teacher_loras(cfg: Config) -> list[list[lora.LoraFile]]:
     """The LoRA files that are merged into each branch of the teacher, high noise first."""
     branches = 2 if teacher_spec(cfg.teacher).boundary else 1
     return lora.files_of_branches(map(lora.parse_file, cfg.teacher_lora), branches)
@@ -371,7 +372,7 @@ def build(network: type, settings: dict, dtype: torch.dtype) -> nn.Module:
     return net
 
 
-def meta_network(cfg, branch: int, dtype: torch.dtype | None = None) -> nn.Module:
+def meta_network(cfg: Config, branch: int, dtype: torch.dtype | None = None) -> nn.Module:
     """The network of the teacher's branch on the meta device; dtype: that of the run by default."""
     dtype = dtype or dtype_named(cfg.dtype)
     spec = teacher_spec(cfg.teacher)
@@ -522,7 +523,7 @@ class RoleWeights(NamedTuple):
     full: Callable[[], NamedTensors] | None = None  # in place of all parameters
 
 
-def student_weights(cfg, file, role: str) -> RoleWeights:
+def student_weights(cfg: Config, file, role: str) -> RoleWeights:
     """The weights of a student's expert. file: its student.safetensors, open. cfg: its settings."""
     names = [name.removeprefix(f"{role}/") for name in file.keys() if name.startswith(f"{role}/")]
     read = lambda name: file.get_tensor(f"{role}/{name}")

@@ -13,10 +13,10 @@ SOURCES = {
     for folder in (ROOT, ROOT / "models", ROOT / "toy")
     for path in sorted(folder.glob("*.py"))
 }
-CORE = {"sde", "losses", "phases", "moe", "config", "train", "sample"}
-ALLOWED = {  # a preset, and what its plan suggests; the other models/ know sde only
-    "models.teachers": {"sde", "moe", "phases"},
-    "models.advice": {"phases"},
+CORE = {"sde", "losses", "phases", "moe", "config", "presets", "train", "sample"}
+ALLOWED = {  # a preset, and what its plan suggests; the other models/ know these two only
+    "models.teachers": {"sde", "config", "moe", "phases"},
+    "models.advice": {"config", "phases"},
 }
 PRESETS = ("models.teachers", "toy.toy2d", "toy.digits")
 
@@ -45,7 +45,7 @@ def check_module(module: str, source: str) -> tuple[list[str], set[str]]:
     names = imported_names(tree)
     own = own_modules(names)
     if module.startswith("models."):
-        for name in own & CORE - ALLOWED.get(module, {"sde"}):
+        for name in own & CORE - ALLOWED.get(module, {"sde", "config"}):
             lines.append(f"{module}: imports {name}")
     if module in PRESETS and own & {"train", "sample"}:
         lines.append(f"{module}: a preset imports train or sample")

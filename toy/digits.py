@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from config import Config
 from models import teachers, weights
 from models.common import UserError, normal, read_json
 from models.media import Figure, to_png
@@ -147,7 +148,7 @@ def load_reference() -> dict[str, Tensor]:
     return {name: x.double() for name, x in tensors.items()}
 
 
-def teacher_metrics(cfg) -> dict:
+def teacher_metrics(cfg: Config) -> dict:
     """Metrics of the teacher with as many steps, and the floor: 40 steps from other noise.
 
     Empty unless they were measured with the same settings. The number of samples is one of them,
@@ -196,7 +197,7 @@ def guided_teacher(guidance: float) -> Callable:
 # -- the preset; what its functions do is in toy/toy2d.py and models/teachers.py ------------------
 
 
-def check_config(cfg, topology: Topology) -> None:
+def check_config(cfg: Config, topology: Topology) -> None:
     """Raise UserError for settings that do not go together."""
     teachers.check_config(cfg, topology)
     if cfg.size != ("32x32",) or cfg.frames != 1:
@@ -205,20 +206,20 @@ def check_config(cfg, topology: Topology) -> None:
         raise UserError(f"--eval-samples: expected at least 100 for mnist, got {cfg.eval_samples}")
 
 
-def input_files(cfg) -> list[Path]:
+def input_files(cfg: Config) -> list[Path]:
     """The files that a run reads. Raises UserError."""
     own = ("classifier.safetensors", "reference.safetensors", "reference.json")
     return teachers.input_files(cfg) + [FOLDER / name for name in own]
 
 
-def apply_flags(cfg, args):
+def apply_flags(cfg: Config, args):
     """Return cfg unchanged. Raises UserError for sampling flags of the large teachers."""
     toy2d.refuse(args, toy2d.LARGE_ONLY, "mnist")
     return cfg
 
 
 def report(
-    cfg, phases: list[Phase], roles: Roles, k: int, device, out: Path, finished: bool
+    cfg: Config, phases: list[Phase], roles: Roles, k: int, device, out: Path, finished: bool
 ) -> tuple[dict, bytes]:
     """Metrics and a png of the student of phases[:k]; the teacher takes the steps that it lacks."""
     n = cfg.eval_samples if finished else min(1000, cfg.eval_samples)
@@ -253,12 +254,12 @@ def draw_sheet(rows: dict[str, Tensor]) -> bytes:
     return to_png(figure)
 
 
-def sample_inputs(cfg, args, out: Path, run_dir: Path, device) -> tuple:
+def sample_inputs(cfg: Config, args, out: Path, run_dir: Path, device) -> tuple:
     """Settings, conditions, shape and names (none) of args.n samples, the ten classes in turn."""
     return cfg, conditions(cycle_labels(args.n)), SHAPE, []
 
 
-def save_samples(cfg, c, xs: list[Tensor], args, names, device) -> tuple[dict, list]:
+def save_samples(cfg: Config, c, xs: list[Tensor], args, names, device) -> tuple[dict, list]:
     """Metrics of the samples xs, and their files: a sheet of a hundred, and the bytes of all."""
     pixels = torch.stack([to_pixels(x) for x in xs])  # (times, n, 28, 28)
     array = io.BytesIO()

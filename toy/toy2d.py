@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.adam import adam
 
+from config import Config
 from models.cli import flag_name, to_json
 from models.common import UserError, normal, reading, stream, write_tensors
 from models.media import Figure, to_png
@@ -55,12 +56,12 @@ class MLP(nn.Module):
         return self.last(h)
 
 
-def load_mixture(cfg) -> Mixture:
+def load_mixture(cfg: Config) -> Mixture:
     """The distribution of cfg.points, or of cfg.toy. Raises UserError."""
     return from_points(cfg.points) if cfg.points else TOYS[cfg.toy]()
 
 
-def make_network(cfg, width: int = 64) -> MLP:
+def make_network(cfg: Config, width: int = 64) -> MLP:
     """A network with the architecture of student and fake."""
     with torch.device("cpu"):  # the mixture has data even if networks are built on meta
         mixture = load_mixture(cfg)
@@ -68,7 +69,7 @@ def make_network(cfg, width: int = 64) -> MLP:
     return MLP(mixture.means.shape[1], width, classes=classes)
 
 
-def exact_teacher(cfg, device="cpu") -> Callable:
+def exact_teacher(cfg: Config, device="cpu") -> Callable:
     """v_real = teacher(x_t, t, c): the exact velocity, with CFG if a scale is set."""
     mixture = load_mixture(cfg).to(device)
     [scale] = cfg.guidance
@@ -80,7 +81,7 @@ def exact_teacher(cfg, device="cpu") -> Callable:
 # -- the preset: what train.py calls -------------------------------------------------------------
 
 
-def check_config(cfg, topology: Topology) -> None:
+def check_config(cfg: Config, topology: Topology) -> None:
     """Raise UserError for settings that do not go together."""
     expected = dict(generator="full", fake="full", base="float", compile=False, weights=())
     expected |= dict(teacher_lora=(), prompts="", images="", size=())
@@ -97,18 +98,18 @@ def check_config(cfg, topology: Topology) -> None:
         raise UserError("--points have no classes; remove --classes on")
 
 
-def input_files(cfg) -> list[Path]:
+def input_files(cfg: Config) -> list[Path]:
     """The files that a run reads: the user's points, if any. Raises UserError."""
     load_mixture(cfg)
     return [Path(cfg.points)] if cfg.points else []
 
 
-def boundary_of(cfg) -> float | None:
+def boundary_of(cfg: Config) -> float | None:
     """The time at which the teacher changes its branch, or None. Both branches are exact."""
     return cfg.boundary or None
 
 
-def prepare(cfg, out: Path, device, progress: Callable) -> None:
+def prepare(cfg: Config, out: Path, device, progress: Callable) -> None:
     """Fit the network that student and fake start from, start.safetensors, unless it exists."""
     path = out / "start.safetensors"
     if not path.exists():
@@ -120,7 +121,7 @@ def prepare(cfg, out: Path, device, progress: Callable) -> None:
 
 
 def fit_start(
-    cfg, progress: Callable = iter, steps=1500, batch=1024, width=64
+    cfg: Config, progress: Callable = iter, steps=1500, batch=1024, width=64
 ) -> dict[str, Tensor]:
     """Tensors of an MLP fitted to the exact velocity. They stand in for a pretrained teacher's.
 
@@ -153,7 +154,7 @@ def fit_start(
     return net.state_dict()
 
 
-def make_roles(cfg, phases: list[Phase], device, out: Path) -> Roles:
+def make_roles(cfg: Config, phases: list[Phase], device, out: Path) -> Roles:
     """A network per role, and the exact teacher."""
     advice = "delete it and continue with --resume"
     start, _ = read_tensors(out / "start.safetensors", "start", to_json(cfg), advice)
@@ -162,7 +163,7 @@ def make_roles(cfg, phases: list[Phase], device, out: Path) -> Roles:
     return roles_from(cfg, phases, device, start)
 
 
-def roles_from(cfg, phases: list[Phase], device, start: dict[str, Tensor]) -> Roles:
+def roles_from(cfg: Config, phases: list[Phase], device, start: dict[str, Tensor]) -> Roles:
     """The roles of a run whose networks start from these tensors, and are as wide."""
     teacher = exact_teacher(cfg, device)
     width = len(start["first.bias"])
@@ -170,7 +171,7 @@ def roles_from(cfg, phases: list[Phase], device, start: dict[str, Tensor]) -> Ro
     return separate_roles(phases, cfg.fake_per_depth, network, start, teacher)
 
 
-def make_data(cfg, out: Path | None = None) -> Callable:
+def make_data(cfg: Config, out: Path | None = None) -> Callable:
     """data(n, shared, rng) -> (conditions of n samples, shape of one)."""
     mixture = load_mixture(cfg)
 
@@ -183,7 +184,7 @@ def make_data(cfg, out: Path | None = None) -> Callable:
     return data
 
 
-def plan_text(cfg, phases: list[Phase], device, topology: Topology) -> str:
+def plan_text(cfg: Config, phases: list[Phase], device, topology: Topology) -> str:
     """The number of parameters of every role."""
     with torch.device("meta"):
         count = sum(p.numel() for p in make_network(cfg).parameters())
@@ -203,7 +204,7 @@ def refuse(args, flags: tuple[str, ...], teacher: str) -> None:
             raise UserError(f"--{name} is for large teachers, not for {teacher}")
 
 
-def apply_flags(cfg, args):
+def apply_flags(cfg: Config, args):
     """Return cfg unchanged. Raises UserError for sampling flags of the large teachers."""
     refuse(args, ("weights", "dtype", "base", *LARGE_ONLY), "toy2d")
     if args.n < 2:
@@ -211,13 +212,13 @@ def apply_flags(cfg, args):
     return cfg
 
 
-def sample_inputs(cfg, args, out: Path, run_dir: Path, device) -> tuple:
+def sample_inputs(cfg: Config, args, out: Path, run_dir: Path, device) -> tuple:
     """Settings, conditions, shape and names (none) of args.n samples."""
     c, shape = make_data(cfg)(args.n, rng=stream(args.seed, "sample", 0, "class"))
     return cfg, c, shape, []
 
 
-def make_sampler(cfg, base_of: dict, weights_of: Callable, device, run_dir) -> Callable:
+def make_sampler(cfg: Config, base_of: dict, weights_of: Callable, device, run_dir) -> Callable:
     """velocity(name, x_t, t, c) of a finished student's roles and of the exact teacher."""
     nets = {}
     for name in base_of:
@@ -229,7 +230,9 @@ def make_sampler(cfg, base_of: dict, weights_of: Callable, device, run_dir) -> C
     return lambda name, x_t, t, c=None: nets.get(name, teacher)(x_t, t, c)
 
 
-def save_samples(cfg, c: dict | None, xs: list[Tensor], args, names, device) -> tuple[dict, list]:
+def save_samples(
+    cfg: Config, c: dict | None, xs: list[Tensor], args, names, device
+) -> tuple[dict, list]:
     """Metrics of the samples xs, and their files in the data's units: samples.png, samples.npy."""
     mixture = load_mixture(cfg)
     centre, scale = mixture.unit
@@ -253,7 +256,9 @@ def save_samples(cfg, c: dict | None, xs: list[Tensor], args, names, device) -> 
 
 
 @torch.no_grad()
-def sample_nets(cfg, nets: list, times: tuple, n: int, device) -> tuple[list[Tensor], dict | None]:
+def sample_nets(
+    cfg: Config, nets: list, times: tuple, n: int, device
+) -> tuple[list[Tensor], dict | None]:
     """x (n, d) at each of the times of the nets, on the CPU, and the conditions.
 
     The noise is the evaluation's own, and the same for every student of a seed.
@@ -279,7 +284,7 @@ def metrics(mixture: Mixture, x: Tensor, c: dict | None) -> dict:
 
 
 def report(
-    cfg, phases: list[Phase], roles: Roles, k: int, device, out: Path, finished: bool
+    cfg: Config, phases: list[Phase], roles: Roles, k: int, device, out: Path, finished: bool
 ) -> tuple[dict, bytes]:
     """Metrics and a png of the student of phases[:k]. Before the end only energies.
 
@@ -338,7 +343,7 @@ def axis_limit(x: Tensor) -> float:
     return limit if math.isfinite(limit) else 1.0
 
 
-def draw_picture(cfg, nets: list, phases: list[Phase], device, n: int = 3000) -> bytes:
+def draw_picture(cfg: Config, nets: list, phases: list[Phase], device, n: int = 3000) -> bytes:
     """A png: student, exact teacher with as many steps, and exact samples, at every time.
 
     A sample has the colour of the mode where it ends. Thick frames: the student matches p(x_t).
