@@ -4,32 +4,14 @@ numbers are functions of their key. Files survive crashes: see tests/test_crash.
 import json
 import os
 import signal
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
+from config import Config
 from models import cli, common, runs
-from models.cli import option
 from models.common import UserError
-
-
-@dataclass(frozen=True)
-class Config:
-    teacher: str = option("ring", "name of a preset", group="data")
-    steps: int = option(4, "number of steps", low=1, high=1000)
-    lr: float = option(1e-3, "learning rate", group="training", above=0, high=1)
-    mode: str = option("on", "a choice", choices=("on", "off"), group="memory")
-    guidance: tuple = option((1.0,), "CFG scale", kind=float, low=0)
-    compile: bool = option(False, "torch.compile", group="memory")
-    iters: int = option(4, "updates per phase")
-    lr_decay: float = option(0.5, "last part of a phase")
-    points: str = option("", "a file")
-    weights: tuple = option((), "files", kind=str)
-    teacher_lora: tuple = option((), "files", kind=str)
-    prompts: str = option("", "a file")
-    images: str = option("", "a file")
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.bool])
@@ -81,7 +63,7 @@ def test_the_log_is_cut_back_to_the_checkpoint(tmp_path):
         ("steps", 1001, "at most 1000"),
         ("lr", 0.0, "more than 0"),
         ("lr", float("nan"), "a finite"),
-        ("mode", "maybe", "one of on, off"),
+        ("truncate", "maybe", "one of on, off"),
         ("guidance", (1.0, -1), "at least 0"),
     ],
 )
@@ -99,8 +81,8 @@ def test_flags_are_the_options_and_show_the_teachers_defaults(capsys):
     with pytest.raises(SystemExit):
         parser.parse_args(["--help"])
     text = capsys.readouterr().out
-    for words in ("steps (default 8)", "scale (default 4.0 3.0)", "preset (default wan)"):
-        assert text.count(words) == 1
+    for words in ("student (default 8)", "low noise (default 4.0 3.0)", "... (default wan)"):
+        assert " ".join(text.split()).count(words) == 1
     assert [g for g in cli.GROUPS if f"\n{g}:\n" in text] == list(cli.GROUPS)
     args = parser.parse_args("--steps 2 --guidance 1 2.5 --compile".split())
     expected = {"steps": 2, "guidance": (1.0, 2.5), "compile": True}
@@ -108,8 +90,8 @@ def test_flags_are_the_options_and_show_the_teachers_defaults(capsys):
     assert Config(**cli.from_json(cli.to_json(Config(**expected)))) == Config(**expected)
     with pytest.raises(UserError, match="^--steps: expected int, got '4.5'"):
         parser.parse_args(["--steps", "4.5"])
-    with pytest.raises(UserError, match="^--mode: expected one of .*, got 'x'"):
-        parser.parse_args(["--mode", "x"])
+    with pytest.raises(UserError, match="^--truncate: expected one of .*, got 'x'"):
+        parser.parse_args(["--truncate", "x"])
 
 
 def resolve(out: Path, resume=False, overwrite=False, **explicit):
@@ -152,8 +134,8 @@ def test_a_folder_that_does_not_fit_is_refused(unfinished, tmp_path):
     for resume in (True, False):
         with pytest.raises(UserError, match="--steps: expected 8 .*, got 2; choose another --out"):
             resolve(unfinished, resume=resume, steps=2)
-    with pytest.raises(UserError, match="--iters: expected 4 .*, got 9; --resume trains the last"):
-        resolve(unfinished, steps=8, iters=9)
+    with pytest.raises(UserError, match="--iters: expected 400 .*, got 900; --resume trains"):
+        resolve(unfinished, steps=8, iters=900)
     for settings in ({"steps": 0}, {"unknown": 1}, {"iters": "4"}, {"guidance": 1.0}, None):
         config = {"settings": settings, "files": {}, "environment": {"commit": "abc"}}
         common.write_json(unfinished / "config.json", config)
@@ -169,8 +151,8 @@ def test_a_run_goes_on_with_moved_files_and_more_iterations(unfinished, tmp_path
         resolve(unfinished, resume=True)
     common.write_json(unfinished / "metrics.json", {})
     assert resolve(unfinished, resume=True, points=str(new))[1]
-    cfg, finished = resolve(unfinished, resume=True, points=str(new), iters=9)
-    assert not finished and cfg == Config(steps=8, points=str(new), iters=9)
+    cfg, finished = resolve(unfinished, resume=True, points=str(new), iters=900)
+    assert not finished and cfg == Config(steps=8, points=str(new), iters=900)
     runs.record_run(unfinished, cfg, {"commit": "abc"}, [new], False)
     assert "commit was None when the run began" in capsys.readouterr().out
     assert not (unfinished / "metrics.json").exists()

@@ -278,7 +278,5 @@ def test_diffusers_samples_a_student_of_shift_7_as_its_card_says(generator, tmp_
     high, low = sorted((tmp_path / "export").glob("*.safetensors"))
     high.write_bytes(low.read_bytes())
     control, _ = run_pipeline(tmp_path, base, z, (5, 32, 48))
-    print(
-        f"error {error_of(theirs, x):.1e}, of the low-noise expert alone {error_of(control, x):.1e}"
-    )
+    print(f"error {error_of(theirs, x):.1e}, of one expert {error_of(control, x):.1e}")
     assert error_of(theirs, x) < 1e-5 and error_of(control, x) > 1e-2
