@@ -1,8 +1,13 @@
 """Helpers of the tests: students of tiny teachers, LoRA files and embeddings."""
 
+import builtins
+import errno
+import io
 import json
+import os
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -28,6 +33,35 @@ def refusal(capsys, line, main=train.main) -> str:
 def error_of(a, b) -> float:
     """Relative error |a - b| / |b|."""
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+class FailingCall:
+    """Counts open for writing, write, fsync and rename below a folder; the n-th call fails."""
+
+    def __init__(self, monkeypatch, folder: Path, n: int):
+        self.n, self.count, count = n, 0, self.add
+        original, fsync, rename = builtins.open, os.fsync, os.replace
+
+        class CountedFile(io.FileIO):
+            def write(self, data):
+                count()
+                return super().write(data)
+
+        def open_counted(file, mode="r", *args, **kwargs):
+            if not str(file).startswith(str(folder)) or not set(mode) & set("wa"):
+                return original(file, mode, *args, **kwargs)
+            count()
+            return CountedFile(file, mode.replace("b", ""))
+
+        monkeypatch.setattr(builtins, "open", open_counted)
+        monkeypatch.setattr(io, "open", open_counted)  # what pathlib calls
+        monkeypatch.setattr(os, "fsync", lambda fd: (count(), fsync(fd))[1])
+        monkeypatch.setattr(os, "replace", lambda a, b: (count(), rename(a, b))[1])
+
+    def add(self):
+        self.count += 1
+        if self.count == self.n:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def wait_for_log(process, out, lines: int) -> None:

@@ -1,8 +1,5 @@
 """Claims about crashes: whatever fails, whenever the process dies, nothing is lost or torn."""
 
-import builtins
-import errno
-import io
 import json
 import os
 import random
@@ -14,7 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from students import wait_for_log
+from students import FailingCall, wait_for_log
 
 import train
 from models import common, media
@@ -49,35 +46,6 @@ def results(out: Path) -> dict:
         "previews": {p.name: p.read_bytes() for p in sorted(out.glob("previews/*"))},
         "log": [keep(json.loads(line)) for line in (out / "log.jsonl").read_text().splitlines()],
     }
-
-
-class FailingCall:
-    """Counts open for writing, write, fsync and rename below a folder; the n-th call fails."""
-
-    def __init__(self, monkeypatch, folder: Path, n: int):
-        self.n, self.count, count = n, 0, self.add
-        original, fsync, rename = builtins.open, os.fsync, os.replace
-
-        class CountedFile(io.FileIO):
-            def write(self, data):
-                count()
-                return super().write(data)
-
-        def open_counted(file, mode="r", *args, **kwargs):
-            if not str(file).startswith(str(folder)) or not set(mode) & set("wa"):
-                return original(file, mode, *args, **kwargs)
-            count()
-            return CountedFile(file, mode.replace("b", ""))
-
-        monkeypatch.setattr(builtins, "open", open_counted)
-        monkeypatch.setattr(io, "open", open_counted)  # what pathlib calls
-        monkeypatch.setattr(os, "fsync", lambda fd: (count(), fsync(fd))[1])
-        monkeypatch.setattr(os, "replace", lambda a, b: (count(), rename(a, b))[1])
-
-    def add(self):
-        self.count += 1
-        if self.count == self.n:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 @pytest.mark.parametrize(

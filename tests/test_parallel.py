@@ -237,7 +237,7 @@ def test_half_a_checkpoint_is_an_error(tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("rank,calls", [(0, (1, 10, 19)), (1, (1, 4))])
 def test_a_rank_that_cannot_write_ends_the_run_which_resumes(tmp_path, rank, calls):
-    """Some call of fsync or rename fails: one line, by that rank; then as if it had not failed."""
+    """Some call to write a file fails: one line, by that rank; then as if it had not failed."""
     small = ["--iters", "1", "--batch", "2", "--micro-batch", "1", "--save-every", "1"]
     jobs = [train_job(tmp_path / "whole", *small, processes=2)]
     for n in calls:

@@ -5,7 +5,6 @@ python tests/two_processes.py JOBS.json     a list of {"job": function below, "p
 torchrun tests/two_processes.py FLAGS       train.py, without what takes long and is not tested
 """
 
-import errno
 import json
 import os
 import signal
@@ -13,15 +12,16 @@ import sys
 import tempfile
 import threading
 from collections import defaultdict
-from collections.abc import Callable
-from itertools import count, product
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+import pytest
 import torch
 import torch._dynamo  # what FSDP loads at its first call
 from safetensors.torch import save_file
+from students import FailingCall
 from torch.distributed import TCPStore
 
 import train
@@ -114,7 +114,7 @@ def command(
     """Call train.py.
 
     stop_in    [k, i]: the last rank receives a signal in phase k, iteration i
-    fail_at    on fail_rank, the call of fsync or rename with this number fails
+    fail_at    on fail_rank, the FailingCall with this number
     """
     media.sheet, media.curves = lambda *_: b"an image", lambda *_: b"curves"
     teachers.throughput, teachers.phase_summary = lambda *_: {}, lambda *_: ""
@@ -125,18 +125,9 @@ def command(
             os.kill(os.getpid(), signal.SIGTERM)
         return run_iteration(run)
 
-    train.run_iteration, calls = run_and_stop, count(1)
-
-    def failing(usual: Callable) -> Callable:
-        def call(*args):
-            if next(calls) == fail_at:
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            return usual(*args)
-
-        return call
-
+    train.run_iteration = run_and_stop
     if fail_at and fail_rank == int(os.environ["RANK"]):
-        os.fsync, os.replace = failing(os.fsync), failing(os.replace)
+        FailingCall(pytest.MonkeyPatch(), Path(argv[argv.index("--out") + 1]), fail_at)
     sys.exit(train.main(argv))
 
 
