@@ -127,7 +127,7 @@ def test_a_run_has_every_metric_that_the_claims_compare():
 @pytest.mark.parametrize("flags", [[], ["--quick"], ["--digits"]])
 def test_each_run_has_a_file_of_its_own(flags, monkeypatch, tmp_path):
     jobs = []
-    monkeypatch.setattr(claims, "report", lambda asked, args: jobs.extend(asked))
+    monkeypatch.setattr(claims, "write_report", lambda asked, args: jobs.extend(asked))
     monkeypatch.setattr(sys, "argv", ["claims.py", "--out", str(tmp_path), *flags])
     claims.main()
     assert jobs and len({job.file(tmp_path) for job in jobs}) == len(jobs)
