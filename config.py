@@ -7,7 +7,8 @@ from models import cli
 from toy.mixtures import TOYS
 
 data, method, training, memory, output = (partial(cli.option, group=group) for group in cli.GROUPS)
-ON_OFF, KINDS, DTYPES = ("on", "off"), ("lora", "full"), ("bf16", "float32")
+KINDS = ("lora", "full")
+DTYPES = ("bf16", "float32")
 
 
 # fmt: off
@@ -18,7 +19,7 @@ class Config:
     teacher: str        = data("toy2d", "name of a preset: toy2d, mnist, wan22, qwen-image, ...")
     toy: str            = data("ring", "distribution of toy2d", tuple(TOYS))
     points: str         = data("", "your own data for toy2d: csv or npy, n x d, n <= 2000")
-    classes: str        = data("off", "toys: condition on the class", ON_OFF)
+    classes: bool       = data(False, "toys: condition on the class")
     boundary: float     = data(0.0, "toy2d: the teacher has two branches, which meet at this t; 0: "
                                "one branch", low=0, high=1)
     guidance: tuple     = data((1.0,), "CFG scale of the teacher, or two: high noise, low noise",
@@ -39,7 +40,7 @@ class Config:
     interval: str       = method("nested", "re-noise in (s, 1), or in (s, start of the phase)",
                                  ("nested", "disjoint"))
     fix_t: float        = method(0.0, "re-noise at this t alone (Fig. 11); 0: off", low=0, high=1)
-    truncate: str       = method("on", "gradient through one step (SGTS), or through all", ON_OFF)
+    truncate: bool      = method(True, "gradient through one step (SGTS), not through all")
     depths: str         = method("drawn", "truncation depth: one drawn per batch, or every one in "
                                  "each batch", ("drawn", "mixed"))
     fake_rollout: str   = method("complete", "rollouts that the fake learns from: complete; "
@@ -47,7 +48,7 @@ class Config:
                                  ("complete", "truncated", "per-depth"))
     target: str         = method("unbiased", "target of the fake: Eq. 11, or Fig. 2(c)",
                                  ("unbiased", "biased"))
-    weight: str         = method("paper", "weight of the student's gradient; paper: Eq. 10",
+    kl_weight: str      = method("paper", "weight of the student's gradient; paper: Eq. 10",
                                  ("paper", "xs", "normalised", "none"))
 
     iters: int          = training(400, "student updates per phase", low=1)
@@ -56,7 +57,7 @@ class Config:
     warmup: int         = training(0, "fake updates before a phase's first student update", low=0)
     batch: int          = training(64, "samples per update", low=1)
     micro_batch: int    = training(0, "samples per forward; 0: as many as share a depth", low=0)
-    generator: str      = training("lora", "what the student's experts train", KINDS)
+    student: str        = training("lora", "what the student's experts train", KINDS)
     fake: str           = training("full", "what the fakes train", KINDS)
     rank: int           = training(64, "rank of the adapters", low=1)
     alpha: float        = training(8.0, "adapters add alpha / rank up(down(x))", above=0)
@@ -67,7 +68,7 @@ class Config:
     seed: int           = training(0, "seed of all random numbers", low=0)
 
     dtype: str          = memory("bf16", "inside large networks; all else is float32", DTYPES)
-    checkpointing: str  = memory("on", "recompute activations in backward", ON_OFF)
+    checkpointing: bool = memory(True, "recompute activations in backward")
     base: str           = memory("float", "int8: the teacher's layers in half the memory",
                                  ("float", "int8"))
     compile: bool       = memory(False, "torch.compile the blocks of large networks")

@@ -13,13 +13,13 @@ from phases import Phase, make_phases, split_batch
 from toy import digits, toy2d
 
 TOY = dict(  # what a mixture in the plane needs in place of the paper's settings
-    shift=1.0, weight="xs", depths="mixed", warmup=200, batch=256, generator="full", lr=1e-3,
-    fake_lr=2e-3, lr_decay=0.5, checkpointing="off",
+    shift=1.0, kl_weight="xs", depths="mixed", warmup=200, batch=256, student="full", lr=1e-3,
+    fake_lr=2e-3, lr_decay=0.5, checkpointing=False,
 )  # fmt: skip
 DIGIT_SETTINGS = dict(  # small enough for float32, and for no need to save memory
-    guidance=(2.0,), size=("32x32",), shift=3.0, weight="none", depths="mixed", fake_updates=3,
-    reuse_rollouts=True, warmup=50, generator="full", lr=3e-4, fake_lr=1e-3, lr_decay=0.5,
-    dtype="float32", checkpointing="off",
+    guidance=(2.0,), size=("32x32",), shift=3.0, kl_weight="none", depths="mixed", fake_updates=3,
+    reuse_rollouts=True, warmup=50, student="full", lr=3e-4, fake_lr=1e-3, lr_decay=0.5,
+    dtype="float32", checkpointing=False,
 )  # fmt: skip
 LARGE = dict(fake="lora", micro_batch=1, sample_every=50, save_every=50, eval_samples=4)
 VIDEO = LARGE | dict(frames=81, size=("480x832:0.4", "832x480:0.4", "720x1280:0.1", "1280x720:0.1"))
@@ -60,7 +60,7 @@ def make_config(teacher: str = "toy2d", **settings) -> Config:
     """The settings of a preset, changed where `settings` says so. Raises UserError."""
     settings = find_preset(teacher)[1] | {"teacher": teacher} | settings
     cfg = Config(**settings)
-    rates = {"lr": LEARNING_RATES[cfg.generator][0], "fake_lr": LEARNING_RATES[cfg.fake][1]}
+    rates = {"lr": LEARNING_RATES[cfg.student][0], "fake_lr": LEARNING_RATES[cfg.fake][1]}
     return replace(cfg, **{name: lr for name, lr in rates.items() if name not in settings})
 
 
@@ -82,12 +82,12 @@ def validate(cfg: Config, topology: Topology = SINGLE) -> None:
     """Raise UserError for settings that cannot make a run on these ranks. Reads no input file."""
     cli.check_values(cfg)
     preset_of(cfg).check_config(cfg, topology)
-    if cfg.truncate == "off" and cfg.fake_per_depth:
-        raise UserError("--fake-rollout per-depth needs --truncate on: there are no depths without")
+    if not cfg.truncate and cfg.fake_per_depth:
+        raise UserError("--fake-rollout per-depth needs --truncate: there are no depths without")
     depths = phases_of(cfg)[0].num_steps
     sizes = split_batch(cfg.batch, cfg.micro_batch, depths, cfg.depths == "mixed", 0.0)
     count = sum(n > 0 for n, _ in sizes)
-    if cfg.depths == "mixed" and cfg.truncate == "on" and count % depths:
+    if cfg.depths == "mixed" and cfg.truncate and count % depths:
         raise UserError(
             f"--depths mixed: expected a multiple of {depths} micro-batches, one per depth, got "
             f"{count}; change --batch or --micro-batch"

@@ -127,7 +127,7 @@ def teacher_config(args) -> Config:
         raise UserError("--times is for --lora, in place of --steps and --shift")
     settings = {"steps": spec.sampling_defaults[0] if spec else 40}
     if args.lora:
-        settings = {"steps": 4, "guidance": (1.0,), "generator": "lora"}
+        settings = {"steps": 4, "guidance": (1.0,), "student": "lora"}
     settings |= given_flags(args, "steps", "shift")
     if args.guidance:
         settings["guidance"] = tuple(args.guidance)

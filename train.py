@@ -168,7 +168,7 @@ def update_student(run: Run, update: int) -> dict:
     s = run.phase.s
     interval = choose_interval(run, update)
     total = 0.0
-    checkpointing = run.cfg.checkpointing == "on"
+    checkpointing = run.cfg.checkpointing
     for batch in micro_batches(run, update):
         x_s = rollout(run.nets, run.times, run.phase, batch.z, batch.c, batch.depth, checkpointing)
         with torch.no_grad():  # the gradient is a constant: no graph of teacher or fake
@@ -176,7 +176,7 @@ def update_student(run: Run, update: int) -> dict:
             x_t = diffuse(x_s, s, t, eps)
             v_real = run.roles.teacher[interval.branch](x_t, t, batch.c)  # CFG included
             v_fake = fake_of(run, interval, batch)(x_t, t, batch.c)
-            gradient = dmd_gradient(x_s, x_t, s, t, v_real, v_fake, run.cfg.weight)
+            gradient = dmd_gradient(x_s, x_t, s, t, v_real, v_fake, run.cfg.kl_weight)
         loss = dmd_loss(x_s, gradient).mean() * batch.share
         loss.backward()
         total += batch.share * mean_squares(v_real - v_fake, x_s.detach())
@@ -202,7 +202,7 @@ def micro_batches(run: Run, update: int, truncate: bool = True) -> Iterator[Micr
     """
     cfg = run.cfg
     r = uniform((), *run.key(update), "depth").item()
-    depths = run.phase.num_steps if truncate and cfg.truncate == "on" else 0
+    depths = run.phase.num_steps if truncate and cfg.truncate else 0
     sizes = split_batch(cfg.batch, cfg.micro_batch, depths, cfg.depths == "mixed", r)
     own = parallel.my_share(list(enumerate(sizes)))
     for m, (n, depth) in run.watch(own, update, cfg.fake_updates + 1 if run.i >= 0 else 1):

@@ -170,9 +170,9 @@ def changes(cfg: Config, most: int, now: Topology) -> Iterator[tuple[dict, Topol
     """
     differing = lambda **new: {name: x for name, x in new.items() if getattr(cfg, name) != x}
     on_ranks = lambda ranks, context: Topology(now.nodes * ranks, now.nodes, context)
-    saving = differing(micro_batch=1, checkpointing="on")
+    saving = differing(micro_batch=1, checkpointing=True)
     no_int8 = differing(base="float")
-    adapters = differing(generator="lora", fake="lora")
+    adapters = differing(student="lora", fake="lora")
     for settings in ({}, saving, saving | adapters):
         ranks = min(now.shard_group, most)
         yield settings, on_ranks(ranks, math.gcd(now.context_parallel, ranks))
@@ -196,7 +196,7 @@ def command_line(argv: list[str], settings: dict, topology: Topology) -> str:
         if keep:
             words.append(word)
     for name, value in settings.items():
-        words += [cli.flag_name(name), *cli.format_value(value).split()]
+        words += cli.flag_words(name, value)
     return f"{parallel.launch_command(topology, 'train.py')} {shlex.join(words)}".strip()
 
 

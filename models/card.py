@@ -3,13 +3,13 @@
 import json
 from pathlib import Path
 
-from models.cli import flag_name, format_value
+from models.cli import flag_words
 from models.weights import teacher_spec
 
 # of the training; the card lists them as flags
 SETTINGS = (
-    "generator rank alpha lr fake fake_lr fake_rollout fake_updates iters batch seed guidance "
-    "interval target weight truncate size"
+    "student rank alpha lr fake fake_lr fake_rollout fake_updates iters batch seed guidance "
+    "interval target kl_weight truncate size"
 ).split()
 
 
@@ -20,7 +20,7 @@ def make_card(student, stems: list[str], base: str) -> str:
     loras = "".join(f" with {Path(file).name}" for file in cfg.teacher_lora)
     base_model = f"base_model: {base}\n" if base == spec.repository else ""
     times = ", ".join(f"{1000 * t:.6g}" for t in student.times[:-1])
-    settings = " ".join(f"{flag_name(x)} {format_value(getattr(cfg, x))}" for x in SETTINGS)
+    settings = " ".join(word for x in SETTINGS for word in flag_words(x, getattr(cfg, x)))
     text = f"""---
 license: apache-2.0
 {base_model}tags: [phased-dmd, few-step, distillation]

@@ -60,10 +60,10 @@ def add_flags(parser: Parser, Config: type, presets: dict[str, dict], teacher: s
     defaults = presets.get(teacher, {}) | {"teacher": teacher}
     for f in fields(Config):
         kind, choices, text = (f.metadata[name] for name in ("kind", "choices", "help"))
+        text += f" (default {format_value(defaults.get(f.name, f.default))})"
         if kind is bool:
-            options = dict(action="store_true", default=None)
+            options = dict(action=argparse.BooleanOptionalAction)
         else:
-            text += f" (default {format_value(defaults.get(f.name, f.default))})"
             metavar = None if choices else {int: "N", float: "X"}.get(kind, "TEXT")
             nargs = "+" if isinstance(f.default, tuple) else None
             options = dict(type=kind, choices=choices, metavar=metavar, nargs=nargs)
@@ -106,8 +106,17 @@ def flag_name(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+def flag_words(name: str, value) -> list[str]:
+    """The words of an option on the command line: --lr 0.001, --no-truncate."""
+    if isinstance(value, bool):
+        return [flag_name(name if value else f"no_{name}")]
+    return [flag_name(name), *format_value(value).split()]
+
+
 def format_value(value) -> str:
     """Format a value as one types it on the command line; "none" if it is empty."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
     return (" ".join(map(str, value)) if isinstance(value, (tuple, list)) else str(value)) or "none"
 
 

@@ -44,7 +44,7 @@ class Student(NamedTuple):
     @property
     def is_full(self) -> bool:
         """Whether a LoRA on the published base cannot say what this student is."""
-        return self.cfg.generator == "full" or bool(self.cfg.teacher_lora)
+        return self.cfg.student == "full" or bool(self.cfg.teacher_lora)
 
 
 # -- export --------------------------------------------------------------------------------------

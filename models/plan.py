@@ -211,13 +211,13 @@ def role_bytes(
 
 def role_kind(cfg: Config, name: str) -> str:
     """What a role trains: "lora" or "full"."""
-    return cfg.generator if name.startswith("student") else cfg.fake
+    return cfg.student if name.startswith("student") else cfg.fake
 
 
 def role_cost(measure: Callable, cfg: Config, name: str, shape: tuple, sharded: bool = False):
     """Flops or Activations of a sample of this shape through a trained role."""
     full = role_kind(cfg, name) == "full"
-    checkpointing = cfg.checkpointing == "on"
+    checkpointing = cfg.checkpointing
     options = cfg.rank, dtype_named(cfg.dtype), checkpointing, full and sharded
     return cost(measure, cfg.teacher, shape, full, *options, cfg.base == "int8")
 
@@ -275,11 +275,11 @@ def update_activations(
     forward_peak = max(x.forward_peak for x in costs.values())  # rollouts, v_real, v_fake
     peaks = {name: max(forward_peak, x.backward_peak) for name, x in costs.items()}
     student = costs[trained[0]]
-    if cfg.truncate == "off":  # the graphs of all steps of the phase
+    if not cfg.truncate:  # the graphs of all steps of the phase
         steps = cfg.steps // cfg.phases
         waiting = steps * student.saved
         others = (steps - 1) * student.saved
-    elif cfg.checkpointing == "off":
+    elif not cfg.checkpointing:
         waiting = student.saved
         others = 0
     else:  # rollout keeps only the input of the step while teacher and fake are called
@@ -293,7 +293,7 @@ def step_flops(cfg: Config, phase, buckets: dict[tuple, float]) -> tuple[float, 
     """Expected FLOPs of an iteration of a phase, all samples: useful, recomputed in backward."""
     # forwards without gradient: the rollouts of the fake; those of the student's update but for the
     # steps that it trains; v_real, twice with CFG; v_fake. Then the training of student and fake
-    truncated = cfg.truncate == "on"
+    truncated = cfg.truncate
     trained = 1 if truncated else phase.num_steps
     complete = phase.first + phase.num_steps  # steps of a rollout
     mean = phase.first + (1 + phase.num_steps) / 2 if truncated else complete
@@ -301,7 +301,7 @@ def step_flops(cfg: Config, phase, buckets: dict[tuple, float]) -> tuple[float, 
     student_forwards = rollouts * (complete if cfg.fake_rollout == "complete" else mean)
     student_forwards += mean - trained
     teacher_forwards = 1 + any(scale != 1 for scale in cfg.guidance)
-    step_recomputed = truncated and cfg.checkpointing == "on"  # see rollout
+    step_recomputed = truncated and cfg.checkpointing  # see rollout
     useful = recomputed = 0.0
     for shape, probability in buckets.items():  # the expectation over shapes
         student, fake = (role_cost(count_flops, cfg, x, shape) for x in ("student1", "fake1"))

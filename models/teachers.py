@@ -90,9 +90,9 @@ def check_config(cfg: Config, topology: Topology = SINGLE) -> None:
         raise UserError(f"--images is for image to video, and {cfg.teacher} is not; drop it")
     if cfg.teacher_lora and is_random(cfg):
         raise UserError("--teacher-lora needs published weights; give --weights")
-    if cfg.base == "int8" and "full" in (cfg.generator, cfg.fake):
+    if cfg.base == "int8" and "full" in (cfg.student, cfg.fake):
         # they would start from rounded weights
-        raise UserError("--base int8 needs --generator lora and --fake lora")
+        raise UserError("--base int8 needs --student lora and --fake lora")
     if topology.processes > 1:
         check_parallel(cfg, topology)
 
@@ -325,7 +325,7 @@ def load_base(
 
 def configure(cfg: Config, net: nn.Module) -> nn.Module:
     """Set activation checkpointing, and compile the blocks."""
-    net.checkpointing = cfg.checkpointing == "on"
+    net.checkpointing = cfg.checkpointing
     if cfg.compile:
         torch._dynamo.config.recompile_limit = 64  # one graph per role and shape
         for block in parallel.blocks_of(net):

@@ -90,7 +90,7 @@ def make_student(folder, teacher, **settings) -> Student:
     for role, branch in base_of.items():
         net = weights.random_network(teacher, torch.float32, seed=branch)
         named = dict(net.named_parameters())
-        if cfg.generator == "lora":
+        if cfg.student == "lora":
             named = lora.start_adapter(net, role, (role,), cfg.rank, cfg.alpha)
         for name, p in named.items():
             tensors[f"{role}/{name}"] = move(f"{role}/{name}", p.detach())

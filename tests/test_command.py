@@ -76,15 +76,15 @@ WRONG = {
     "--teacher wan99": "expected one of toy2d, mnist",
     "--phases 3": "a divisor of --steps 4 [1, 2, 4], got 3",
     "--shift 1e17": "at most 100",
-    "--guidance 2": "--classes on",
+    "--guidance 2": "--classes",
     "--fix-t 0.3": "where phase 1 ends",
     "--steps 60 --phases 60": "no room",
     "--depths mixed --micro-batch 100": "multiple of 2",
-    "--truncate off --phases 1 --fake-rollout per-depth": "needs --truncate on",
+    "--no-truncate --phases 1 --fake-rollout per-depth": "needs --truncate",
     "--resume --overwrite": "one of them",
     "--processes 8": "--dry-run",
     "--points nowhere.csv": "No such file",
-    "--generator lora": "toy2d",
+    "--student lora": "toy2d",
     "--resum": "unrecognized",
     "--teacher wan22-tiny --guidance 4 3 2": "high noise, low noise, got 3",
     "--teacher wan22-tiny --size 50x64": "nearest: 48x64",
@@ -140,7 +140,7 @@ def test_sampling_repeats_itself_and_a_trajectory_ends_in_the_samples(finished, 
 
 
 def test_a_conditional_student_is_measured_by_class(tmp_path):
-    flags = [*QUICK, "--classes", "on", "--guidance", "2", "--out", str(tmp_path / "run")]
+    flags = [*QUICK, "--classes", "--guidance", "2", "--out", str(tmp_path / "run")]
     assert train.main(flags) == 0
     metrics = json.loads((tmp_path / "run" / "metrics.json").read_text())
     assert 0.5 < metrics["class_accuracy"] <= 1
@@ -218,6 +218,6 @@ def test_a_checkpoint_is_written_by_time_as_well(tmp_path, monkeypatch):
 def test_a_batch_without_truncation_has_no_depths_to_share():
     """Control: with truncation, one micro-batch cannot hold four depths."""
     settings = dict(phases=1, micro_batch=256)
-    train.validate(train.make_config(truncate="off", **settings))
+    train.validate(train.make_config(truncate=False, **settings))
     with pytest.raises(UserError, match="--depths mixed"):
         train.validate(train.make_config(**settings))

@@ -63,7 +63,7 @@ def test_the_log_is_cut_back_to_the_checkpoint(tmp_path):
         ("steps", 1001, "at most 1000"),
         ("lr", 0.0, "more than 0"),
         ("lr", float("nan"), "a finite"),
-        ("truncate", "maybe", "one of on, off"),
+        ("truncate", "maybe", "a value of type bool"),
         ("guidance", (1.0, -1), "at least 0"),
     ],
 )
@@ -90,8 +90,8 @@ def test_flags_are_the_options_and_show_the_teachers_defaults(capsys):
     assert Config(**cli.from_json(cli.to_json(Config(**expected)))) == Config(**expected)
     with pytest.raises(UserError, match="^--steps: expected int, got '4.5'"):
         parser.parse_args(["--steps", "4.5"])
-    with pytest.raises(UserError, match="^--truncate: expected one of .*, got 'x'"):
-        parser.parse_args(["--truncate", "x"])
+    with pytest.raises(UserError, match="^--depths: expected one of .*, got 'x'"):
+        parser.parse_args(["--depths", "x"])
 
 
 def resolve(out: Path, resume=False, overwrite=False, **explicit):

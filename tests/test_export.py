@@ -254,8 +254,8 @@ def test_an_export_given_as_a_student_says_how_to_sample_it(exported, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("generator", ["lora", "full"])
-def test_diffusers_samples_a_student_of_shift_7_as_its_card_says(generator, tmp_path, monkeypatch):
+@pytest.mark.parametrize("student", ["lora", "full"])
+def test_diffusers_samples_a_student_of_shift_7_as_its_card_says(student, tmp_path, monkeypatch):
     """There the card routes by step. Control: the low-noise expert takes all steps."""
     pytest.importorskip("diffusers", reason="needs models/requirements.txt")
     pytest.importorskip("transformers", reason="needs models/requirements.txt")
@@ -266,7 +266,7 @@ def test_diffusers_samples_a_student_of_shift_7_as_its_card_says(generator, tmp_
     base, prompts = tmp_path / "base", tmp_path / "p.txt"
     save_diffusers(base, "wan22")
     prompts.write_text(PROMPT)
-    flags = f"--generator {generator} --shift 7 --dtype float32 --size 5x32x48 --device cpu"
+    flags = f"--student {student} --shift 7 --dtype float32 --size 5x32x48 --device cpu"
     flags = [*flags.split(), "--weights", base, "--prompts", prompts]
     line = ["--student", str(train_student(tmp_path / "run", "wan22", *flags)), "--device", "cpu"]
     samples = ["--n", "1", "--prompt", PROMPT, "--out", str(tmp_path / "samples")]

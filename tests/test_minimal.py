@@ -21,7 +21,11 @@ def test_the_file_that_shows_it_all_trains_as_train_py_does(new_run, start):
         return max((a - b).abs().max().item() for a, b in zip(ours, theirs, strict=True))
 
     assert largest_difference() < 2e-5
-    for wrong in (dict(weight="none"), dict(target="biased"), dict(fake_rollout="truncated")):
+    for wrong in (
+        dict(kl_weight="none"),
+        dict(target="biased"),
+        dict(fake_rollout="truncated"),
+    ):
         assert largest_difference(**wrong) > 1e-3
 
 

@@ -83,7 +83,7 @@ BOUNDS = {"log": 1e-5, "v": 1e-4, "moved": 1e-2}  # relative L2 that rounding ma
 
 def differences(folder: Path, mix: str, ways: dict, **settings) -> dict[str, list[str]]:
     """For each way, what differs from one process: of the log, of movements, of v."""
-    job = dict(zip(("teacher", "generator", "fake"), mix.split()), job="numbers") | SHORT | settings
+    job = dict(zip(("teacher", "student", "fake"), mix.split()), job="numbers") | SHORT | settings
     jobs = {"one": {}} | ways
     run_all(folder, [job | how | dict(out=str(folder / way)) for way, how in jobs.items()])
     one, found = load_file(folder / "one"), {}
@@ -103,14 +103,14 @@ def test_two_processes_have_the_numbers_of_one(tmp_path):
     assert found == {"two": []}
 
 
-OTHER_STEPS = dict(truncate="off", reuse_rollouts=True, warmup=1)
+OTHER_STEPS = dict(truncate=False, reuse_rollouts=True, warmup=1)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "mix,settings",
     [
-        ("wan22-tiny full lora", dict(checkpointing="off")),
+        ("wan22-tiny full lora", dict(checkpointing=False)),
         ("qwen-image-tiny lora full", OTHER_STEPS),
     ],
 )
@@ -171,7 +171,7 @@ def test_a_rank_reads_its_own_rows_of_published_weights(tmp_path):
 
 FLAGS = (
     "--teacher wan22-tiny --iters 3 --batch 4 --micro-batch 2 --fake-updates 1 --save-every 100 "
-    "--sample-every 0 --eval-samples 2 --size 1x48x80 --dtype float32 --generator lora --fake full"
+    "--sample-every 0 --eval-samples 2 --size 1x48x80 --dtype float32 --student lora --fake full"
 ).split()
 
 

@@ -98,7 +98,7 @@ def test_without_truncation_every_step_is_kept(known_activations):
     """Three steps more than with truncation."""
     one = peak_of(1, phases=1)
     expected = pytest.approx(one + 3 * known_activations.saved)
-    assert peak_of(1, phases=1, truncate="off") == expected
+    assert peak_of(1, phases=1, truncate=False) == expected
 
 
 @pytest.mark.parametrize(
@@ -155,13 +155,13 @@ import torch
 import train
 from models import parallel, plan, teachers, weights
 
-generator, fake, copies = sys.argv[1], sys.argv[2], sys.argv[3] == "copies"
+student, fake, copies = sys.argv[1], sys.argv[2], sys.argv[3] == "copies"
 libc = ctypes.CDLL(None)
 libc.mallopt(-3, 2**20), libc.mallopt(-1, 2**20)  # freed memory goes back at once
 spec = weights.TEACHERS["wan22-tiny"]
 size = dict(dim=1024, ffn_dim=4096, num_heads=8, num_layers=6, text_dim=64, text_len=16)
 weights.TEACHERS["wan22-tiny"] = spec._replace(settings=size)  # 107 M parameters per branch
-cfg = train.make_config("wan22-tiny", generator=generator, fake=fake, batch=2, micro_batch=1,
+cfg = train.make_config("wan22-tiny", student=student, fake=fake, batch=2, micro_batch=1,
                         fake_updates=1, rank=64, size=("64x64",), frames=1)
 phases, [shape] = train.phases_of(cfg), teachers.buckets(cfg)
 active = teachers.active_roles(cfg, phases)
@@ -200,10 +200,10 @@ linux = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="n
 
 @pytest.mark.slow
 @linux
-@pytest.mark.parametrize("generator,fake", [("lora", "lora"), ("full", "full")])
-def test_peak_memory_is_the_planned_one(generator, fake):
+@pytest.mark.parametrize("student,fake", [("lora", "lora"), ("full", "full")])
+def test_peak_memory_is_the_planned_one(student, fake):
     """Within 10 %, in phase 1 with one base of 200 MB and in phase 2 with two."""
-    for base, peak, planned in measure(generator, fake, "shared"):
+    for base, peak, planned in measure(student, fake, "shared"):
         assert base > 200e6 and abs(peak / planned - 1) < 0.1
 
 

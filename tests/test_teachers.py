@@ -75,7 +75,7 @@ def test_a_phase_starts_from_the_teacher(monkeypatch):
 
     Optimizers are new, and the old ones freed before: there is no memory for both.
     """
-    settings = dict(generator="lora", fake="full", dtype="bf16", guidance=(1.0,))
+    settings = dict(student="lora", fake="full", dtype="bf16", guidance=(1.0,))
     run = begin(stir=False, **FAST, **settings)
     iterate(run, 1)
     fake1 = run.roles.fakes[1, 0]
@@ -101,7 +101,7 @@ def test_nothing_is_in_memory_twice():
     """The parameters are two bases, each once, and the bytes that plan.py gives the roles."""
     gc.collect()
     before = {id(x) for x in gc.get_objects() if type(x) is torch.nn.Parameter}
-    run = begin(k=2, generator="full", fake="lora", dtype="bf16")
+    run = begin(k=2, student="full", fake="lora", dtype="bf16")
     train.run_iteration(run)
     gc.collect()
     new = [x for x in gc.get_objects() if type(x) is torch.nn.Parameter and id(x) not in before]
@@ -117,7 +117,7 @@ def test_nothing_is_in_memory_twice():
 
 def test_gradients_do_not_depend_on_checkpointing():
     """Of blocks and of a whole step. Networks and the negative control: tests/test_ports.py."""
-    runs = [begin(k=2, checkpointing=x, batch=2) for x in ("on", "off")]
+    runs = [begin(k=2, checkpointing=x, batch=2) for x in (True, False)]
     on, off = ({row["role"]: row["grad_norm"] for row in train.run_iteration(run)} for run in runs)
     assert on == pytest.approx(off, rel=1e-5) and "student2" in on
 

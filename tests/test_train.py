@@ -36,7 +36,14 @@ def train_all(run):
 
 
 DMD2 = dict(
-    phases=1, steps=2, depths="drawn", warmup=0, iters=6, batch=32, lr_decay=0.0, weight="none"
+    phases=1,
+    steps=2,
+    depths="drawn",
+    warmup=0,
+    iters=6,
+    batch=32,
+    lr_decay=0.0,
+    kl_weight="none",
 )
 
 
@@ -87,7 +94,7 @@ def test_the_ten_lines_of_dmd2_would_tell_another_weight(new_run):
     """Negative control of the test above: its tolerance does not cover a changed loss."""
     ends = []
     for weight in ("none", "xs"):
-        run = new_run(**DMD2 | dict(weight=weight))
+        run = new_run(**DMD2 | dict(kl_weight=weight))
         train_all(run)
         ends.append(weights(run, "student1"))
     with pytest.raises(AssertionError):
@@ -137,9 +144,9 @@ def test_no_gradient_is_too_small_for_the_optimizer(monkeypatch, eps):
     [
         {},
         dict(fake_rollout="per-depth"),
-        dict(truncate="off", phases=1),
+        dict(truncate=False, phases=1),
         dict(reuse_rollouts=True, micro_batch=8),
-        dict(classes="on", guidance=(2.0,)),
+        dict(classes=True, guidance=(2.0,)),
         dict(interval="disjoint", shift=3.0),
     ],
     ids=str,
@@ -175,7 +182,7 @@ def test_accumulated_micro_batches_make_the_gradient_of_their_mean(new_run, monk
     torch.testing.assert_close(gradients, grads(run))
 
 
-@pytest.mark.parametrize("truncate,steps", [("on", 1), ("off", 4)])
+@pytest.mark.parametrize("truncate,steps", [(True, 1), (False, 4)])
 def test_truncation_records_one_step_and_its_absence_all(new_run, truncate, steps):
     """Count the activations in the graph of x_s: three per recorded step of the network."""
     run = new_run(**SMALL, phases=1, truncate=truncate)

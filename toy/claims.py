@@ -44,7 +44,7 @@ from toy import digits, toy2d
 from toy.mixtures import TOYS, mean_distance, mode_coverage
 
 CPU = torch.device("cpu")
-VANILLA = dict(phases=1, truncate="off")
+VANILLA = dict(phases=1, truncate=False)
 METHODS = {  # settings of train.py; they cannot express "one shared network", see train_method
     "DMD, 1 step": dict(phases=1, steps=1),
     "vanilla DMD": VANILLA,
@@ -73,7 +73,7 @@ MAIN, MATCHING = ("ring", "grid", "conditional"), ("matching ring", "matching gr
 TABLES = {  # name: settings of the distribution, methods, seeds
     "ring": (dict(toy="ring"), [name for name in METHODS if name != "DMD, 1 step"], 5),
     "grid": (dict(toy="grid"), FEWER, 3),
-    "conditional": (dict(toy="ring", classes="on"), FEWER, 3),
+    "conditional": (dict(toy="ring", classes=True), FEWER, 3),
     "spirals": (dict(toy="spirals"), SQUARE, 3),
     "memory": (dict(toy="ring"), ("vanilla", "phased"), 2),
     "matching ring": (dict(toy="ring"), ("Eq. 11", "naive"), 5),

@@ -65,7 +65,7 @@ def make_network(cfg: Config, width: int = 64) -> MLP:
     """A network with the architecture of student and fake."""
     with torch.device("cpu"):  # the mixture has data even if networks are built on meta
         mixture = load_mixture(cfg)
-    classes = mixture.classes if cfg.classes == "on" else 0
+    classes = mixture.classes if cfg.classes else 0
     return MLP(mixture.means.shape[1], width, classes=classes)
 
 
@@ -83,7 +83,7 @@ def exact_teacher(cfg: Config, device="cpu") -> Callable:
 
 def check_config(cfg: Config, topology: Topology) -> None:
     """Raise UserError for settings that do not go together."""
-    expected = dict(generator="full", fake="full", base="float", compile=False, weights=())
+    expected = dict(student="full", fake="full", base="float", compile=False, weights=())
     expected |= dict(teacher_lora=(), prompts="", images="", size=())
     for name, value in expected.items():
         if getattr(cfg, name) != value:
@@ -92,10 +92,10 @@ def check_config(cfg: Config, topology: Topology) -> None:
         raise UserError("toy2d runs in one process: use python train.py without torchrun")
     if len(cfg.guidance) != 1:
         raise UserError(f"--guidance: expected one number for toy2d, got {len(cfg.guidance)}")
-    if cfg.guidance != (1.0,) and cfg.classes == "off":
-        raise UserError("--guidance needs --classes on: CFG compares with and without a class")
-    if cfg.classes == "on" and cfg.points:
-        raise UserError("--points have no classes; remove --classes on")
+    if cfg.guidance != (1.0,) and not cfg.classes:
+        raise UserError("--guidance needs --classes: CFG compares with and without a class")
+    if cfg.classes and cfg.points:
+        raise UserError("--points have no classes; remove --classes")
 
 
 def input_files(cfg: Config) -> list[Path]:
@@ -129,7 +129,7 @@ def fit_start(
     """
     mixture = load_mixture(cfg)
     data = make_data(cfg)
-    key = ("start", cfg.toy, cfg.classes)
+    key = ("start", cfg.toy, "on" if cfg.classes else "off")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # nn.Linear's initialisation takes no generator
         net = make_network(cfg, width)
@@ -177,7 +177,7 @@ def make_data(cfg: Config, out: Path | None = None) -> Callable:
 
     def data(n: int, shared=None, rng: torch.Generator | None = None) -> tuple:
         c = None
-        if cfg.classes == "on":
+        if cfg.classes:
             c = {"class": torch.randint(mixture.classes, (n,), generator=rng)}
         return c, mixture.means.shape[1:]
 
