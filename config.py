@@ -78,6 +78,10 @@ class Config:
     eval_samples: int   = output(10_000, "samples behind each metric", low=2)
 # fmt: on
 
+    def guidance_of(self, branch: int) -> float:
+        """The CFG scale of a branch of the teacher."""
+        return self.guidance[min(branch, len(self.guidance)) - 1]
+
     @property
     def fake_per_depth(self) -> bool:
         """Whether every truncation depth has a fake of its own."""

@@ -156,12 +156,12 @@ def chunked(net: Callable, size: int) -> Callable:
 
 def index_cond(c: dict | None, rows: slice | Tensor) -> dict | None:
     """The conditions of some samples of the batch."""
-    return c and {name: value[rows] for name, value in c.items()}
+    return None if c is None else {name: value[rows] for name, value in c.items()}
 
 
 def cond_to(c: dict | None, device: torch.device) -> dict | None:
     """The conditions on another device."""
-    return c and {name: to_device(value, device) for name, value in c.items()}
+    return None if c is None else {name: to_device(x, device) for name, x in c.items()}
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:

@@ -177,7 +177,7 @@ def run_sampler(job: Job, c, shape: tuple, total: int, args, device) -> list[Ten
         bar.update(evaluations * len(x_t))
         return v
 
-    nets = [moe.chunked(partial(call, *step), size) for step in zip(job.roles, nfe)]
+    nets = [moe.chunked(partial(call, name, count), size) for name, count in zip(job.roles, nfe)]
     with bar, torch.no_grad():
         xs = []
         for x in trajectory(nets, job.times, z, moe.cond_to(c, device)):
@@ -194,10 +194,10 @@ def run_sampler(job: Job, c, shape: tuple, total: int, args, device) -> list[Ten
 
 def step_nfe(job: Job) -> list[int]:
     """Network evaluations (NFE) of each step: two where CFG needs the null prompt."""
-    scales = job.cfg.guidance
-    is_network = job.cfg.teacher in TEACHERS
-    scale = lambda name: scales[min(job.base_of[name], len(scales)) - 1]
-    return [2 if is_network and scale(name) != 1 else 1 for name in job.roles]
+    if job.cfg.teacher not in TEACHERS:
+        return [1] * len(job.roles)
+    scales = [job.cfg.guidance_of(job.base_of[name]) for name in job.roles]
+    return [1 if scale == 1 else 2 for scale in scales]
 
 
 def sample_metadata(job: Job, args) -> dict:

@@ -51,9 +51,8 @@ def watch_memory(request: Request, device: str, is_planned: bool):
     is_planned: False skips the plan. Raises UserError if the run does not fit.
     """
     cfg = request.cfg
-    options = dict(full=False, rank=cfg.rank, dtype=torch.bfloat16, topology=SINGLE)
-    if cfg.teacher not in weights.TEACHERS or plan.role_bytes(cfg.teacher, **options).base < SMALL:
-        yield  # toys and small networks fit anywhere
+    if is_small(cfg):
+        yield
         return
     count, room = plan.find_gpus(torch.device(device))
     gpus = GPUs(count, min(parallel.gather(room)))
@@ -76,6 +75,13 @@ def watch_memory(request: Request, device: str, is_planned: bool):
         smaller = GPUs(gpus.count, min(gpus.room, 0.8 * peak))
         raise UserError(f"out of memory; {found}; {suggest(request, smaller)}") from error
     print(end=warning)
+
+
+def is_small(cfg: Config) -> bool:
+    """Whether the teacher is a toy or a small network, which fits anywhere."""
+    if cfg.teacher not in weights.TEACHERS:
+        return True
+    return plan.role_bytes(cfg.teacher, False, cfg.rank, torch.bfloat16, SINGLE).base < SMALL
 
 
 def in_gb(size: float) -> str:

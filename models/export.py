@@ -266,8 +266,10 @@ def assign_by_metadata(metadata: dict[lora.LoraFile, dict]) -> Assignment:
     students = {(entry["times"], entry["base"]) for entry in metadata.values()}
     times = json.loads(entry["times"])
     is_whole = len(steps) == len(times) - 1 and len(files_of) == len(metadata)
-    if not {*base_of.values()} <= {*NOISE} or times != sorted(map(float, times), reverse=True):
-        raise ValueError("expected branches 1, 2 and times that fall")
+    if any(branch not in NOISE for branch in base_of.values()):
+        raise ValueError("expected branches 1, 2")
+    if times != sorted(map(float, times), reverse=True):
+        raise ValueError("expected times that fall")
     if len(students) > 1 or not is_whole:
         names = ", ".join(map(str, metadata))
         raise UserError(f"--lora: expected the files of all phases of one student, got {names}")

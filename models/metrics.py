@@ -51,7 +51,8 @@ def measure_file(path: Path) -> dict[str, Tensor]:
         largest = [lengths[-(len(lengths) // 20) :].mean() for lengths in apart]
         pictures = media.shrink(media.pick_frames(frames))
     count = sum(x > 6 / 256 * max(1, 8 / fps) for x in largest)
-    moves = float(count >= max(1, round((len(largest) + 1) / 4))) if flow else numpy.nan
+    needed = max(1, round((len(largest) + 1) / 4))
+    moves = float(count >= needed) if flow else numpy.nan
     return {"flow": torch.tensor(flow), "moves": torch.tensor(moves), "pictures": pictures}
 
 

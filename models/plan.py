@@ -339,7 +339,7 @@ def room_of_card(gigabytes: int) -> float:
 @lru_cache
 def peak_flops(dtype: torch.dtype, device: str) -> float:
     """FLOP/s to compute MFU with: of a large matrix product on a GPU, assumed elsewhere."""
-    print("counting FLOPs")
+    print("counting FLOPs")  # as the callers do next; it takes seconds
     if torch.device(device).type != "cuda":
         return ASSUMED_FLOPS
     n = 8192

@@ -221,7 +221,9 @@ def config_from_json(Config: type, config: dict, out: Path):
     try:
         cfg = Config(**from_json(config["settings"]))
         check_values(cfg)
-        config["files"].values(), config["environment"].keys()
+        for name in ("files", "environment"):
+            if not isinstance(config[name], dict):
+                raise TypeError(f"{name} is not an object")
         return cfg
     except (AttributeError, TypeError, KeyError, UserError) as error:
         line = f"{out}/config.json does not fit this version of the code: {first_line(error)}"

@@ -339,7 +339,7 @@ def make_guidance(cfg: Config, out: Path) -> Callable[..., Tensor]:
     null = null_text(cfg, out) if any(scale != 1 for scale in cfg.guidance) else None
 
     def with_guidance(branch: int, net: Callable, x_t: Tensor, t: Tensor, c: dict) -> Tensor:
-        scale = cfg.guidance[min(branch, len(cfg.guidance)) - 1]
+        scale = cfg.guidance_of(branch)
         v = net(x_t, t, c)
         if scale == 1:
             return v
@@ -445,7 +445,8 @@ def report(
     in_chunks = partial(moe.chunked, size=cfg.micro_batch or n)
     nets = [in_chunks(role) for role in moe.student_nets(roles, phases[:k])]
     times = step_times(cfg.steps, cfg.shift)
-    *_, x_before, x_s = xs = list(trajectory(nets, times[: phase.end + 1], z, c))
+    xs = list(trajectory(nets, times[: phase.end + 1], z, c))
+    x_before, x_s = xs[-2:]
     rows = {f"student, t = {p.s:.3g}": xs[p.end] for p in phases[:k]}
     t = full_time(phase.t[-2], x_s)
     rows["student x_0"] = v_to_x0(x_before, t, nets[-1](x_before, t, c))
