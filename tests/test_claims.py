@@ -1,8 +1,10 @@
 """toy/claims.py: the statistics, the methods that settings cannot express, the runs."""
 
+import json
 import random
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -131,6 +133,16 @@ def test_each_run_has_a_file_of_its_own(flags, monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["claims.py", "--out", str(tmp_path), *flags])
     claims.main()
     assert jobs and len({job.file(tmp_path) for job in jobs}) == len(jobs)
+
+
+@pytest.mark.slow  # starts processes
+def test_existing_runs_are_not_repeated(tmp_path):
+    """A planted result stays; the run that is missing is made."""
+    jobs = [Job("matching ring", "naive", seed, 1e-2) for seed in (0, 1)]
+    jobs[1].file(tmp_path).parent.mkdir()
+    jobs[1].file(tmp_path).write_text(json.dumps({"bias": "planted"}))
+    made, kept = claims.run_jobs(jobs, SimpleNamespace(out=tmp_path))
+    assert made["bias"] > 0.2 and kept["bias"] == "planted"
 
 
 @pytest.mark.slow  # draws 150,000 digits

@@ -142,15 +142,22 @@ def test_coverage_does_not_rise_with_broken_samples():
 
 
 @pytest.mark.slow
-def test_a_run_reports_its_own_samples(finished):
-    """metrics.json belongs to the samples of the student that was saved."""
+def test_a_run_reports_its_own_samples(finished, monkeypatch):
+    """metrics.json belongs to the samples of the student that was saved, rows of the png, too."""
     metrics, run = json.loads((finished / "metrics.json").read_text()), load_run(finished)
     z = normal((100, *digits.SHAPE), run.cfg.seed, "report", "z")
-    pixels = digits.to_pixels(digits.sample_from(run.nets, run.times, z, CPU)[-1])
-    samples = digits.classify(digits.load_classifier(), pixels)
+    xs = digits.sample_from(run.nets, run.times, z, CPU)
+    samples = digits.classify(digits.load_classifier(), digits.to_pixels(xs[-1]))
     measured = digits.measure(*samples, digits.cycle_labels(100), digits.load_reference())
     assert {name: metrics[name] for name in measured} == pytest.approx(measured, rel=1e-4)
     assert metrics["samples"] == 100 and "frechet_floor" not in metrics  # it needs 10,000
+    rows = {}
+    monkeypatch.setattr(digits, "draw_sheet", lambda drawn: rows.update(drawn) or b"")
+    digits.report(run.cfg, run.phases, run.roles, 2, CPU, finished, finished=True)
+    names = "teacher, 40 steps; teacher, 4 steps; student, 4 steps; t = 1; t = 0.75; t = 0"
+    assert "; ".join(rows) == names
+    for name, x in {"student, 4 steps": xs[-1][:30], "t = 1": z[:10], "t = 0": xs[-1][:10]}.items():
+        assert torch.allclose(rows[name], x, atol=1e-4)
 
 
 def test_after_phase_1_the_teacher_completes_the_samples(tmp_path, monkeypatch):

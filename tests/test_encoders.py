@@ -357,7 +357,8 @@ def test_pictures_go_to_the_nearest_size_with_their_captions(tmp_path, wan_folde
     with pytest.raises(UserError, match="expected 9x32x48, it has 5x32x48, 5x48x32"):
         encoders.open_first_frames(out, [(3, 4, 6)])
     assert encode_images(tmp_path, wan_folder)[0] == 2  # exists
-    assert encode_images(tmp_path, wan_folder, "--overwrite", "--frames", "4")[0] == 2
+    for flags in (["--frames", "4"], ["--size", "33x48"]):
+        assert encode_images(tmp_path, wan_folder, "--overwrite", *flags)[0] == 2
     assert encode_images(tmp_path, wan_folder, "--overwrite")[0] == 0
 
 

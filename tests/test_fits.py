@@ -170,6 +170,8 @@ def test_an_iteration_has_a_bar_by_micro_batch_with_the_time_left(monkeypatch, c
     """From the start, on a clock of ten seconds a call. Of toys it shows only if it is slow."""
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
+    list(runs.watch_update(list("ab"), 0, 6))
+    assert terminal.getvalue() == ""
     items = runs.watch_update(list("abcd"), 0, 6)
     assert next(items) == "a" and "update 1 of 6:   0%" in terminal.getvalue()
     assert list(items) == list("bcd")
@@ -178,6 +180,8 @@ def test_an_iteration_has_a_bar_by_micro_batch_with_the_time_left(monkeypatch, c
     list(runs.watch_update(list("abcd"), 1, 6))
     assert re.search(r"update 2 of 6: +21%.* 5/24 \[00:[1-4]0<0[1-9]:", terminal.getvalue())
     monkeypatch.undo()
+    list(runs.watch_update(list("ab"), 1, 6))
+    assert capsys.readouterr().out == ""
     monkeypatch.setattr(runs, "SLOW_UPDATE", -1)  # where no bar is drawn, a line
     list(runs.watch_update(list("ab"), 1, 6))
     assert "update 2 of 6 took 0 s; about 0 minutes left" in capsys.readouterr().out

@@ -120,10 +120,14 @@ def test_an_iteration_at_full_size(monkeypatch, teacher, size, base):
     assert gpu.peak == pytest.approx(planned, rel=0.1)
 
 
-def test_an_iteration_of_one_block(monkeypatch):
+QWEN = ("qwen-image", "1024x1024", "float")
+
+
+@pytest.mark.parametrize("line", [SIZES[0], pytest.param(QWEN, marks=pytest.mark.slow)])
+def test_an_iteration_of_one_block(monkeypatch, line):
     """As above, in seconds."""
-    shrink(monkeypatch, "wan22")
-    assert iterate(monkeypatch, config(*SIZES[0])).waits == expected_waits("wan22")
+    shrink(monkeypatch, line[0])
+    assert iterate(monkeypatch, config(*line)).waits == expected_waits(line[0])
 
 
 def test_a_missing_cast_and_a_hidden_wait_are_seen(monkeypatch):

@@ -83,6 +83,7 @@ def test_the_imports_are_those_of_the_design():
         ("models.teachers", "from train import Config", "models.teachers: imports train"),
         ("toy.toy2d", "import train", "toy.toy2d: a preset imports train or sample"),
         ("train", "import torch.distributed as dist", "train: imports torch.distributed"),
+        ("moe", "from torch import distributed", "moe: imports torch.distributed"),
         ("moe", "import matplotlib.pyplot", "moe: imports pyplot, which chooses a backend"),
         (
             "models.lora",

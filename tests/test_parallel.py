@@ -274,6 +274,7 @@ def test_a_rank_that_is_killed_ends_the_others_and_the_checkpoint_stays(tmp_path
     out = tmp_path / "run"
     process = torchrun(out, *LONG)
     wait_for_log(process, out, 20)
+    assert process.poll() is None, process.communicate()[1]
     ranks = rank_pids(process.pid)
     os.kill(ranks[0], signal.SIGKILL)
     _, stderr = process.communicate(timeout=PATIENCE)
@@ -308,6 +309,7 @@ def test_a_signal_stops_all_ranks_after_a_checkpoint(tmp_path):
     out = tmp_path / "run"
     process = torchrun(out, *LONG)
     wait_for_log(process, out, 10)
+    assert process.poll() is None, process.communicate()[1]
     process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate(timeout=PATIENCE)
     [line] = our_lines(stderr)

@@ -61,9 +61,15 @@ class Products(TorchFunctionMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_flops_are_those_of_the_products_that_are_called():
+@pytest.mark.parametrize(
+    "name,shape",
+    [
+        ("wan21-tiny", (16, 1, 8, 12)),
+        pytest.param("qwen-image-tiny", (16, 8, 12), marks=pytest.mark.slow),
+    ],
+)
+def test_flops_are_those_of_the_products_that_are_called(name, shape):
     """On the CPU, while the plan runs on the meta device."""
-    name, shape = "wan21-tiny", (16, 1, 8, 12)
     net = weights.random_network(name, torch.float32)
     x, t, c = plan.meta_inputs(net, shape)
     with Products() as products, torch.no_grad():

@@ -131,8 +131,8 @@ def test_the_times_of_qwen_image_are_those_of_its_published_scheduler():
 # -- LoRA files ----------------------------------------------------------------------------------
 
 
-def test_files_of_other_trainers_take_steps_by_their_names_or_order(tmp_path):
-    """At times of their own, too: the transformer follows from t."""
+def test_files_of_other_trainers_take_steps_by_their_names_or_order(tmp_path, capsys):
+    """It says which. At times of their own, too: the transformer follows from t."""
     net = weights.build(*weights.TEACHERS["wan22-tiny"][:2], torch.float32)
     layer = "blocks.0.self_attn.q"
     for seed, name in enumerate(("a", "b", "my_high", "my_low")):
@@ -141,6 +141,8 @@ def test_files_of_other_trainers_take_steps_by_their_names_or_order(tmp_path):
         files = [str(tmp_path / name) for name in names.split()]
         line = ["--teacher", "wan22-tiny", "--times", "1000", "752", "522", "--lora", *files]
         job = sample.teacher_job(sample.make_parser().parse_args(line))
+        reason = "by metadata or name" if "my_low" in names else "in the order given"
+        assert f"{reason}\n" in capsys.readouterr().out
         assert job.times == (1.0, 0.752, 0.522, 0.0)
         assert job.roles == ["student1", "student2", "student2"]
         for role, seed in zip(("student1", "student2"), seeds):

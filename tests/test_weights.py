@@ -111,7 +111,8 @@ def test_a_single_file_of_comfyui_needs_no_config(tmp_path):
     """In float16, which is converted."""
     net = weights.random_network("wan22-tiny", torch.float32)
     tensors = {key: p.half() for key, p in net.named_parameters()}
-    save_file(tensors, tmp_path / "a.safetensors")
+    prefixed = {f"model.diffusion_model.{key}": x for key, x in tensors.items()}
+    save_file(prefixed, tmp_path / "a.safetensors")
     net = weights.load(tmp_path / "a.safetensors", torch.float32, teacher="wan22-tiny")
     assert is_same(net, tensors)
 
@@ -137,6 +138,14 @@ def test_two_branches_come_high_noise_first_with_their_boundary(tmp_path, names)
         assert [is_same(net, tiny(seed)) for seed, net in enumerate(nets)] == [True, True]
     (tmp_path / "model_index.json").write_text('{"boundary_ratio": 0.8}')
     assert weights.branch_paths("wan22-tiny", tmp_path)[1] == 0.8
+
+
+def test_a_class_that_lacks_a_part_of_the_port_is_named(monkeypatch):
+    part = type("Part", (), dict.fromkeys(set(weights.PORT) - {"guide"}))
+    spec = weights.TEACHERS["wan21-tiny"]._replace(network=part)
+    monkeypatch.setitem(weights.TEACHERS, "wan21-tiny", spec)
+    with pytest.raises(TypeError, match="Part: expected guide, as"):
+        weights.teacher_spec("wan21-tiny")
 
 
 # -- LoRA ----------------------------------------------------------------------------------------
@@ -425,19 +434,22 @@ def test_folders_beside_a_single_file_are_found(tmp_path, monkeypatch):
     [
         ("qwen-image-tiny", "QwenImagePipeline", "QwenImageEditPlusPipeline"),
         ("wan21-tiny", "WanPipeline", "WanImageToVideoPipeline"),
+        ("wan22-i2v-tiny", "WanImageToVideoPipeline", "WanPipeline"),
     ],
 )
 def test_another_model_of_the_same_classes_is_refused(tmp_path, teacher, kind, other):
-    """By model_index.json. The transformer may be named alone, if it is a fine-tune after all."""
-    transformer = tmp_path / "transformer"
-    transformer.mkdir()
+    """By model_index.json. Transformers may be named alone, if it is a fine-tune after all."""
+    boundary = weights.TEACHERS[teacher].boundary
+    parts = [tmp_path / name for name in weights.PAIRS[1][: 2 if boundary else 1]]
+    for part in parts:
+        part.mkdir()
     index = tmp_path / "model_index.json"
     index.write_text(json.dumps({"_class_name": kind}))
-    assert weights.branch_paths(teacher, tmp_path)[0] == [transformer]
+    assert weights.branch_paths(teacher, tmp_path)[0] == parts
     index.write_text(json.dumps({"_class_name": other}))
     with pytest.raises(UserError, match=f"{index}: expected {kind}, found {other}; of a fine-tune"):
         weights.branch_paths(teacher, tmp_path)
-    assert weights.branch_paths(teacher, transformer)[0] == [transformer]
+    assert weights.branch_paths(teacher, *parts)[0] == parts
 
 
 def test_the_command_counts_a_whole_download_and_refuses_another(tmp_path, capsys):
