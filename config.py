@@ -14,7 +14,7 @@ DTYPES = ("bf16", "float32")
 # fmt: off
 @dataclass(frozen=True)
 class Config:
-    """The settings of a run: one flag each. The defaults are the paper's, where it gives them."""
+    """The settings of a run: one flag each. The defaults are the paper's if it has them."""
 
     teacher: str        = data("toy2d", "name of a preset: toy2d, mnist, wan22, qwen-image, ...")
     toy: str            = data("ring", "distribution of toy2d", tuple(TOYS))

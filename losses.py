@@ -80,8 +80,9 @@ def subinterval_matching(
 def naive_matching(
     v: Tensor, x_s: Tensor, s: float, t: Tensor, eps: Tensor, process: Process = flow
 ) -> Tensor:
-    """The same loss with the target eps - x_s, as if x_s were clean: Fig. 2(c). A control.
+    """The same loss with the target eps - x_s, as if x_s were clean: the target of Fig. 2(c).
 
+    A control, with the weight of Eq. 13, which the paper's figure does not have.
     Biased for s > 0: its minimiser multiplies x_t by alpha_s times the right coefficient (1/6 of
     it at s = 0.833).
     """

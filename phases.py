@@ -142,7 +142,7 @@ def split_at_boundary(
 
 
 def pick_interval(phase: Phase, r: float) -> Interval:
-    """One interval of the phase, with its share of the length, by r ~ U(0, 1).
+    """Draw an interval with probability proportional to its length in u, by r ~ U(0, 1).
 
     So an update calls one branch of the teacher and not two; over all, t has the same distribution.
     """

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))  # run as a script
-
 import torch
 from tqdm import tqdm
 
@@ -61,8 +60,8 @@ def train_phase(phase: Phase, experts: list, start: MLP, iters=400, warmup=200) 
         return x_s, t, eps, diffuse(x_s.detach(), s, t, eps)  # x_t of Eq. 2
 
     for i in tqdm(range(-warmup, iters), f"phase {phase.k}", disable=None):
-        for optimizer, lr in ((student_adamw, 1e-3), (fake_adamw, 2e-3)):
-            optimizer.param_groups[0]["lr"] = lr * min(1.0, (iters - i) / (iters / 2))  # then to 0
+        for optimizer, lr in ((student_adamw, 1e-3), (fake_adamw, 2e-3)):  # falls in the last half
+            optimizer.param_groups[0]["lr"] = lr * min(1.0, (iters - i) / (iters / 2))
         for n in range(5 if i >= 0 else 1):  # the fake must follow the student (A1)
             with torch.no_grad():  # complete rollouts: the samples that users will draw
                 x_s, t, eps, x_t = sample(stream(0, phase.k, i, n, 0), BATCH, None)
