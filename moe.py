@@ -82,7 +82,7 @@ class ActiveRoles(NamedTuple):
     bases: list[int]  # branches of the teacher
     frozen: list[str]  # experts of earlier phases
     trained: list[str]  # the expert of this phase, then its fakes
-    base_of: dict[str, int]  # every trained role of the run -> its branch
+    branch_of: dict[str, int]  # every trained role of the run -> its branch
 
 
 def active_roles(

@@ -13,15 +13,15 @@ from phases import Phase, make_phases, split_batch
 from toy import digits, toy2d
 
 TOY = dict(  # what a mixture in the plane needs in place of the paper's settings
-    shift=1.0, kl_weight="xs", depths="mixed", warmup=200, batch=256, student="full", lr=1e-3,
+    shift=1.0, kl_weight="xs", depths="mixed", warmup=200, batch=256, train_student="full", lr=1e-3,
     fake_lr=2e-3, lr_decay=0.5, checkpointing=False,
 )  # fmt: skip
 DIGIT_SETTINGS = dict(  # small enough for float32, and for no need to save memory
     guidance=(2.0,), size=("32x32",), shift=3.0, kl_weight="none", depths="mixed", fake_updates=3,
-    reuse_rollouts=True, warmup=50, student="full", lr=3e-4, fake_lr=1e-3, lr_decay=0.5,
+    reuse_rollouts=True, warmup=50, train_student="full", lr=3e-4, fake_lr=1e-3, lr_decay=0.5,
     dtype="float32", checkpointing=False,
 )  # fmt: skip
-LARGE = dict(fake="lora", micro_batch=1, sample_every=50, save_every=50, eval_samples=4)
+LARGE = dict(train_fake="lora", micro_batch=1, sample_every=50, save_every=50, eval_samples=4)
 VIDEO = LARGE | dict(frames=81, size=("480x832:0.4", "832x480:0.4", "720x1280:0.1", "1280x720:0.1"))
 QWEN = dict(shift=3.0, guidance=(4.0,), size=(
     "1328x1328", "1664x928", "928x1664", "1472x1104", "1104x1472", "1584x1056", "1056x1584",
@@ -60,7 +60,10 @@ def make_config(teacher: str = "toy2d", **settings) -> Config:
     """The settings of a preset, changed where `settings` says so. Raises UserError."""
     settings = find_preset(teacher)[1] | {"teacher": teacher} | settings
     cfg = Config(**settings)
-    rates = {"lr": LEARNING_RATES[cfg.student][0], "fake_lr": LEARNING_RATES[cfg.fake][1]}
+    rates = {
+        "lr": LEARNING_RATES[cfg.train_student][0],
+        "fake_lr": LEARNING_RATES[cfg.train_fake][1],
+    }
     return replace(cfg, **{name: lr for name, lr in rates.items() if name not in settings})
 
 

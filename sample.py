@@ -36,7 +36,7 @@ class Job(NamedTuple):
     cfg: Config
     roles: list[str]  # the name of the role of each step
     times: tuple[float, ...]
-    base_of: dict[str, int]  # role -> the teacher's branch whose network it is on
+    branch_of: dict[str, int]  # role -> the teacher's branch whose network it is on
     weights_of: Callable[[str], RoleWeights]
     run_dir: Path
     student: export.Student | None = None
@@ -51,7 +51,7 @@ def student_job(args) -> Job:
     cfg = override_config(replace(student.cfg, guidance=(1.0,)), args)
     roles = [f"student{phase.k}" for phase in student.phases for _ in range(phase.num_steps)]
     weights_of = partial(student_weights, cfg, student.file)
-    return Job(cfg, roles, tuple(student.times), student.base_of, weights_of, run_dir, student)
+    return Job(cfg, roles, tuple(student.times), student.branch_of, weights_of, run_dir, student)
 
 
 def open_student(args) -> tuple[export.Student, Path]:
@@ -64,7 +64,7 @@ def open_student(args) -> tuple[export.Student, Path]:
         raise UserError(f"--student: expected {expected}, got {args.student}; {advice}")
     advice = f"train it again with: python train.py --out {run_dir} --overwrite"
     config = common.read_json(run_dir / "config.json", advice)
-    cfg = runs.config_from_json(Config, config, run_dir)
+    cfg = runs.config_from_json(config, run_dir)
     tensors, metadata = common.open_tensors(file, "student", advice)
     with common.reading(file, advice):
         last_phase = int(metadata["phase"])
@@ -80,8 +80,8 @@ def open_student(args) -> tuple[export.Student, Path]:
         found = f"{last_phase} of {len(phases)} phases"
         raise UserError(f"{file} contains {found}; wait for a later preview")
     boundary_t = preset.boundary_of(cfg)
-    base_of = {f"student{phase.k}": moe.start_branch(phase, boundary_t) for phase in phases}
-    return export.Student(cfg, phases, boundary_t, base_of, tensors), run_dir
+    branch_of = {f"student{phase.k}": moe.start_branch(phase, boundary_t) for phase in phases}
+    return export.Student(cfg, phases, boundary_t, branch_of, tensors), run_dir
 
 
 def check_base(digests: dict[str, str], base: list[Path], moved: bool) -> None:
@@ -109,7 +109,7 @@ def teacher_job(args) -> Job:
         assignment = export.assign_loras(cfg, args.lora, bool(own_steps), times, boundary_t)
         weights_of = partial(export.lora_weights, cfg, assignment)
         run_dir = args.out or Path("out") / f"{args.teacher}-lora"
-        steps = assignment.roles, assignment.times, assignment.base_of
+        steps = assignment.roles, assignment.times, assignment.branch_of
         return Job(cfg, *steps, weights_of, run_dir)
     if args.teacher in TEACHERS:
         times = teachers.teacher_times(cfg, args.shift)
@@ -127,7 +127,7 @@ def teacher_config(args) -> Config:
         raise UserError("--times is for --lora, in place of --steps and --shift")
     settings = {"steps": spec.sampling_defaults[0] if spec else 40}
     if args.lora:
-        settings = {"steps": 4, "guidance": (1.0,), "student": "lora"}
+        settings = {"steps": 4, "guidance": (1.0,), "train_student": "lora"}
     settings |= given_flags(args, "steps", "shift")
     if args.guidance:
         settings["guidance"] = tuple(args.guidance)
@@ -166,7 +166,7 @@ def run_sampler(job: Job, c, shape: tuple, total: int, args, device) -> list[Ten
     cfg = job.cfg
     nfe = step_nfe(job)
     began = time.time()
-    velocity = preset_of(cfg).make_sampler(cfg, job.base_of, job.weights_of, device, job.run_dir)
+    velocity = preset_of(cfg).make_sampler(cfg, job.branch_of, job.weights_of, device, job.run_dir)
     z = torch.stack([normal(shape, args.seed, "sample", j, "z") for j in range(args.n)])
     z = z.repeat(total // args.n, *[1] * len(shape)).to(device)  # the same noises for each prompt
     size = cfg.micro_batch or total
@@ -196,7 +196,7 @@ def step_nfe(job: Job) -> list[int]:
     """Network evaluations (NFE) of each step: two where CFG needs the null prompt."""
     if job.cfg.teacher not in TEACHERS:
         return [1] * len(job.roles)
-    scales = [job.cfg.guidance_of(job.base_of[name]) for name in job.roles]
+    scales = [job.cfg.guidance_of(job.branch_of[name]) for name in job.roles]
     return [1 if scale == 1 else 2 for scale in scales]
 
 

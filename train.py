@@ -42,7 +42,7 @@ from phases import (
 from presets import PRESETS, make_config, phases_of, preset_of, validate
 from sde import diffuse
 
-MAX_SKIPS = 20  # non-finite updates in a row before a run stops
+MAX_SKIPS = 20  # non-finite updates in a row that a run survives
 SAVE_SECONDS = 1800  # at most, between two checkpoints
 
 
@@ -328,8 +328,11 @@ def load_state(run: Run) -> tuple[int, float]:
 
 def save_student(run: Run, path: Path) -> None:
     """Write the experts trained so far into one safetensors file."""
-    parameters = role_tensors(trained_experts(run))
-    tensors = {key: parallel.full_tensor(p) for key, p in parameters.items()}
+    tensors = {}
+    for key, p in role_tensors(trained_experts(run)).items():
+        tensor = parallel.full_tensor(p)  # one at a time on the GPU, and kept by rank 0 only
+        if common.is_rank0():
+            tensors[key] = tensor.cpu()
     metadata = {"kind": "student", "settings": cli.to_json(run.cfg), "phase": run.k}
     if common.is_rank0():
         common.write_tensors(path, tensors, metadata)
@@ -389,7 +392,8 @@ def run_training(run: Run, began: float, stop: runs.Stop) -> float:
 def add_measurements(run: Run, rows: list[dict], seconds: float) -> None:
     """Add time, memory and speed of an iteration to the last of its log rows."""
     rows[-1] |= {"seconds_iteration": round(seconds, 4)} | runs.peak_memory(run.device)
-    rows[-1] |= preset_of(run.cfg).throughput(run.cfg, run.phase, seconds, run.device)
+    if run.i > 0:  # a warm-up iteration has fewer updates
+        rows[-1] |= preset_of(run.cfg).throughput(run.cfg, run.phase, seconds, run.device)
 
 
 def is_due(run: Run, every: int) -> bool:
@@ -463,8 +467,8 @@ def resolve(args: argparse.Namespace, cfg: Config, device: str) -> tuple[Config,
         own = [file for file in files if args.out.resolve() in file.resolve().parents]
         if own and args.overwrite:
             raise UserError(f"--overwrite: this run reads {own[0]} in --out; move it first")
-    folder_args = args.out, cfg, args.explicit, args.resume, args.overwrite, Config
-    cfg, finished = runs.resolve_run(*folder_args)
+    resume_flags = args.explicit, args.resume, args.overwrite
+    cfg, finished = runs.resolve_run(args.out, cfg, *resume_flags)
     validate(cfg, parallel.topology)
     ranks = parallel.topology.processes, parallel.topology.context_parallel
     environment = {} if finished else runs.environment(device, *ranks)
@@ -504,7 +508,7 @@ def main(argv: list[str] | None = None) -> int:
         args, cfg = parse(argv)
         file = args.out / "config.json"
         if args.resume and file.exists():  # the command need not name the teacher
-            cfg = runs.config_from_json(Config, common.read_json(file, START_OVER), args.out)
+            cfg = runs.config_from_json(common.read_json(file, START_OVER), args.out)
         device = cli.pick_device(args.device, preset_of(cfg).device)
         topology = parallel.make_topology(args.processes, args.context_parallel)
         if args.dry_run:

@@ -63,7 +63,7 @@ def watch_memory(request: Request, device: str, is_planned: bool):
     if is_planned:
         with tqdm(desc="planning memory", bar_format="{desc}", leave=False, disable=None):
             text = parallel.on_rank0(lambda: check_memory(request, gpus))
-    print(end=warning + text)
+    print(warning + text, end="")
     try:
         yield
     except (RuntimeError, MemoryError) as error:
@@ -74,7 +74,7 @@ def watch_memory(request: Request, device: str, is_planned: bool):
         # the plan was wrong, or was ignored
         smaller = GPUs(gpus.count, min(gpus.room, 0.8 * peak))
         raise UserError(f"out of memory; {found}; {suggest(request, smaller)}") from error
-    print(end=warning)
+    print(warning, end="")
 
 
 def is_small(cfg: Config) -> bool:
@@ -178,7 +178,7 @@ def changes(cfg: Config, most: int, now: Topology) -> Iterator[tuple[dict, Topol
     on_ranks = lambda ranks, context: Topology(now.nodes * ranks, now.nodes, context)
     saving = differing(micro_batch=1, checkpointing=True)
     no_int8 = differing(base="float")
-    adapters = differing(student="lora", fake="lora")
+    adapters = differing(train_student="lora", train_fake="lora")
     for settings in ({}, saving, saving | adapters):
         ranks = min(now.shard_group, most)
         yield settings, on_ranks(ranks, math.gcd(now.context_parallel, ranks))

@@ -8,8 +8,8 @@ from models.weights import teacher_spec
 
 # of the training; the card lists them as flags
 SETTINGS = (
-    "student rank alpha lr fake fake_lr fake_rollout fake_updates iters batch seed guidance "
-    "interval target kl_weight truncate size"
+    "train_student rank alpha lr train_fake fake_lr fake_rollout fake_updates iters batch seed "
+    "guidance interval target kl_weight truncate size"
 ).split()
 
 

@@ -33,7 +33,7 @@ class Student(NamedTuple):
     cfg: Config
     phases: list  # of phases.Phase
     boundary_t: float | None  # of its teacher
-    base_of: dict[str, int]  # role -> branch of the teacher that it is on
+    branch_of: dict[str, int]  # role -> branch of the teacher that it is on
     file: object  # student.safetensors, open
 
     @property
@@ -44,7 +44,7 @@ class Student(NamedTuple):
     @property
     def is_full(self) -> bool:
         """Whether a LoRA on the published base cannot say what this student is."""
-        return self.cfg.student == "full" or bool(self.cfg.teacher_lora)
+        return self.cfg.train_student == "full" or bool(self.cfg.teacher_lora)
 
 
 # -- export --------------------------------------------------------------------------------------
@@ -52,10 +52,10 @@ class Student(NamedTuple):
 
 def export_student(student: Student, out: Path) -> list[Path]:
     """Write a student's files and their card to a new or empty folder. Returns their paths."""
-    check_exportable(student.phases, student.base_of, student.boundary_t)
+    check_exportable(student.phases, student.branch_of, student.boundary_t)
     stems = [f"phase{phase.k}" for phase in student.phases]
     if student.boundary_t:  # high_noise_model and low_noise_model, as Lightning names them
-        branches = [student.base_of[f"student{phase.k}"] for phase in student.phases]
+        branches = [student.branch_of[f"student{phase.k}"] for phase in student.phases]
         stems = [f"{NOISE[branch]}_noise_model" for branch in branches]
     names = {"README.md", *(f"{stem}.safetensors" for stem in stems)}
     with whole_folder(out, names) as part:
@@ -67,9 +67,9 @@ def export_student(student: Student, out: Path) -> list[Path]:
     return sorted(out / name for name in names)
 
 
-def check_exportable(phases: list, base_of: dict[str, int], boundary_t: float | None) -> None:
+def check_exportable(phases: list, branch_of: dict[str, int], boundary_t: float | None) -> None:
     """Raise UserError unless each transformer has one expert."""
-    branches = [base_of[f"student{phase.k}"] for phase in phases]
+    branches = [branch_of[f"student{phase.k}"] for phase in phases]
     if boundary_t and branches != [1, 2]:
         found = " and ".join(f"phase {k} on {NOISE[x]} noise" for k, x in enumerate(branches, 1))
         advice = "train with --phases 2 and another --shift"
@@ -84,7 +84,7 @@ def expert_tensors(student: Student, phase) -> dict[str, Tensor]:
     """
     cfg = student.cfg
     role = f"student{phase.k}"
-    branch = student.base_of[role]
+    branch = student.branch_of[role]
     own = weights.student_weights(cfg, student.file, role)
     if not student.is_full:
         return lora_tensors(own.factors, cfg.alpha)
@@ -156,7 +156,7 @@ def check_empty(out: Path, part: str, names: set[str]) -> None:
 def file_metadata(student: Student, phase) -> dict[str, str]:
     """The header's strings: what sample.py --lora needs to know, and what a reader wants to."""
     cfg = student.cfg
-    branch = student.base_of[f"student{phase.k}"]
+    branch = student.branch_of[f"student{phase.k}"]
     metadata = dict(format="pt", teacher=cfg.teacher, base=base_name(cfg), branch=str(branch))
     metadata |= dict(phase=str(phase.k), shift=str(cfg.shift), times=json.dumps(student.times))
     metadata["steps"] = json.dumps(list(range(phase.first, phase.end)))
@@ -180,7 +180,7 @@ class Assignment(NamedTuple):
 
     roles: list[str]  # the role of each step
     times: tuple[float, ...]
-    base_of: dict[str, int]  # role -> branch of the teacher
+    branch_of: dict[str, int]  # role -> branch of the teacher
     files_of: dict[str, list[lora.LoraFile]]
 
 
@@ -219,7 +219,7 @@ def assign_loras(
 
 def lora_weights(cfg: Config, assignment: Assignment, role: str) -> RoleWeights:
     """The weights of a role, read from its LoRA files. Raises UserError."""
-    net = meta_network(cfg, assignment.base_of[role])
+    net = meta_network(cfg, assignment.branch_of[role])
     changes = weights.read_loras(net, assignment.files_of[role])
     factors, rest = lora.split_changes(changes, net)
     if rest and weights.is_random(cfg):
@@ -245,7 +245,7 @@ def join_others(
     """Add files that a student has beside its own to the roles that their names allow."""
     for file in files:
         noise = lora.noise_of(file.path) if boundary_t else ""
-        branches = assignment.base_of.items()
+        branches = assignment.branch_of.items()
         joined = [role for role, branch in branches if noise in ("", NOISE[branch])]
         print(f"{file}: {', '.join(joined)}, in addition")
         for role in joined:
@@ -255,25 +255,25 @@ def join_others(
 def assign_by_metadata(metadata: dict[lora.LoraFile, dict]) -> Assignment:
     """Assign the files of a student that we exported, by their metadata."""
     steps = {}  # step -> role
-    base_of = {}
+    branch_of = {}
     files_of = {}
     for file, entry in metadata.items():
         role = f"student{entry['phase']}"
-        base_of[role] = int(entry["branch"])
+        branch_of[role] = int(entry["branch"])
         files_of[role] = [file]
         steps |= dict.fromkeys(json.loads(entry["steps"]), role)
         print(f"{file}: {role}, by its metadata")
     students = {(entry["times"], entry["base"]) for entry in metadata.values()}
     times = json.loads(entry["times"])
     is_whole = len(steps) == len(times) - 1 and len(files_of) == len(metadata)
-    if any(branch not in NOISE for branch in base_of.values()):
+    if any(branch not in NOISE for branch in branch_of.values()):
         raise ValueError("expected branches 1, 2")
     if times != sorted(map(float, times), reverse=True):
         raise ValueError("expected times that fall")
     if len(students) > 1 or not is_whole:
         names = ", ".join(map(str, metadata))
         raise UserError(f"--lora: expected the files of all phases of one student, got {names}")
-    return Assignment([steps[i] for i in range(len(steps))], tuple(times), base_of, files_of)
+    return Assignment([steps[i] for i in range(len(steps))], tuple(times), branch_of, files_of)
 
 
 def assign_by_time(

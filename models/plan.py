@@ -211,7 +211,7 @@ def role_bytes(
 
 def role_kind(cfg: Config, name: str) -> str:
     """What a role trains: "lora" or "full"."""
-    return cfg.student if name.startswith("student") else cfg.fake
+    return cfg.train_student if name.startswith("student") else cfg.train_fake
 
 
 def role_cost(measure: Callable, cfg: Config, name: str, shape: tuple, sharded: bool = False):
@@ -252,7 +252,7 @@ def phase_memory(cfg: Config, active, shape: tuple | None, topology: Topology) -
     bases = len(active.bases) * bytes_of(False).base
     names = {*active.frozen, *active.trained}
     if topology.processes > 1:  # FSDP shards a base together with the adapters of all phases
-        loaded = [name for name, base in active.base_of.items() if base in active.bases]
+        loaded = [name for name, base in active.branch_of.items() if base in active.bases]
         names |= {name for name in loaded if role_kind(cfg, name) == "lora"}
     moments = sum(size_of(name).role for name in active.trained)  # the second ones
     roles = sum(size_of(name).role for name in names) + moments

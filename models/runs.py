@@ -26,6 +26,7 @@ except ImportError:
 import torch
 from tqdm import tqdm
 
+from config import Config
 from models.cli import check_values, flag_name, format_value, from_json, to_json
 from models.common import (
     Interrupted,
@@ -62,7 +63,9 @@ class Preset:
     plan_text: Callable  # (cfg, phases, device, topology) -> the text of --dry-run
     apply_flags: Callable  # (cfg, args) -> cfg, for sampling
     sample_inputs: Callable  # (cfg, args, out, run_dir, device) -> cfg, conditions, shape, names
-    make_sampler: Callable  # (cfg, base_of, weights_of, device, run_dir) -> velocity(name, x, t, c)
+    make_sampler: (
+        Callable  # (cfg, branch_of, weights_of, device, run_dir) -> velocity(name, x, t, c)
+    )
     save_samples: Callable  # (cfg, c, xs, args, names, device) -> metrics, files
     prepare: Callable  # (cfg, out, device, progress): what a run needs before its first phase
     num_samples: int  # of sample.py
@@ -136,7 +139,7 @@ def is_same_run(a: dict, b: dict) -> bool:
     return all(a[name] == b[name] for name in a.keys() & b.keys() - CHANGEABLE)
 
 
-def resolve_run(out: Path, cfg, explicit: dict, resume: bool, overwrite: bool, Config: type):
+def resolve_run(out: Path, cfg: Config, explicit: dict, resume: bool, overwrite: bool):
     """Return the Config to run with, and whether that run is already finished.
 
     With --resume the settings are those of the folder; explicit flags must agree with them, except
@@ -152,7 +155,7 @@ def resolve_run(out: Path, cfg, explicit: dict, resume: bool, overwrite: bool, C
         print(f"{out} contains no run yet: a new one begins")
     if overwrite or not contents:
         return cfg, False
-    saved = config_from_json(Config, read_json(out / "config.json", START_OVER), out)
+    saved = config_from_json(read_json(out / "config.json", START_OVER), out)
     finished = "metrics.json" in contents
     given = explicit if resume else vars(cfg)
     if resume and given.get("iters", 0) > saved.iters:
@@ -167,7 +170,7 @@ def resolve_run(out: Path, cfg, explicit: dict, resume: bool, overwrite: bool, C
     return saved, finished
 
 
-def check_agreement(saved, given: dict, out: Path) -> None:
+def check_agreement(saved: Config, given: dict, out: Path) -> None:
     """Raise UserError if settings differ from those of the run in `out`. Files may have moved."""
     for name, value in given.items():
         expected = getattr(saved, name)
@@ -180,7 +183,7 @@ def check_agreement(saved, given: dict, out: Path) -> None:
             raise UserError(f"{flag_name(name)}: expected {expected}, {found}; {advice}")
 
 
-def check_inputs_exist(cfg) -> None:
+def check_inputs_exist(cfg: Config) -> None:
     """Raise UserError if a file that the settings name is missing."""
     for name in MOVABLE:
         value = getattr(cfg, name)
@@ -216,7 +219,7 @@ def record_run(out: Path, cfg, environment: dict, input_files: list[Path], overw
         write_json(file, config | {"settings": to_json(cfg), "files": files})
 
 
-def config_from_json(Config: type, config: dict, out: Path):
+def config_from_json(config: dict, out: Path) -> Config:
     """Return the Config in the contents of config.json. Settings that it lacks have defaults."""
     try:
         cfg = Config(**from_json(config["settings"]))

@@ -12,7 +12,7 @@ import json
 import math
 import re
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import cache, lru_cache, partial
 from pathlib import Path
@@ -90,9 +90,9 @@ def check_config(cfg: Config, topology: Topology = SINGLE) -> None:
         raise UserError(f"--images is for image to video, and {cfg.teacher} is not; drop it")
     if cfg.teacher_lora and is_random(cfg):
         raise UserError("--teacher-lora needs published weights; give --weights")
-    if cfg.base == "int8" and "full" in (cfg.student, cfg.fake):
+    if cfg.base == "int8" and "full" in (cfg.train_student, cfg.train_fake):
         # they would start from rounded weights
-        raise UserError("--base int8 needs --student lora and --fake lora")
+        raise UserError("--base int8 needs --train-student lora and --train-fake lora")
     if topology.processes > 1:
         check_parallel(cfg, topology)
 
@@ -289,7 +289,7 @@ def load_base(
     cfg: Config,
     branch: int,
     device: torch.device,
-    adapters: list[str] = (),
+    adapters: Iterable[str] = (),
     changes: dict | None = None,
 ) -> nn.Module:
     """The frozen network of a branch of the teacher.
@@ -504,7 +504,7 @@ def plan_text(cfg: Config, phases: list[Phase], device: torch.device, topology: 
     active = active_roles(cfg, phases)
     text = plan.format_plan(cfg, phases, active, buckets(cfg), str(device), topology)
     try:
-        export.check_exportable(phases, active[0].base_of, boundary_of(cfg))
+        export.check_exportable(phases, active[0].branch_of, boundary_of(cfg))
     except UserError as error:
         text += f"\nnote: {error}"
     return text
@@ -631,11 +631,11 @@ def first_frame(cfg: Config, args, shape: tuple, device: torch.device) -> Tensor
 
 
 def make_sampler(
-    cfg: Config, base_of: dict[str, int], weights_of: Callable, device, run_dir: Path
+    cfg: Config, branch_of: dict[str, int], weights_of: Callable, device, run_dir: Path
 ) -> Callable[..., Tensor]:
     """velocity(name, x_t, t, c) of roles by name, loaded when first called.
 
-    base_of: name -> branch whose network the role is on. weights_of(name): weights.RoleWeights.
+    branch_of: name -> branch whose network the role is on. weights_of(name): weights.RoleWeights.
     One network is in memory at a time. Each is loaded once, since a role's steps follow each other.
     """
     with_guidance = make_guidance(cfg, run_dir)
@@ -645,11 +645,11 @@ def make_sampler(
     def load_role(name: str) -> Callable:
         with reading(f"the tensors of {name}", "train or download it again"):
             role = weights_of(name)
-        key = name if role.full or role.changes else base_of[name]
+        key = name if role.full or role.changes else branch_of[name]
         if key not in networks:
             roles.clear()
             networks.clear()
-            networks[key] = load_network(cfg, base_of[name], role, device)
+            networks[key] = load_network(cfg, branch_of[name], role, device)
         if role.factors:
             with reading(f"the tensors of {name}", "train or download it again"):
                 lora.attach(networks[key], name, role.factors, device)
@@ -658,7 +658,7 @@ def make_sampler(
     def velocity(name: str, x_t: Tensor, t: Tensor, c: dict | None = None) -> Tensor:
         if name not in roles:
             roles[name] = load_role(name)
-        return with_guidance(base_of[name], roles[name], x_t, t, c)
+        return with_guidance(branch_of[name], roles[name], x_t, t, c)
 
     return velocity
 

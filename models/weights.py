@@ -527,7 +527,7 @@ def student_weights(cfg: Config, file, role: str) -> RoleWeights:
     """The weights of a student's expert. file: its student.safetensors, open. cfg: its settings."""
     names = [name.removeprefix(f"{role}/") for name in file.keys() if name.startswith(f"{role}/")]
     read = lambda name: file.get_tensor(f"{role}/{name}")
-    if cfg.student == "full":
+    if cfg.train_student == "full":
         return RoleWeights(full=lambda: ((name, read(name)) for name in names))
     scale = cfg.alpha / cfg.rank
     factors_of = lambda layer: lora.Factors(read(f"{layer}.up"), read(f"{layer}.down"), scale)

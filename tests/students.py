@@ -85,18 +85,18 @@ def make_student(folder, teacher, **settings) -> Student:
     """Make a finished student with random experts, without training."""
     cfg = train.make_config(teacher, **dict(dtype="float32", rank=4) | settings)
     phases, boundary_t = train.phases_of(cfg), weights.TEACHERS[teacher].boundary
-    base_of = {f"student{phase.k}": moe.start_branch(phase, boundary_t) for phase in phases}
+    branch_of = {f"student{phase.k}": moe.start_branch(phase, boundary_t) for phase in phases}
     tensors = {}
-    for role, branch in base_of.items():
+    for role, branch in branch_of.items():
         net = weights.random_network(teacher, torch.float32, seed=branch)
         named = dict(net.named_parameters())
-        if cfg.student == "lora":
+        if cfg.train_student == "lora":
             named = lora.start_adapter(net, role, (role,), cfg.rank, cfg.alpha)
         for name, p in named.items():
             tensors[f"{role}/{name}"] = move(f"{role}/{name}", p.detach())
     write_tensors(folder / "student.safetensors", tensors, {"kind": "student"})
     file, _ = open_tensors(folder / "student.safetensors", "student", "")
-    return Student(cfg, phases, boundary_t, base_of, file)
+    return Student(cfg, phases, boundary_t, branch_of, file)
 
 
 def load_run(folder) -> train.Run:

@@ -84,12 +84,12 @@ WRONG = {
     "--resume --overwrite": "one of them",
     "--processes 8": "--dry-run",
     "--points nowhere.csv": "No such file",
-    "--student lora": "toy2d",
+    "--train-student lora": "toy2d",
     "--resum": "unrecognized",
     "--teacher wan22-tiny --guidance 4 3 2": "high noise, low noise, got 3",
     "--teacher wan22-tiny --size 50x64": "nearest: 48x64",
     f"--teacher wan22-tiny --size {'9' * 5000}x64": "--size: expected",
-    "--teacher wan22-tiny --base int8 --fake full": "--fake lora",
+    "--teacher wan22-tiny --base int8 --train-fake full": "--train-fake lora",
 }
 
 

@@ -96,7 +96,7 @@ def test_flags_are_the_options_and_show_the_teachers_defaults(capsys):
 
 def resolve(out: Path, resume=False, overwrite=False, **explicit):
     """Resolve the run that these flags describe."""
-    return runs.resolve_run(out, Config(**explicit), explicit, resume, overwrite, Config)
+    return runs.resolve_run(out, Config(**explicit), explicit, resume, overwrite)
 
 
 @pytest.fixture

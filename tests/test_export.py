@@ -184,8 +184,8 @@ def test_exported_files_are_assigned_as_the_student_was_trained(exported, teache
     for files in ([out], sorted(out.glob("*.safetensors"))[::-1]):
         plan, weights_of = assign(student.cfg, files)
         assert plan.roles == ["student1", "student1", "student2", "student2"]
-        assert list(plan.times) == student.times and plan.base_of == student.base_of
-        for role in student.base_of:
+        assert list(plan.times) == student.times and plan.branch_of == student.branch_of
+        for role in student.branch_of:
             ours = weights.student_weights(student.cfg, student.file, role).factors
             theirs = weights_of(role).factors
             assert ours.keys() == theirs.keys()
@@ -214,7 +214,7 @@ def test_a_style_lora_joins_an_exported_student(exported, tmp_path, teacher):
     write_lora(style, "lightning", net)
     plan, weights_of = assign(student.cfg, [out, f"{style}:0.5"])
     assert list(plan.times) == student.times
-    for role in student.base_of:
+    for role in student.branch_of:
         ours = weights_of(role).factors[layer].up.shape[1]
         assert ours == student.cfg.rank + 2 * (role == "student2" or "qwen" in teacher)
 
@@ -268,7 +268,7 @@ def test_diffusers_samples_a_student_of_shift_7_as_its_card_says(student, tmp_pa
     base, prompts = tmp_path / "base", tmp_path / "p.txt"
     save_diffusers(base, "wan22")
     prompts.write_text(PROMPT)
-    flags = f"--student {student} --shift 7 --dtype float32 --size 5x32x48 --device cpu"
+    flags = f"--train-student {student} --shift 7 --dtype float32 --size 5x32x48 --device cpu"
     flags = [*flags.split(), "--weights", base, "--prompts", prompts]
     line = ["--student", str(train_student(tmp_path / "run", "wan22", *flags)), "--device", "cpu"]
     samples = ["--n", "1", "--prompt", PROMPT, "--out", str(tmp_path / "samples")]

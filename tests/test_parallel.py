@@ -83,7 +83,11 @@ BOUNDS = {"log": 1e-5, "v": 1e-4, "moved": 1e-2}  # relative L2 that rounding ma
 
 def differences(folder: Path, mix: str, ways: dict, **settings) -> dict[str, list[str]]:
     """For each way, what differs from one process: of the log, of movements, of v."""
-    job = dict(zip(("teacher", "student", "fake"), mix.split()), job="numbers") | SHORT | settings
+    job = (
+        dict(zip(("teacher", "train_student", "train_fake"), mix.split()), job="numbers")
+        | SHORT
+        | settings
+    )
     jobs = {"one": {}} | ways
     run_all(folder, [job | how | dict(out=str(folder / way)) for way, how in jobs.items()])
     one, found = load_file(folder / "one"), {}
@@ -171,7 +175,8 @@ def test_a_rank_reads_its_own_rows_of_published_weights(tmp_path):
 
 FLAGS = (
     "--teacher wan22-tiny --iters 3 --batch 4 --micro-batch 2 --fake-updates 1 --save-every 100 "
-    "--sample-every 0 --eval-samples 2 --size 1x48x80 --dtype float32 --student lora --fake full"
+    "--sample-every 0 --eval-samples 2 --size 1x48x80 --dtype float32 --train-student lora "
+    "--train-fake full"
 ).split()
 
 

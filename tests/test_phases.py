@@ -122,7 +122,7 @@ def test_a_phase_trains_one_expert_and_one_fake_per_branch_in_reach():
     assert (one.bases, one.frozen, one.trained) == ([1], [], ["student1", "fake1"])
     assert (two.bases, two.frozen) == ([1, 2], ["student1"])
     assert two.trained == ["student2", "fake1", "fake2"]
-    assert one.base_of == {"student1": 1, "student2": 2, "fake1": 1, "fake2": 2}
+    assert one.branch_of == {"student1": 1, "student2": 2, "fake1": 1, "fake2": 2}
     per_depth = moe.active_roles(phases, 1, True, 0.875)
     assert per_depth.trained == ["student1", "fake1-depth1", "fake1-depth2"]
 

@@ -167,7 +167,8 @@ libc.mallopt(-3, 2**20), libc.mallopt(-1, 2**20)  # freed memory goes back at on
 spec = weights.TEACHERS["wan22-tiny"]
 size = dict(dim=1024, ffn_dim=4096, num_heads=8, num_layers=6, text_dim=64, text_len=16)
 weights.TEACHERS["wan22-tiny"] = spec._replace(settings=size)  # 107 M parameters per branch
-cfg = train.make_config("wan22-tiny", student=student, fake=fake, batch=2, micro_batch=1,
+cfg = train.make_config("wan22-tiny", train_student=student, train_fake=fake, batch=2,
+                        micro_batch=1,
                         fake_updates=1, rank=64, size=("64x64",), frames=1)
 phases, [shape] = train.phases_of(cfg), teachers.buckets(cfg)
 active = teachers.active_roles(cfg, phases)

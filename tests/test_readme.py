@@ -1,4 +1,4 @@
-"""Claims about the four texts: their code, equations, commands, links and numbers are real."""
+"""Claims about the five texts: their code, equations, commands, links and numbers are real."""
 
 import importlib
 import json

@@ -36,7 +36,7 @@ def latents(folder) -> dict:
     "teacher,flags",
     [
         ("wan22-tiny", ()),
-        pytest.param("wan22-i2v-tiny", ("--student", "full"), marks=pytest.mark.slow),
+        pytest.param("wan22-i2v-tiny", ("--train-student", "full"), marks=pytest.mark.slow),
     ],
 )
 def test_what_is_sampled_is_what_the_run_had_in_memory(runs, tmp_path, teacher, flags):

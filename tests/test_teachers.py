@@ -75,7 +75,7 @@ def test_a_phase_starts_from_the_teacher(monkeypatch):
 
     Optimizers are new, and the old ones freed before: there is no memory for both.
     """
-    settings = dict(student="lora", fake="full", dtype="bf16", guidance=(1.0,))
+    settings = dict(train_student="lora", train_fake="full", dtype="bf16", guidance=(1.0,))
     run = begin(stir=False, **FAST, **settings)
     iterate(run, 1)
     fake1 = run.roles.fakes[1, 0]
@@ -101,7 +101,7 @@ def test_nothing_is_in_memory_twice():
     """The parameters are two bases, each once, and the bytes that plan.py gives the roles."""
     gc.collect()
     before = {id(x) for x in gc.get_objects() if type(x) is torch.nn.Parameter}
-    run = begin(k=2, student="full", fake="lora", dtype="bf16")
+    run = begin(k=2, train_student="full", train_fake="lora", dtype="bf16")
     train.run_iteration(run)
     gc.collect()
     new = [x for x in gc.get_objects() if type(x) is torch.nn.Parameter and id(x) not in before]
@@ -187,7 +187,7 @@ def test_guidance_is_its_closed_form_with_the_scale_of_each_branch(teacher):
 @pytest.mark.parametrize("name,shift", [("wan22", 5.0), ("qwen-image", 3.0)])
 def test_shifts_and_learning_rates_are_the_papers(name, shift):
     """The learning rate follows from what a role trains: an adapter or all parameters."""
-    cfg, full = train.make_config(name), train.make_config(name, fake="full")
+    cfg, full = train.make_config(name), train.make_config(name, train_fake="full")
     assert (cfg.phases, cfg.steps, cfg.shift) == (2, 4, shift)
     assert (cfg.lr, cfg.fake_lr, full.lr, full.fake_lr) == (5e-5, 5e-5, 5e-5, 4e-7)
 

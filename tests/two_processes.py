@@ -75,7 +75,9 @@ def student_v(run) -> list:
 def small_step(out: str, teacher: str) -> None:
     """Save v of a bf16 student before and after its norms move by less than bf16 resolves."""
     with parallel.distributed("cpu", 1, "test"):
-        cfg = train.make_config(teacher, student="full", dtype="bf16", size=("48x80",), frames=1)
+        cfg = train.make_config(
+            teacher, train_student="full", dtype="bf16", size=("48x80",), frames=1
+        )
         run = train.make_run(cfg, torch.device("cpu"), Path(out))
         train.begin_phase(run, 1)
         before = student_v(run)[0]

@@ -83,7 +83,9 @@ def exact_teacher(cfg: Config, device="cpu") -> Callable:
 
 def check_config(cfg: Config, topology: Topology) -> None:
     """Raise UserError for settings that do not go together."""
-    expected = dict(student="full", fake="full", base="float", compile=False, weights=())
+    expected = dict(
+        train_student="full", train_fake="full", base="float", compile=False, weights=()
+    )
     expected |= dict(teacher_lora=(), prompts="", images="", size=())
     for name, value in expected.items():
         if getattr(cfg, name) != value:
@@ -218,10 +220,10 @@ def sample_inputs(cfg: Config, args, out: Path, run_dir: Path, device) -> tuple:
     return cfg, c, shape, []
 
 
-def make_sampler(cfg: Config, base_of: dict, weights_of: Callable, device, run_dir) -> Callable:
+def make_sampler(cfg: Config, branch_of: dict, weights_of: Callable, device, run_dir) -> Callable:
     """velocity(name, x_t, t, c) of a finished student's roles and of the exact teacher."""
     nets = {}
-    for name in base_of:
+    for name in branch_of:
         if name.startswith("student"):
             nets[name] = make_network(cfg).to(device)
             with reading(f"the tensors of {name}", "train it again"):
