@@ -74,22 +74,24 @@ def modulate(z: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, streams: tuple[int, ...] = ()
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, token_counts: tuple[int, ...] = ()
 ) -> Tensor:
     """softmax(q k^T / sqrt(d)) v: q (B, L, H, d), k and v (B, M, H, d) -> (B, L, H d).
 
-    mask (B, M): True where a key is visible. streams: with context parallelism q, k and v have
+    mask (B, M): True where a key is visible. token_counts: with context parallelism q, k and v have
     this rank's tokens of these kinds; all tokens of some heads come here, and go back after it.
     The one place where tokens meet.
     """
-    q, k, v = (parallel.tokens_to_heads(x, streams).transpose(1, 2) for x in (q, k, v))  # B H L d
+    q, k, v = (
+        parallel.tokens_to_heads(x, token_counts).transpose(1, 2) for x in (q, k, v)
+    )  # B H L d
     mask = None if mask is None else mask[:, None, None]  # (B, 1, 1, M)
     if q.is_meta:  # models/plan.py counts bytes: as a GPU's kernel, which keeps no scores
         out = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]
     else:
         with sdpa_kernel(BACKENDS, set_priority=True):
             out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    return parallel.heads_to_tokens(out.transpose(1, 2), streams).flatten(2)
+    return parallel.heads_to_tokens(out.transpose(1, 2), token_counts).flatten(2)
 
 
 def attention_backend(q: Tensor, mask: Tensor | None = None) -> str:

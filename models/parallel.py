@@ -345,25 +345,25 @@ def gather_tokens(x: Tensor, count: int) -> Tensor:
     return x if has_all_tokens(x) else redistribute(x, 1, None, (len(x), count, x.shape[2]))
 
 
-def tokens_to_heads(x: Tensor, streams: tuple[int, ...]) -> Tensor:
+def tokens_to_heads(x: Tensor, token_counts: tuple[int, ...]) -> Tensor:
     """All tokens of some heads from some tokens of all: (B, L / P, H, d) -> (B, L, H / P, d).
 
     Attention is by head, so this is where tokens are exchanged (as in DeepSpeed-Ulysses).
-    streams: number of tokens of each kind (text, image). Each kind is sharded by itself.
+    token_counts: number of tokens of each kind (text, image). Each kind is sharded by itself.
     """
-    if has_all_tokens(x) or not streams:
+    if has_all_tokens(x) or not token_counts:
         return x
-    parts = x.split([local_length(count) for count in streams], 1)
-    shapes = [(len(x), count, *x.shape[2:]) for count in streams]
+    parts = x.split([local_length(count) for count in token_counts], 1)
+    shapes = [(len(x), count, *x.shape[2:]) for count in token_counts]
     return torch.cat([redistribute(y, 1, 2, shape) for y, shape in zip(parts, shapes)], 1)
 
 
-def heads_to_tokens(x: Tensor, streams: tuple[int, ...]) -> Tensor:
+def heads_to_tokens(x: Tensor, token_counts: tuple[int, ...]) -> Tensor:
     """The inverse: (B, L, H / P, d) -> (B, L / P, H, d)."""
-    if has_all_tokens(x) or not streams:
+    if has_all_tokens(x) or not token_counts:
         return x
     shape = lambda y: (*y.shape[:2], y.shape[2] * topology.context_parallel, y.shape[3])
-    return torch.cat([redistribute(y, 2, 1, shape(y)) for y in x.split(streams, 1)], 1)
+    return torch.cat([redistribute(y, 2, 1, shape(y)) for y in x.split(token_counts, 1)], 1)
 
 
 def redistribute(x: Tensor, before: int | None, after: int | None, shape: tuple) -> Tensor:

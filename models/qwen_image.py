@@ -66,7 +66,7 @@ class Attention(nn.Module):
         rope: Tensor,  # (T + L, d / 2, 2)
         mask: Tensor | None,  # (B, T + L) of all ranks
         adapter: str | None,
-        streams: tuple,
+        token_counts: tuple,
     ) -> tuple[Tensor, Tensor]:
         """Return image and text before their output projections."""
         heads = lambda x: x.unflatten(-1, (self.heads, -1))  # (B, L, H, d)
@@ -76,7 +76,7 @@ class Attention(nn.Module):
         k += [rms(heads(self.to_k(image, adapter)), self.norm_k)]
         v = [heads(self.add_v_proj(text, adapter)), heads(self.to_v(image, adapter))]
         q, k = (rotate(torch.cat(x, 1), rope).to(image.dtype) for x in (q, k))
-        out = attend(q, k, torch.cat(v, 1), mask, streams)  # (B, T + L, D)
+        out = attend(q, k, torch.cat(v, 1), mask, token_counts)  # (B, T + L, D)
         text, image = out.split([text.shape[1], image.shape[1]], 1)
         return image, text
 
@@ -112,13 +112,13 @@ class Block(nn.Module):
         rope: Tensor,
         mask: Tensor | None,
         adapter: str | None,
-        streams: tuple,
+        token_counts: tuple,
     ) -> tuple[Tensor, Tensor | None]:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.img_mod(e)[:, None].chunk(6, -1)
         shift3, scale3, gate3, shift4, scale4, gate4 = self.txt_mod(e)[:, None].chunk(6, -1)
         y_image = modulate(image, shift1, scale1, self.eps)
         y_text = modulate(text, shift3, scale3, self.eps)
-        y_image, y_text = self.attn(y_image, y_text, rope, mask, adapter, streams)
+        y_image, y_text = self.attn(y_image, y_text, rope, mask, adapter, token_counts)
         image = torch.addcmul(image, self.attn.to_out[0](y_image, adapter), gate1)
         y_image = self.img_mlp(modulate(image, shift2, scale2, self.eps), adapter)
         image = torch.addcmul(image, y_image, gate2)
@@ -191,21 +191,23 @@ class QwenImage(nn.Module):
 
     def forward(self, x_t: Tensor, t: Tensor, c: dict, adapter: str | None = None) -> Tensor:
         rows, columns = x_t.shape[2] // 2, x_t.shape[3] // 2
-        streams = c["text"].shape[1], rows * columns  # tokens; T and L are this rank's part
+        token_counts = c["text"].shape[1], rows * columns  # tokens; T and L are this rank's part
         image = self.img_in(shard_tokens(pack(x_t)).to(self.dtype))  # (B, L, D)
         text = shard_tokens(c["text"]).to(self.dtype)
         text = self.txt_in(rms(text, self.txt_norm).to(self.dtype))  # (B, T, D)
         e = self.embed_time(t)  # (B, D)
         mask = c.get("mask")
         if mask is not None:
-            mask = F.pad(mask, (0, streams[1]), value=True)  # (B, T + L) of all ranks; for keys
-        rope = self.rope(streams[0], rows, columns, x_t.device)  # (T + L, d / 2, 2)
+            mask = F.pad(
+                mask, (0, token_counts[1]), value=True
+            )  # (B, T + L) of all ranks; for keys
+        rope = self.rope(token_counts[0], rows, columns, x_t.device)  # (T + L, d / 2, 2)
         for block in self.transformer_blocks:
-            inputs = image, text, e, rope, mask, adapter, streams
+            inputs = image, text, e, rope, mask, adapter, token_counts
             image, text = call_block(block, self.checkpointing, *inputs)
         scale, shift = self.norm_out["linear"](F.silu(e))[:, None].chunk(2, -1)  # scale first
         v = self.proj_out(modulate(image, shift, scale, self.eps))  # (B, L, 64)
-        return unpack(gather_tokens(v, streams[1]), rows).float()
+        return unpack(gather_tokens(v, token_counts[1]), rows).float()
 
     def embed_time(self, t: Tensor) -> Tensor:
         """Time embedding (B, D), before SiLU."""

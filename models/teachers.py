@@ -136,7 +136,7 @@ def base_files(cfg: Config) -> list[Path]:
     files = []
     paths = weights.branch_paths(cfg.teacher, *cfg.weights)[0]
     for path, loras in zip(paths, weights.teacher_loras(cfg)):
-        net, tensors = weights.inspect(path, torch.bfloat16, cfg.teacher)
+        net, tensors = weights.inspect_files(path, torch.bfloat16, cfg.teacher)
         files += sorted({info.file for info in tensors.values()})
         weights.read_loras(net, loras)
         files += [file.path for file in loras]

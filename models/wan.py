@@ -67,7 +67,7 @@ class Attention(nn.Module):
         context: Tensor,  # (B, M, D)
         rope: Tensor | None,  # (L, d / 2, 2); None: cross-attention
         adapter: str | None,
-        streams: tuple = (),
+        token_counts: tuple = (),
     ) -> Tensor:
         q = rms(self.q(z, adapter), self.norm_q)  # (B, L, D) float32
         k = rms(self.k(context, adapter), self.norm_k)  # (B, M, D) float32
@@ -75,7 +75,7 @@ class Attention(nn.Module):
         q, k, v = (x.unflatten(-1, (self.heads, -1)) for x in (q, k, v))  # (B, L, H, d)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        return self.o(attend(q.to(z.dtype), k.to(z.dtype), v, None, streams), adapter)
+        return self.o(attend(q.to(z.dtype), k.to(z.dtype), v, None, token_counts), adapter)
 
 
 class Block(nn.Module):
@@ -97,11 +97,11 @@ class Block(nn.Module):
         text: Tensor,  # (B, text_len, D)
         rope: Tensor,  # (L, d / 2, 2)
         adapter: str | None,
-        streams: tuple,
+        token_counts: tuple,
     ) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = (self.modulation.float() + e).unbind(2)
         y = modulate(z, shift1, scale1, self.eps).to(text.dtype)
-        z = torch.addcmul(z, self.self_attn(y, y, rope, adapter, streams), gate1)
+        z = torch.addcmul(z, self.self_attn(y, y, rope, adapter, token_counts), gate1)
         y = self.norm3(z).to(text.dtype)
         z = z + self.cross_attn(y, text, None, adapter)  # no gate, no rope
         y = modulate(z, shift2, scale2, self.eps).to(text.dtype)

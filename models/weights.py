@@ -313,7 +313,9 @@ def known_settings(network: type, config: dict) -> dict:
     return {key: config[key] for key in known}
 
 
-def inspect(path: Path, dtype: torch.dtype, teacher: str = "") -> tuple[nn.Module, FileTensors]:
+def inspect_files(
+    path: Path, dtype: torch.dtype, teacher: str = ""
+) -> tuple[nn.Module, FileTensors]:
     """The network on the meta device, and where each parameter is stored, from headers alone.
 
     Raises UserError unless the files hold exactly one network, of the teacher's kind if named.
@@ -379,7 +381,7 @@ def meta_network(cfg: Config, branch: int, dtype: torch.dtype | None = None) -> 
     if is_random(cfg):
         return build(spec.network, spec.settings, dtype)
     path = branch_paths(cfg.teacher, *cfg.weights)[0][branch - 1]
-    return inspect(path, dtype, cfg.teacher)[0]
+    return inspect_files(path, dtype, cfg.teacher)[0]
 
 
 def load_tensors(
@@ -429,7 +431,7 @@ def load(
     loras, then changes, are merged in float32. int8: see lora.store_int8. Memory never exceeds the
     network, one tensor and the LoRA: each is cast as it is read. A rank reads the rows it keeps.
     """
-    net, tensors = inspect(Path(path), dtype, teacher)
+    net, tensors = inspect_files(Path(path), dtype, teacher)
     merged = read_loras(net, loras)
     for name, extra in (changes or {}).items():
         merged[name] = [*merged.get(name, []), *extra]
@@ -547,7 +549,7 @@ def print_check(argv: list[str] | None) -> None:
     args = parser.parse_args(argv)
     paths, boundary_t = branch_paths(args.teacher, *args.weights)
     for path in paths:
-        net, infos = inspect(path, torch.bfloat16, args.teacher)
+        net, infos = inspect_files(path, torch.bfloat16, args.teacher)
         number = sum(p.numel() for p in net.parameters())
         files = len({info.file for info in infos.values()})
         dtypes = ", ".join(sorted({info.dtype for info in infos.values()}))

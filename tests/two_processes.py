@@ -150,8 +150,8 @@ def make_mistake(name: str) -> None:
         "means instead of sums": {"shard_and_allocate": allocate_with_means},
         "whole tensors": {"copy_to_local": lambda x, source: copy_to_local(x, source[:])},
         "attention to own tokens": {
-            "tokens_to_heads": lambda x, streams: x,
-            "heads_to_tokens": lambda x, streams: x,
+            "tokens_to_heads": lambda x, token_counts: x,
+            "heads_to_tokens": lambda x, token_counts: x,
         },
     }
     for function, wrong in changes[name].items() if name else ():
