@@ -82,9 +82,8 @@ def attend(
     this rank's tokens of these kinds; all tokens of some heads come here, and go back after it.
     The one place where tokens meet.
     """
-    q, k, v = (
-        parallel.tokens_to_heads(x, token_counts).transpose(1, 2) for x in (q, k, v)
-    )  # B H L d
+    by_heads = lambda x: parallel.tokens_to_heads(x, token_counts).transpose(1, 2)
+    q, k, v = (by_heads(x) for x in (q, k, v))  # (B, H, L, d)
     mask = None if mask is None else mask[:, None, None]  # (B, 1, 1, M)
     if q.is_meta:  # models/plan.py counts bytes: as a GPU's kernel, which keeps no scores
         out = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v)[0]

@@ -198,9 +198,7 @@ class QwenImage(nn.Module):
         e = self.embed_time(t)  # (B, D)
         mask = c.get("mask")
         if mask is not None:
-            mask = F.pad(
-                mask, (0, token_counts[1]), value=True
-            )  # (B, T + L) of all ranks; for keys
+            mask = F.pad(mask, (0, token_counts[1]), value=True)  # (B, T + L), of all ranks
         rope = self.rope(token_counts[0], rows, columns, x_t.device)  # (T + L, d / 2, 2)
         for block in self.transformer_blocks:
             inputs = image, text, e, rope, mask, adapter, token_counts
