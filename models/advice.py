@@ -194,6 +194,7 @@ def changes(cfg: Config, most: int, now: Topology) -> Iterator[tuple[dict, Topol
 def command_line(argv: list[str], settings: dict, topology: Topology) -> str:
     """The command `train.py argv` with these settings on these ranks, on the GPU."""
     flags = {"--device", "--context-parallel", *map(cli.flag_name, settings)}
+    flags |= {cli.flag_name(f"no_{name}") for name in settings}  # of those that are on or off
     words = []
     keep = True
     for word in argv:

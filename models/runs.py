@@ -63,9 +63,7 @@ class Preset:
     plan_text: Callable  # (cfg, phases, device, topology) -> the text of --dry-run
     apply_flags: Callable  # (cfg, args) -> cfg, for sampling
     sample_inputs: Callable  # (cfg, args, out, run_dir, device) -> cfg, conditions, shape, names
-    make_sampler: (
-        Callable  # (cfg, branch_of, weights_of, device, run_dir) -> velocity(name, x, t, c)
-    )
+    make_sampler: Callable  # (cfg, branch_of, weights_of, device, run_dir) -> v(name, x, t, c)
     save_samples: Callable  # (cfg, c, xs, args, names, device) -> metrics, files
     prepare: Callable  # (cfg, out, device, progress): what a run needs before its first phase
     num_samples: int  # of sample.py

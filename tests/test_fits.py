@@ -144,6 +144,15 @@ def test_out_of_memory_gives_commands_that_need_less_and_differ(flags, monkeypat
     assert lines and all(planned(line)[1] < 0.8 * before for line in lines)
 
 
+def test_a_suggested_command_does_not_contradict_itself():
+    """Flags that it changes are left out, also those that say no."""
+    argv = "--teacher wan22 --no-checkpointing --micro-batch 2 --seed 3".split()
+    settings = dict(checkpointing=True, micro_batch=1)
+    command = advice.command_line(argv, settings, parallel.SINGLE)
+    words = "--teacher wan22 --seed 3 --checkpointing --micro-batch 1"
+    assert command == f"python train.py {words}"
+
+
 def test_example_prompts_are_warned_of_in_the_first_line_and_the_last(monkeypatch, capsys):
     """Not with own prompts, nor with random weights."""
     use_machine(monkeypatch, 1, 80)

@@ -126,6 +126,15 @@ def test_gradients_do_not_depend_on_checkpointing():
             assert error_of(other.parameters[name], p) < 1e-4, (role.name, name)
 
 
+def test_the_log_has_the_speed_of_whole_iterations_only():
+    """run.i is the next iteration: 0 after the last of the warm-up."""
+    run = begin()
+    for run.i, has_speed in ((0, False), (1, True)):
+        rows = [{}]
+        train.add_measurements(run, rows, 1.0)
+        assert ("mfu" in rows[0]) == has_speed and "seconds_iteration" in rows[0]
+
+
 # -- Wan2.2 by the paper's rules -----------------------------------------------------------------
 
 
